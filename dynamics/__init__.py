@@ -1,0 +1,1 @@
+"""Theories of training dynamics: pure functions that integrate them. Imports nothing of models or sims."""

@@ -1,0 +1,1 @@
+"""The actual networks: Flax modules, their data and their training."""

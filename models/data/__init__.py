@@ -1,0 +1,1 @@
+"""Data for the networks: generators, teachers and readers."""

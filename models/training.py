@@ -1,0 +1,307 @@
+"""Training: gradient descent on a loss as one compiled scan, observed along the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
+
+from dynamics.flow import ArrayLike, Trajectory, all_finite
+
+Observe = Callable[[Any], Any]
+
+
+class TrainState(NamedTuple):
+    """All that a run needs to go on: parameters, optimizer state and the number of steps taken."""
+
+    params: PyTree
+    optimizer_state: PyTree
+    step: Array
+
+
+def _identity(params: PyTree) -> PyTree:
+    return params
+
+
+def train(
+    loss: Callable[..., Array],
+    params: PyTree,
+    optimizer: optax.GradientTransformation,
+    *,
+    steps: int,
+    observe: Observe | None = None,
+    every: int = 1,
+    batches: PyTree | Callable[[Array], Any] | None = None,
+    key: Array | None = None,
+    time_step: ArrayLike = 1.0,
+) -> tuple[PyTree, Trajectory]:
+    """Minimize a loss with an Optax optimizer: `steps` updates with `jax.grad(loss)`, in one scan.
+
+    The functions (`loss`, `optimizer`, `observe`, a `batches` function) are static: a second call with
+    the same objects compiles nothing. To sweep a hyperparameter, build the optimizer inside a traced
+    function: `jax.vmap(lambda lr: train(loss, params, optax.sgd(lr), steps=100))(rates)`. To change
+    data without compiling, pass the loss as `jax.tree_util.Partial(loss, data)`.
+
+    Args:
+        loss: scalar `loss(params)`, or `loss(params, batch)` where `batches` is given.
+        params: parameters, any pytree of floating arrays.
+        optimizer: an Optax gradient transformation.
+        steps: number of updates, at least 0.
+        observe: function of the parameters whose value is recorded; the parameters themselves where None.
+        every: steps between two records.
+        batches: a pytree whose leaves have a leading axis of length `steps`, or a function of a key.
+        key: PRNG key for a `batches` function; step k draws from `fold_in(key, k)`.
+        time_step: time that one step stands for: the learning rate for gradient descent,
+            learning_rate / (1 - momentum) with heavy-ball momentum.
+
+    Returns:
+        The last parameters, and the `Trajectory` of `observe(params)` at steps 0, every, 2 every, ...,
+        the last step always included, with times `time_step * step`. `ok` says that everything recorded
+        and the last parameters are finite.
+
+    Raises:
+        ValueError: an argument is out of range, or `batches` and `key` do not go together.
+
+    Example:
+        >>> params, path = train(lambda p: p**2, jnp.array(1.0), optax.sgd(0.25), steps=2)
+        >>> path.ys.tolist()
+        [1.0, 0.5, 0.25]
+    """
+    _require_run(steps, every, batches, key)
+    observe = _identity if observe is None else observe
+    return _train(loss, params, optimizer, steps, observe, every, batches, key, jnp.asarray(time_step))
+
+
+def _require_run(steps: int, every: int, batches: Any, key: Array | None) -> None:
+    if not isinstance(steps, (int, np.integer)) or steps < 0:
+        raise ValueError(f"steps must be an integer >= 0, got {steps!r}")
+    if not isinstance(every, (int, np.integer)) or every < 1:
+        raise ValueError(f"every must be an integer >= 1, got {every!r}")
+    if callable(batches) and key is None:
+        raise ValueError("key must be given where batches is a function of a key")
+    if batches is not None and not callable(batches):
+        lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
+        if lengths != {(steps,)}:
+            raise ValueError(
+                f"batches must have a leading axis of {steps} steps on every leaf, got {lengths}"
+            )
+
+
+@eqx.filter_jit
+def _train(loss, params, optimizer, steps, observe, every, batches, key, time_step):
+    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    first = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], observe(params))
+    state, rest = _advance(state, loss, optimizer, steps, observe, every, batches, key)
+    ys = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, rest)
+    ts = _times(record_steps(steps, every), time_step, params)
+    return state.params, Trajectory(ts, ys, all_finite(ys) & all_finite(state.params))
+
+
+def record_steps(steps: int, every: int) -> np.ndarray:
+    """The steps at which `train` records: 0, every, 2 every, ..., and the last one."""
+    marks = np.arange(0, steps + 1, every)
+    return marks if marks[-1] == steps else np.append(marks, steps)
+
+
+def _times(marks: np.ndarray, time_step: Array, params: PyTree) -> Array:
+    dtype = jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).dtype
+    return jnp.asarray(marks, dtype) * time_step.astype(dtype)
+
+
+def _advance(state, loss, optimizer, steps, observe, every, batches, key):
+    """Take `steps` updates; return the new state and what was observed after every `every` of them and at the end."""
+
+    def update(state, batch):
+        if callable(batches):
+            batch = batches(jax.random.fold_in(key, state.step))
+        gradient = jax.grad(loss)(state.params) if batches is None else jax.grad(loss)(state.params, batch)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
+        return TrainState(optax.apply_updates(state.params, updates), optimizer_state, state.step + 1), None
+
+    def updates_then_record(state, batches_here, count):
+        state, _ = jax.lax.scan(update, state, batches_here, length=count)
+        return state, observe(state.params)
+
+    data = None if callable(batches) else batches
+    whole, left = divmod(steps, every)
+    blocks = jax.tree.map(lambda leaf: leaf[: whole * every].reshape(whole, every, *leaf.shape[1:]), data)
+    state, observed = jax.lax.scan(
+        lambda state, block: updates_then_record(state, block, every), state, blocks, length=whole
+    )
+    if left:
+        tail = jax.tree.map(lambda leaf: leaf[whole * every :], data)
+        state, last = updates_then_record(state, tail, left)
+        observed = jax.tree.map(lambda a, b: jnp.concatenate([a, jnp.asarray(b)[None]]), observed, last)
+    return state, observed
+
+
+_advance_compiled = eqx.filter_jit(_advance)
+
+
+def train_in_chunks(
+    loss: Callable[..., Array],
+    params: PyTree,
+    optimizer: optax.GradientTransformation,
+    *,
+    steps: int,
+    chunk: int,
+    observe: Observe | None = None,
+    every: int = 1,
+    batches: PyTree | Callable[[Array], Any] | None = None,
+    key: Array | None = None,
+    time_step: ArrayLike = 1.0,
+    checkpoints: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[PyTree, Trajectory]:
+    """`train` for long runs: the same updates, `chunk` steps per compiled call, with progress and resume.
+
+    Not itself traceable: it is a Python loop over one compiled program.
+
+    Args:
+        loss: as for `train`, like every argument that is not named here.
+        params: initial parameters.
+        optimizer: an Optax gradient transformation.
+        steps: number of updates.
+        chunk: steps per compiled call, a multiple of `every`.
+        observe: what is recorded.
+        every: steps between two records.
+        batches: batches, or a function of a key.
+        key: PRNG key for a `batches` function.
+        time_step: time that one step stands for.
+        checkpoints: folder of this run's checkpoints. After every chunk the whole state is saved there
+            (the newest two are kept); a run that finds a checkpoint goes on from it and ends with the same
+            numbers as one that was never interrupted.
+        progress: called as `progress(steps_done, steps)` after every chunk.
+
+    Returns:
+        What `train` returns.
+
+    Raises:
+        ValueError: an argument is out of range; the folder holds the run of another model.
+        OSError: the folder cannot be written.
+
+    Example:
+        >>> _, path = train_in_chunks(lambda p: p**2, jnp.array(1.0), optax.sgd(0.25), steps=4, chunk=2)
+        >>> path.ys.tolist()
+        [1.0, 0.5, 0.25, 0.125, 0.0625]
+    """
+    _require_run(steps, every, batches, key)
+    if chunk < 1 or chunk % every:
+        raise ValueError(f"chunk must be a positive multiple of every = {every}, got {chunk}")
+    observe = _identity if observe is None else observe
+    state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    first = jax.tree.map(np.asarray, observe(params))
+    marks = record_steps(steps, every)
+    records = jax.tree.map(lambda leaf: np.zeros((marks.size, *leaf.shape), leaf.dtype), first)
+    _write(records, 0, jax.tree.map(lambda leaf: leaf[None], first))
+
+    store = None if checkpoints is None else _open_checkpoints(Path(checkpoints))
+    try:
+        if store is not None and store.latest is not None:
+            state, records = _restore(store, (state, records))
+        while (done := int(state.step)) < steps:
+            count = min(chunk, steps - done)
+            here = batches
+            if batches is not None and not callable(batches):
+                here = jax.tree.map(lambda leaf, a=done, b=done + count: leaf[a:b], batches)
+            state, observed = _advance_compiled(state, loss, optimizer, count, observe, every, here, key)
+            _write(records, done // every + 1, observed)
+            if store is not None:
+                store.save(done + count, (state, records))
+            if progress is not None:
+                progress(done + count, steps)
+    finally:
+        if store is not None:
+            store.close()
+    ys = jax.tree.map(jnp.asarray, records)
+    ts = _times(marks, jnp.asarray(time_step), params)
+    return state.params, Trajectory(ts, ys, all_finite(ys) & all_finite(state.params))
+
+
+def _write(records: PyTree, start: int, observed: PyTree) -> None:
+    def write(record, leaf):
+        record[start : start + len(leaf)] = leaf
+
+    jax.tree.map(write, records, observed)
+
+
+def _open_checkpoints(folder: Path):
+    import orbax.checkpoint.experimental.v1 as ocp  # takes a second to import; only long runs need it
+
+    policy = ocp.training.preservation_policies.LatestN(2)
+    return ocp.training.Checkpointer(folder.absolute(), preservation_policy=policy)
+
+
+def _restore(store, like: PyTree) -> PyTree:
+    try:
+        state, records = store.load(store.latest.step, like)
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"checkpoints must be the folder of a run with the same model, optimizer and steps, "
+            f"got another one in {store.directory}"
+        ) from error
+    return state, jax.tree.map(np.array, records)
+
+
+def sgd_until(learning_rate: ArrayLike, steps: ArrayLike, momentum: float | None = None):
+    """Gradient descent that stands still after `steps` steps, both of which may be traced.
+
+    With it one compiled program trains lanes of different learning rates to the same time.
+    """
+    return optax.sgd(lambda count: jnp.where(count < steps, learning_rate, 0), momentum=momentum)
+
+
+def train_at_rates(
+    loss: Callable[..., Array],
+    params: PyTree,
+    substeps: tuple[int, ...],
+    *,
+    horizon: float,
+    points: int,
+    observe: Observe | None = None,
+) -> tuple[Array, Trajectory]:
+    """Gradient descent at several learning rates to the same time, recorded at the same times.
+
+    Lane i takes `substeps[i]` steps between two records, so its learning rate is
+    `horizon / (points * substeps[i])`. All lanes are one `vmap` of `train`: this is what
+    `sims.compare.convergence_order` is fed with.
+
+    Args:
+        loss: scalar `loss(params)`.
+        params: parameters.
+        substeps: steps between two records, one number per lane.
+        horizon: time at which all lanes end.
+        points: number of records after the first.
+        observe: what is recorded; the parameters where None.
+
+    Returns:
+        The learning rates (L,) and a `Trajectory` with `ts` (L, points + 1) and leaves (L, points + 1, ...).
+
+    Example:
+        >>> rates, path = train_at_rates(lambda p: p**2, jnp.array(1.0), (1, 10), horizon=1.0, points=5)
+        >>> path.ys.shape
+        (2, 6)
+    """
+    dtype = jnp.result_type(*jax.tree.leaves(params))
+    counts = jnp.asarray(substeps)
+    rates = jnp.asarray(horizon / (points * np.asarray(substeps)), dtype)
+    return rates, _train_lanes(loss, params, counts, rates, points, points * max(substeps), observe)
+
+
+@eqx.filter_jit
+def _train_lanes(loss, params, counts, rates, points, steps, observe):
+    def lane(count, rate):
+        optimizer = sgd_until(rate, points * count)
+        _, path = train(loss, params, optimizer, steps=steps, observe=observe, time_step=rate)
+        keep = jnp.arange(points + 1) * count
+        return jax.tree.map(lambda leaf: leaf[keep], (path.ts, path.ys)), path.ok
+
+    (ts, ys), ok = jax.vmap(lane)(counts, rates)
+    return Trajectory(ts, ys, ok)

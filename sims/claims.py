@@ -1,0 +1,132 @@
+"""Claims: what a document states, set against what was measured, with a verdict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+Relation = Literal["equals", "at most", "at least", "slope", "all of"]
+Form = Literal["stated", "corrected", "qualified", "quoted"]
+Preset = Literal["quick", "standard", "paper"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One number against another.
+
+    Attributes:
+        label: what is measured.
+        relation: `equals` and `slope`: measured within `tolerance` of predicted; `at most` and `at least`:
+            measured on that side of predicted, up to `tolerance`; `all of`: measured cases out of predicted
+            ones, no more than `tolerance` of them missing.
+        predicted: the number that the statement gives.
+        measured: the number that was found.
+        tolerance: fixed before the run; its reason belongs in a comment beside it.
+    """
+
+    label: str
+    relation: Relation
+    predicted: float
+    measured: float
+    tolerance: float = 0.0
+
+    def __post_init__(self):
+        if self.relation not in get_args(Relation):
+            raise ValueError(f"relation must be one of {get_args(Relation)}, got {self.relation!r}")
+        for name in ("predicted", "measured", "tolerance"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        if not self.tolerance >= 0:
+            raise ValueError(f"tolerance must be >= 0, got {self.tolerance}")
+
+    @property
+    def holds(self) -> bool:
+        """Whether the relation holds; a measured NaN never does."""
+        if math.isnan(self.measured):
+            return False
+        if self.relation == "at most":
+            return self.measured <= self.predicted + self.tolerance
+        if self.relation in ("at least", "all of"):
+            return self.measured >= self.predicted - self.tolerance
+        return abs(self.measured - self.predicted) <= self.tolerance
+
+    def __str__(self) -> str:
+        spread = f" ± {self.tolerance:.3g}" if self.tolerance else ""
+        return f"{self.label}: {self.measured:.4g} ({self.relation} {self.predicted:.4g}{spread})"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of a document with the checks that decide it.
+
+    Attributes:
+        id: `<theory>.<experiment>/<name>`.
+        statement: what is claimed, in one sentence; for `qualified` it ends with the condition.
+        source: a key of references.bib and the place, such as "tian2024joma, Theorem 2".
+        form: `stated`: checked as printed. `corrected`: the printed form fails (its checks come first,
+            `printed` of them, and at least one must fail) and the corrected one holds. `qualified`: true under
+            `condition`, with checks on both sides of it. `quoted`: the figure is quoted, never tested.
+        checks: the checks.
+        condition: for `qualified`: the condition, as in "holds if <condition>".
+        printed: for `corrected`: how many of the first checks are of the printed form.
+        preset: the smallest preset at which the tolerances bind.
+    """
+
+    id: str
+    statement: str
+    source: str
+    form: Form
+    checks: Sequence[Check] = ()
+    condition: str = ""
+    printed: int = 1
+    preset: Preset = "quick"
+
+    def __post_init__(self):
+        object.__setattr__(self, "checks", tuple(self.checks))
+        if self.form not in get_args(Form):
+            raise ValueError(f"form must be one of {get_args(Form)}, got {self.form!r}")
+        least = {"stated": 1, "corrected": self.printed + 1, "qualified": 2, "quoted": 0}[self.form]
+        if len(self.checks) < least:
+            raise ValueError(
+                f"checks must be at least {least} for a {self.form} claim, got {len(self.checks)}"
+            )
+        if (self.form == "qualified") != bool(self.condition):
+            raise ValueError("condition must be given for a qualified claim, and only there")
+
+    @property
+    def verdict(self) -> str:
+        """`holds`, `holds corrected`, `holds if ...`, `quoted` or `fails`."""
+        if self.form == "quoted":
+            return "quoted"
+        if self.form == "corrected":
+            printed, mended = self.checks[: self.printed], self.checks[self.printed :]
+            # A NaN is no evidence against the printed form.
+            measured = all(not math.isnan(check.measured) for check in printed)
+            refuted = measured and not all(check.holds for check in printed)
+            return "holds corrected" if refuted and all(check.holds for check in mended) else "fails"
+        if not all(check.holds for check in self.checks):
+            return "fails"
+        return f"holds if {self.condition}" if self.form == "qualified" else "holds"
+
+    def at(self, preset: Preset) -> str:
+        """The verdict as seen from a run at a preset: a claim that wants a larger one says so."""
+        order = get_args(Preset)
+        if self.form != "quoted" and order.index(preset) < order.index(self.preset):
+            return f"needs --preset {self.preset}"
+        return self.verdict
+
+
+def to_json(claim: Claim) -> dict[str, Any]:
+    """A claim as plain data, its verdict and the state of each check included."""
+    checks = [{**asdict(check), "holds": check.holds} for check in claim.checks]
+    return {**asdict(claim), "checks": checks, "verdict": claim.verdict}
+
+
+def from_json(data: dict[str, Any]) -> Claim:
+    """The claim that `to_json` wrote."""
+    fields = {name: data[name] for name in Claim.__dataclass_fields__ if name != "checks"}
+    checks = tuple(
+        Check(**{name: check[name] for name in Check.__dataclass_fields__}) for check in data["checks"]
+    )
+    return Claim(**fields, checks=checks)

@@ -1,0 +1,141 @@
+"""Comparison: how far a trained trajectory is from a theory's, and at which rate the gap closes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from dynamics.flow import ArrayLike, Trajectory
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Errors between two trajectories at every time; all arrays have shape (T,).
+
+    All four are kept because each hides what another shows: a correlation of 0.99 goes together with a
+    seven-fold error of amplitude.
+
+    Attributes:
+        ts: the common times.
+        relative_l2: |trained - theory| / |theory|, Euclidean norms over all coordinates.
+        max_abs: largest absolute difference of a coordinate.
+        correlation: Pearson correlation over the coordinates; NaN where either does not vary.
+        amplitude_ratio: |trained| / |theory|.
+    """
+
+    ts: np.ndarray
+    relative_l2: np.ndarray
+    max_abs: np.ndarray
+    correlation: np.ndarray
+    amplitude_ratio: np.ndarray
+
+    @property
+    def gap(self) -> float:
+        """The largest absolute difference over all times and coordinates."""
+        return float(np.max(self.max_abs))
+
+    def __str__(self) -> str:
+        return (
+            f"largest gap {self.gap:.3g}; at the end: relative L2 {self.relative_l2[-1]:.3g}, "
+            f"correlation {self.correlation[-1]:.6f}, amplitude ratio {self.amplitude_ratio[-1]:.6f}"
+        )
+
+
+def compare(theory: Trajectory, trained: Trajectory) -> Comparison:
+    """Compare two trajectories with the same times and the same coordinates.
+
+    Args:
+        theory: what was predicted.
+        trained: what a network did, brought into the theory's coordinates by `observe`.
+
+    Returns:
+        A `Comparison`.
+
+    Raises:
+        ValueError: the times or the coordinates differ, or a trajectory is not ok.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> path = Trajectory(jnp.arange(3.0), jnp.ones((3, 2)), jnp.asarray(True))
+        >>> compare(path, path).gap
+        0.0
+    """
+    for name, path in (("theory", theory), ("trained", trained)):
+        if not bool(np.all(path.ok)):
+            raise ValueError(f"{name} must be ok, got a trajectory that failed")
+    ts = np.asarray(theory.ts)
+    other = np.asarray(trained.ts)
+    if ts.ndim != 1 or ts.shape != other.shape or not np.allclose(ts, other, rtol=1e-5, atol=1e-12):
+        raise ValueError(
+            f"trained must have the times of theory, got {other.shape} times and {ts.shape}; "
+            "integrate the theory at trained.ts"
+        )
+    a, b = _flatten(theory), _flatten(trained)
+    if a.shape != b.shape:
+        raise ValueError(f"trained must have the coordinates of theory, got {b.shape} and {a.shape}")
+    with np.errstate(divide="ignore", invalid="ignore"):
+        norm_a, norm_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+        da, db = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)
+        correlation = np.sum(da * db, axis=1) / (np.linalg.norm(da, axis=1) * np.linalg.norm(db, axis=1))
+        relative = np.linalg.norm(b - a, axis=1) / norm_a
+    return Comparison(ts, relative, np.max(np.abs(b - a), axis=1), correlation, norm_b / norm_a)
+
+
+def _flatten(path: Trajectory) -> np.ndarray:
+    """All coordinates side by side: shape (T, number of coordinates)."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(path.ys)]
+    return np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
+
+
+class Fit(NamedTuple):
+    """A straight-line fit: slope with its standard error, intercept and R^2."""
+
+    slope: float
+    stderr: float
+    intercept: float
+    r2: float
+
+
+def fit_line(x: ArrayLike, y: ArrayLike) -> Fit:
+    """Least-squares line through the points (x, y).
+
+    Example:
+        >>> fit_line([0, 1, 2], [1, 3, 5]).slope
+        2.0
+    """
+    from scipy.stats import linregress
+
+    line = linregress(np.asarray(x, float), np.asarray(y, float))
+    return Fit(float(line.slope), float(line.stderr), float(line.intercept), float(line.rvalue**2))
+
+
+def convergence_order(scales: ArrayLike, errors: ArrayLike) -> Fit:
+    """Order at which errors fall with a scale (a learning rate, 1/T, ...): the slope of log error on log scale.
+
+    Gradient descent follows its flow at order one in the learning rate. A theory with a wrong factor
+    leaves errors that do not fall, and an order near zero: the strongest single test of a pair.
+
+    Args:
+        scales: positive scales, shape (L,), at least two.
+        errors: positive errors, shape (L,).
+
+    Returns:
+        A `Fit` whose slope is the order.
+
+    Raises:
+        ValueError: fewer than two points, or a scale or error that is not positive and finite.
+
+    Example:
+        >>> round(convergence_order([0.1, 0.01], [2e-3, 2e-4]).slope, 9)
+        1.0
+    """
+    x, y = np.asarray(scales, float), np.asarray(errors, float)
+    if x.ndim != 1 or x.shape != y.shape or x.size < 2:
+        raise ValueError(f"scales and errors must have one shape (L,), L >= 2, got {x.shape} and {y.shape}")
+    for name, values in (("scales", x), ("errors", y)):
+        if not np.all(np.isfinite(values) & (values > 0)):
+            raise ValueError(f"{name} must be positive and finite, got {values}")
+    return fit_line(np.log(x), np.log(y))

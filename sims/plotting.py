@@ -1,0 +1,54 @@
+"""Plotting: one style, and the few pieces that figures of several theories share.
+
+Functions draw on an Axes and return it. Nothing here opens a window or keeps global state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Theory lies over the trained curve as thin black dashes: where the two agree, both can be seen.
+THEORY: dict[str, Any] = {"color": "black", "linestyle": (0, (4, 3)), "linewidth": 1.1, "zorder": 5}
+TRAINED: dict[str, Any] = {"linewidth": 2.4, "alpha": 0.85}
+PRINTED: dict[str, Any] = {"color": "0.45", "linestyle": ":", "linewidth": 1.6}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The project's matplotlib style, for the time of a `with` block."""
+    with matplotlib.rc_context():
+        matplotlib.style.use(Path(__file__).with_name("dynascope.mplstyle"))
+        yield
+
+
+def new_figure(
+    rows: int = 1, columns: int = 1, width: float = 4.2, height: float = 3.4
+) -> tuple[Figure, Any]:
+    """A figure of panels, each `width` by `height` inches, and its array of Axes (rows, columns)."""
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def reference_slope(ax: Axes, x: np.ndarray, y: np.ndarray, slope: float, label: str) -> Axes:
+    """Draw the power law of a given slope through the first of the points, on logarithmic axes."""
+    ax.plot(x, y[0] * (np.asarray(x) / x[0]) ** slope, label=label, **THEORY)
+    return ax
+
+
+def theory_and_trained(
+    ax: Axes, ts: np.ndarray, theory: np.ndarray, trained: np.ndarray, labels: list[str]
+) -> Axes:
+    """Draw coordinates over time, (T, n) each: trained in colour, theory dashed over it."""
+    for index, label in enumerate(labels):
+        ax.plot(ts, trained[:, index], color=f"C{index}", label=label, **TRAINED)
+    lines = ax.plot(ts, theory, **THEORY)
+    lines[0].set_label("theory")
+    return ax

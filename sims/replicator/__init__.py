@@ -1,0 +1,1 @@
+"""Replicator dynamics of softmax attention."""

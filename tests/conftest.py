@@ -1,0 +1,14 @@
+"""Strict settings for the whole suite: 64-bit, no silent rank promotion, warnings are errors."""
+
+from sims.startup import configure_jax, set_xla_flags
+
+set_xla_flags()
+
+import jax  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+configure_jax(x64=True)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Compiling makes the first example of a property slow.
+settings.register_profile("dynascope", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("dynascope")
