@@ -31,9 +31,10 @@ class Trajectory:
     Under `vmap` all three carry the mapped axes in front.
     """
 
-    ts: Float[Array, "*batch T"]
+    # Arrays, except while JAX takes the pytree apart: a shape annotation would be checked then too.
+    ts: Array | Any
     ys: PyTree
-    ok: Bool[Array, "*batch"]
+    ok: Array | Any
 
 
 def is_traced(*trees: PyTree) -> bool:

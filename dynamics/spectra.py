@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 
 def stable_rank(A: Float[Array, "*batch m n"]) -> Float[Array, "*batch"]:
-    r"""Stable rank: squared Frobenius norm over squared spectral norm, between 1 and the rank; 0 for a zero matrix.
+    r"""Stable rank |A|_F^2 / |A|_2^2: between 1 and the rank; 0 for a zero matrix.
 
     Source: vershynin2018, section 7.6.
 

@@ -89,9 +89,7 @@ def _require_run(steps: int, every: int, batches: Any, key: Array | None) -> Non
     if batches is not None and not callable(batches):
         lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
         if lengths != {(steps,)}:
-            raise ValueError(
-                f"batches must have a leading axis of {steps} steps on every leaf, got {lengths}"
-            )
+            raise ValueError(f"batches must have a leading axis of length steps = {steps}, got {lengths}")
 
 
 @eqx.filter_jit
@@ -116,7 +114,7 @@ def _times(marks: np.ndarray, time_step: Array, params: PyTree) -> Array:
 
 
 def _advance(state, loss, optimizer, steps, observe, every, batches, key):
-    """Take `steps` updates; return the new state and what was observed after every `every` of them and at the end."""
+    """Take `steps` updates; return the new state and what was observed after every `every` and at the end."""
 
     def update(state, batch):
         if callable(batches):

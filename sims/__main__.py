@@ -5,18 +5,29 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
-from collections.abc import Callable, Sequence
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, TimeElapsedColumn
+from rich.table import Table
 
+from sims import startup
 from sims.claims import Preset
 
 if TYPE_CHECKING:
-    pass
+    from sims.results import Saved
 
 HELP = """usage: python -m sims COMMAND ...
 
@@ -62,7 +73,7 @@ def available() -> dict[str, str]:
 
 
 def resolve(names: Sequence[str]) -> list[str]:
-    """Full names of simulations from names, theories and `all`; `UsageError` suggests the nearest to an unknown."""
+    """Full names of simulations from names, theories and `all`; an unknown one is told its nearest."""
     known = list(available())
     theories = sorted({name.split(".")[0] for name in known})
     chosen: list[str] = []
@@ -85,38 +96,176 @@ def load_sim(name: str) -> ModuleType:
     return importlib.import_module(f"sims.{name}")
 
 
-def parse(command: str, names: list[str], arguments: list[str]) -> tuple[Options, Callable[[str], Any]]:
-    """Options, and the configuration of each simulation: the preset's, changed by flags where one is named."""
+def parse(command: str, names: list[str], arguments: list[str]) -> tuple[Options, Any]:
+    """Options, and the configuration where one simulation is named: the preset's, changed by flags."""
     prog = f"python -m sims {command} {' '.join(names) or '[NAME...]'}"
     if len(names) != 1:
-        options = tyro.cli(Options, args=arguments, prog=prog, description="Options of every simulation.")
-        return options, lambda name: load_sim(name).PRESETS[options.preset]
+        description = "Options of every simulation; name a single one to see and set its own too."
+        return tyro.cli(Options, args=arguments, prog=prog, description=description), None
     sim = load_sim(names[0])
-    shown = [argument for argument in arguments if argument not in ("-h", "--help")]
-    preset = tyro.cli(Options, args=shown, return_unknown_args=True, prog=prog)[0].preset
+    plain = [argument for argument in arguments if argument not in ("-h", "--help")]
+    preset = tyro.cli(Options, args=plain, return_unknown_args=True, prog=prog)[0].preset
 
-    def both(
-        options: Annotated[Options, tyro.conf.arg(name="")], config: Annotated[Any, tyro.conf.arg(name="")]
-    ) -> tuple[Options, Any]:
-        return options, config
-
-    both.__annotations__["config"] = Annotated[sim.Config, tyro.conf.arg(name="")]
-    default = sim.PRESETS[preset]
-    description = f"{sim.__doc__}\n\nDefaults are those of --preset {preset}."
-    options, config = (
-        tyro.cli(both, args=arguments, prog=prog, description=description, default=None)
-        if False
-        else _parse_both(sim, default, arguments, prog, description)
-    )
-    return options, lambda name: config
-
-
-def _parse_both(sim: ModuleType, default: Any, arguments: list[str], prog: str, description: str):
-    def both(options: Any = Options(), config: Any = default) -> tuple[Options, Any]:
+    def both(options: Any, config: Any) -> tuple[Options, Any]:
         return options, config
 
     both.__annotations__ = {
         "options": tyro.conf.OmitArgPrefixes[Options],
         "config": tyro.conf.OmitArgPrefixes[sim.Config],
     }
+    both.__defaults__ = (Options(), sim.PRESETS[preset])
+    description = f"{sim.__doc__}\n\nDefaults are those of --preset {preset}."
     return tyro.cli(both, args=arguments, prog=prog, description=description)
+
+
+def execute(
+    names: Sequence[str], options: Options, config: Any = None, *, out: Path | None, console: Console
+) -> list[Saved]:
+    """Run simulations one after the other; with a folder, save each and draw its figure at once."""
+    from sims import plotting, results
+
+    if out is not None:
+        _require_writable(out)
+    data_dir = options.data_dir or (Path(value) if (value := os.environ.get("DYNASCOPE_DATA")) else None)
+    if data_dir is not None and not data_dir.is_dir():
+        raise UsageError(f"data_dir must be a folder, got {data_dir}")
+    done = []
+    for name in names:
+        sim = load_sim(name)
+        chosen = sim.PRESETS[options.preset] if config is None else config
+        started = time.perf_counter()
+        with _progress(console, name) as report:
+            context = results.Context(options.seed, options.preset, data_dir, report)
+            result = sim.run(chosen, context)
+            seconds = time.perf_counter() - started
+            saved = results.to_saved(name, chosen, context, result, seconds)
+            if out is not None:
+                report("saving and drawing", 1.0)
+                results.save(saved, out)
+                with plotting.style():
+                    figure = sim.figure(saved)
+                    results.write_whole(out / f"{name}.png", figure.savefig)
+        verdicts = [claim.at(options.preset) for claim in saved.claims]
+        failing = verdicts.count("fails")
+        state = f"[red]{failing} fail[/red]" if failing else "none fails"
+        console.print(f"{name}: {seconds:.1f} s, {len(verdicts)} claims, {state}", highlight=False)
+        done.append(saved)
+    return done
+
+
+def _require_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise UsageError(f"out must be a folder that can be written, got {out} ({error.strerror})") from None
+
+
+@contextmanager
+def _progress(console: Console, name: str) -> Iterator[Callable[[str, float], None]]:
+    """A progress bar on a terminal, plain lines elsewhere."""
+    if console.is_terminal:
+        with Progress(
+            *Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True
+        ) as bar:
+            task = bar.add_task(name, total=1.0)
+            yield lambda label, fraction: bar.update(task, completed=fraction, description=f"{name}: {label}")
+        return
+    last: list[str] = []
+
+    def report(label: str, fraction: float) -> None:
+        if last != [label]:
+            last[:] = [label]
+            console.print(f"{name}: {label} ({fraction:.0%})", highlight=False)
+
+    yield report
+
+
+def claims_table(done: Sequence[Saved]) -> Table:
+    """The claims with their verdicts and the numbers behind them."""
+    table = Table(title="Claims", title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("claim", "verdict", "statement and checks"):
+        table.add_column(heading, overflow="fold")
+    for saved in done:
+        for claim in saved.claims:
+            verdict = claim.at(saved.record["preset"])
+            colour = "red" if verdict == "fails" else "yellow" if verdict.startswith("needs") else "green"
+            marks = (f"  {'✓' if check.holds else '✗'} {check}" for check in claim.checks)
+            text = "\n".join([claim.statement, *marks])
+            table.add_row(escape(claim.id), f"[{colour}]{escape(verdict)}[/]", escape(text))
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 1 when a claim fails in `verify`, 2 for a mistake."""
+    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    console = Console(soft_wrap=False)
+    try:
+        if command in ("-h", "--help"):
+            print(HELP, end="")
+            return 0
+        if command == "list":
+            return _list(rest)
+        if command not in ("run", "verify"):
+            near = difflib.get_close_matches(command, ["list", "run", "verify"], n=1)
+            raise UsageError(
+                f"unknown command {command!r}; " + (f"did you mean {near[0]!r}?" if near else "see --help")
+            )
+        first_flag = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
+        names, flags = rest[:first_flag], rest[first_flag:]
+        wants_help = "-h" in flags or "--help" in flags
+        if not names and command == "run" and not wants_help:
+            raise UsageError("run needs a name (`python -m sims list` shows all; `all` runs all)")
+        chosen = resolve(names)
+        startup.set_xla_flags()
+        options, config = parse(command, chosen, flags)
+        return _run(command, chosen or resolve(["all"]), options, config, console)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, RuntimeError, ValueError) as error:
+        if os.environ.get("DYNASCOPE_TRACEBACK"):
+            raise
+        first = str(error).strip().split("\n")[0]
+        print(f"error: {first} (DYNASCOPE_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 2
+
+
+def _list(rest: list[str]) -> int:
+    if rest and rest[0] not in ("-h", "--help"):
+        raise UsageError(f"list takes no arguments, got {rest[0]!r}")
+    if rest:
+        print("usage: python -m sims list\n\nThe simulations by name, one line each.")
+        return 0
+    sims = available()
+    width = max(map(len, sims))
+    for name, line in sims.items():
+        print(f"{name:<{width}}  {line}")
+    return 0
+
+
+def _run(command: str, names: list[str], options: Options, config: Any, console: Console) -> int:
+    startup.configure_jax(options.x64)
+    out = options.out
+    if out is None and command == "run":
+        out = Path("figures") / options.preset
+    done = execute(names, options, config, out=out, console=console)
+    console.print(claims_table(done))
+    verdicts = [claim.at(options.preset) for saved in done for claim in saved.claims]
+    print(f"{len(verdicts)} claims: " + ", ".join(f"{n} {v}" for v, n in _tally(verdicts)))
+    if out is not None:
+        from sims.ledger import write_page
+
+        page = write_page(out)
+        print(f"figures, numbers and the page that shows them: {page}")
+    return int(command == "verify" and "fails" in verdicts)
+
+
+def _tally(verdicts: list[str]) -> list[tuple[str, int]]:
+    kinds = [verdict.split(" if ")[0] + (" if ..." if " if " in verdict else "") for verdict in verdicts]
+    return [(kind, kinds.count(kind)) for kind in dict.fromkeys(kinds)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

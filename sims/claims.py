@@ -65,8 +65,8 @@ class Claim:
         statement: what is claimed, in one sentence; for `qualified` it ends with the condition.
         source: a key of references.bib and the place, such as "tian2024joma, Theorem 2".
         form: `stated`: checked as printed. `corrected`: the printed form fails (its checks come first,
-            `printed` of them, and at least one must fail) and the corrected one holds. `qualified`: true under
-            `condition`, with checks on both sides of it. `quoted`: the figure is quoted, never tested.
+            `printed` of them, and at least one must fail) and the corrected one holds. `qualified`: true
+            under `condition`, with checks on both sides of it. `quoted`: quoted, never tested.
         checks: the checks.
         condition: for `qualified`: the condition, as in "holds if <condition>".
         printed: for `corrected`: how many of the first checks are of the printed form.
@@ -88,9 +88,7 @@ class Claim:
             raise ValueError(f"form must be one of {get_args(Form)}, got {self.form!r}")
         least = {"stated": 1, "corrected": self.printed + 1, "qualified": 2, "quoted": 0}[self.form]
         if len(self.checks) < least:
-            raise ValueError(
-                f"checks must be at least {least} for a {self.form} claim, got {len(self.checks)}"
-            )
+            raise ValueError(f"checks must be >= {least} for a {self.form} claim, got {len(self.checks)}")
         if (self.form == "qualified") != bool(self.condition):
             raise ValueError("condition must be given for a qualified claim, and only there")
 

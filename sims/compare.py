@@ -113,7 +113,7 @@ def fit_line(x: ArrayLike, y: ArrayLike) -> Fit:
 
 
 def convergence_order(scales: ArrayLike, errors: ArrayLike) -> Fit:
-    """Order at which errors fall with a scale (a learning rate, 1/T, ...): the slope of log error on log scale.
+    """Order at which errors fall with a scale (a learning rate, 1/T, ...): the log-log slope.
 
     Gradient descent follows its flow at order one in the learning rate. A theory with a wrong factor
     leaves errors that do not fall, and an order near zero: the strongest single test of a pair.

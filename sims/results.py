@@ -178,16 +178,15 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this file belongs to, marked when it was changed; None for an installed copy."""
+    """The commit of this checkout, marked when it was changed; None for an installed copy."""
     here = Path(__file__).resolve().parent.parent
     if not (here / ".git").exists():
         return None
     try:
-        git = ["git", "-C", str(here)]
-        head = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        head, status = (
+            subprocess.run(["git", "-C", here, *command], capture_output=True, text=True, check=True).stdout
+            for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain"])
         )
-        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+    return head.strip() + ("+changes" if status.strip() else "")
