@@ -1,0 +1,1 @@
+"""Replicator dynamics, classical and as softmax attention follows it under gradient descent."""
