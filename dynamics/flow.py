@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, PyTree
 
 VectorField = Callable[[Any, Any, Any], Any]
@@ -39,7 +40,7 @@ class Trajectory:
 
 def is_traced(*trees: PyTree) -> bool:
     """Whether any leaf is a JAX tracer, whose value cannot be looked at."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
 
 
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
@@ -127,7 +128,7 @@ def integrate(
     if not is_traced(y0) and not all(np.all(np.isfinite(np.asarray(leaf))) for leaf in leaves):
         raise ValueError("y0 must be finite, got NaN or infinity")
     for name, tolerance in (("rtol", rtol), ("atol", atol)):
-        if not is_traced(tolerance) and not float(tolerance) >= 0:
+        if not is_traced(tolerance) and not float(np.asarray(tolerance)) >= 0:
             raise ValueError(f"{name} must be a number >= 0, got {tolerance}")
     if max_steps < 1:
         raise ValueError(f"max_steps must be a positive integer, got {max_steps}")
@@ -173,7 +174,7 @@ def _solve(field, y0, ts, args, solver, rtol, atol, max_steps, adjoint):
         atol=atol,
         # Where the field is NaN the controller shrinks the step for ever; this ends it. It is far below
         # any step that a finite field asks for.
-        dtmin=jnp.finfo(ts.dtype).tiny * 1e4,
+        dtmin=1e4 * float(jnp.finfo(ts.dtype).tiny),
         force_dtmin=False,
     )
     solution = diffrax.diffeqsolve(
@@ -192,7 +193,7 @@ def _solve(field, y0, ts, args, solver, rtol, atol, max_steps, adjoint):
     )
     ended = diffrax.is_okay(solution.result) & good
     # Entries that were never saved hold infinity, which looks like data.
-    saved = jnp.isfinite(solution.ts) & good
+    saved = jnp.isfinite(jnp.asarray(solution.ts)) & good
     ys = jax.tree.map(
         lambda leaf: jnp.where(jnp.expand_dims(saved, range(1, leaf.ndim)), leaf, jnp.nan), solution.ys
     )

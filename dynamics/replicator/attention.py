@@ -1,0 +1,256 @@
+"""How softmax attention moves under gradient flow: a replicator equation with the softmax Jacobian twice.
+
+The model is f(X) = <X v, softmax(K p)> with keys K = X W; a loss of the attention row x = softmax(K p) has
+the gradient g(x). One Jacobian J(x) = diag(x) - x x^T comes from the chain rule for p, the other from dx/dp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optimistix
+from jaxtyping import Array, Float
+
+from dynamics.flow import ArrayLike, Trajectory, as_inexact, integrate, is_traced
+
+# From a point of the simplex (n,) to the gradient of the loss there, (n,).
+Gradient = Callable[[Array], Array]
+
+
+def softmax_jacobian_product(
+    x: Float[Array, "*batch n"], g: Float[Array, "*batch n"]
+) -> Float[Array, "*batch n"]:
+    r"""J(x) g = x * (g - <x, g>) along the last axis, without forming J(x) = diag(x) - x x^T.
+
+    Example:
+        >>> softmax_jacobian_product(jnp.array([0.5, 0.5]), jnp.array([1.0, 0.0])).tolist()
+        [0.25, -0.25]
+    """
+    return x * (g - jnp.sum(x * g, axis=-1, keepdims=True))
+
+
+def softmax_flow(
+    gradient: Gradient, z0: ArrayLike, ts: ArrayLike, key_scale: ArrayLike = 1.0, **options: Any
+) -> Trajectory:
+    r"""Gradient flow of a prompt, seen in one row of logits: dz/dt = -k J(x) g(x), x = softmax(z).
+
+    In x it reads dx/dt = -k J(x)^2 g(x), the replicator equation with fitness F = -k J(x) g(x). It is
+    exact for keys with K_i K_j^T = k delta_ij I, up to a vector added to all keys of a sample. The sum of
+    the logits is conserved, and the loss falls at the rate k |J g|^2.
+
+    Args:
+        gradient: gradient of the loss in x: a function from the simplex point (n,) to (n,). It is static:
+            hand in the same object (or a `jax.tree_util.Partial` with its data) to compile once.
+        z0: logits at ts[0], shape (n,).
+        ts: times that increase strictly, shape (T,).
+        key_scale: k, the squared length of the orthogonal keys.
+        **options: options of `dynamics.flow.integrate`. For horizons far beyond 1 / min(x)^2 take
+            `solver=diffrax.Kvaerno5()` and logarithmic times.
+
+    Returns:
+        A `Trajectory` with `ys` = logits, shape (T, n).
+
+    Raises:
+        ValueError: `z0` has the wrong shape or is not finite, `gradient` returns another shape.
+        RuntimeError: the solve failed.
+
+    Source: softmax2025talk, gradient flow of the attention vectors.
+
+    Example:
+        >>> path = softmax_flow(lambda x: jnp.array([0.0, 1.0]), [0.0, 0.0], [0.0, 1.0])
+        >>> float(path.ys[-1, 1] - path.ys[-1, 0]).__round__(8)  # u + sinh u = -t
+        -0.49007307
+    """
+    z0 = _require_logits(gradient, z0, ndim=1)
+    return integrate(_softmax_field, z0, ts, (gradient, jnp.asarray(key_scale, z0.dtype)), **options)
+
+
+def natural_gradient_flow(
+    gradient: Gradient, z0: ArrayLike, ts: ArrayLike, scale: ArrayLike = 1.0, **options: Any
+) -> Trajectory:
+    r"""Natural-gradient flow of the same loss: dx/dt = -s J(x) g(x), one Jacobian: replicator with F = -s g.
+
+    In logits dz/dt = -s (g - mean(g)): J(x) is the Fisher matrix of softmax, and the simplex with the
+    Shahshahani metric diag(1/x) has J(x) g as its gradient.
+
+    Args:
+        gradient: gradient of the loss in x, from (n,) to (n,); static.
+        z0: logits at ts[0], shape (n,).
+        ts: times, shape (T,).
+        scale: s.
+        **options: options of `dynamics.flow.integrate`.
+
+    Returns:
+        A `Trajectory` with `ys` = logits, shape (T, n).
+
+    Raises:
+        ValueError: `z0` has the wrong shape or is not finite, `gradient` returns another shape.
+        RuntimeError: the solve failed.
+
+    Source: amari1998, section 2; hofbauer1998, section 19.5.
+
+    Example:
+        >>> path = natural_gradient_flow(lambda x: jnp.array([0.0, 1.0]), [0.0, 0.0], [0.0, 1.0])
+        >>> float(path.ys[-1, 1] - path.ys[-1, 0]).__round__(8)
+        -1.0
+    """
+    z0 = _require_logits(gradient, z0, ndim=1)
+    return integrate(_natural_gradient_field, z0, ts, (gradient, jnp.asarray(scale, z0.dtype)), **options)
+
+
+def coupled_flow(
+    gradient: Gradient, z0: ArrayLike, gram: ArrayLike, ts: ArrayLike, **options: Any
+) -> Trajectory:
+    r"""Gradient flow of one prompt seen in all N attention rows, for any keys; the prompt itself is gone.
+
+    dz_i/dt = -sum_j K_i K_j^T J(x_j) g_j(x), x_j = softmax(z_j). A network trained by gradient descent
+    converges to it whatever its keys; for orthogonal keys it falls apart into N copies of `softmax_flow`.
+
+    Args:
+        gradient: from all attention rows (N, n) to the gradient of the loss in each, (N, n); static.
+        z0: logits at ts[0], shape (N, n).
+        gram: inner products of the keys, shape (N, n, N, n): gram[i, a, j, b] = K_ia . K_jb.
+        ts: times, shape (T,).
+        **options: options of `dynamics.flow.integrate`.
+
+    Returns:
+        A `Trajectory` with `ys` = logits, shape (T, N, n).
+
+    Raises:
+        ValueError: a shape does not fit or a number is not finite.
+        RuntimeError: the solve failed.
+
+    Source: softmax2025talk, dynamics of the attention vectors before the assumption of orthogonal keys.
+
+    Example:
+        >>> keys = jnp.ones((1, 2, 3)).at[0, 1].set(0.0)
+        >>> gram = jnp.einsum("iad,jbd->iajb", keys, keys)
+        >>> coupled_flow(lambda x: x, [[0.0, 0.0]], gram, [0.0, 1.0]).ys.shape
+        (2, 1, 2)
+    """
+    z0 = _require_logits(gradient, z0, ndim=2)
+    gram = jnp.asarray(gram, z0.dtype)
+    if gram.shape != (*z0.shape, *z0.shape):
+        raise ValueError(f"gram must have shape {(*z0.shape, *z0.shape)}, got shape {gram.shape}")
+    return integrate(_coupled_field, z0, ts, (gradient, gram), **options)
+
+
+def two_token_solution(
+    ts: ArrayLike, gap: ArrayLike, key_scale: ArrayLike = 1.0, u0: ArrayLike = 0.0
+) -> Float[Array, " T"]:
+    r"""Closed form of `softmax_flow` for two tokens and constant gradient (0, D).
+
+    u = z_2 - z_1 solves u + sinh u = u0 + sinh u0 - k D t. The losing token falls like 1 / (2 k D t):
+    algebraically, where the natural gradient's falls exponentially, u = u0 - D t.
+
+    Args:
+        ts: times, shape (T,).
+        gap: D, how much worse the second token is.
+        key_scale: k.
+        u0: u at time 0.
+
+    Returns:
+        u at the times, shape (T,).
+
+    Example:
+        >>> two_token_solution([10.0], gap=1.0).round(8).tolist()
+        [-2.68739012]
+    """
+    ts = as_inexact(ts)
+    gap, key_scale, u0 = (jnp.asarray(number, ts.dtype) for number in (gap, key_scale, u0))
+    target = u0 + jnp.sinh(u0) - key_scale * gap * ts
+    epsilon = float(jnp.finfo(ts.dtype).eps)
+    newton = optimistix.Newton(rtol=8 * epsilon, atol=8 * epsilon)
+
+    def root(c):
+        # asinh(c) lies beyond the root and u + sinh u is convex from there: Newton's steps are monotone.
+        return optimistix.root_find(
+            lambda u, c: u + jnp.sinh(u) - c, newton, jnp.arcsinh(c), args=c, throw=False
+        ).value
+
+    return jax.vmap(root)(target)
+
+
+class LinearRate(NamedTuple):
+    """What the over-parametrized theorem promises; see `overparametrized_rate`."""
+
+    hypothesis: Array
+    rate: Array
+    displacement: Array
+
+
+def attention_lipschitz(tokens: Float[Array, "N n d"], keys: Float[Array, "N n d"]) -> Float[Array, ""]:
+    r"""Lipschitz constant of p -> A(p), rows softmax(K_i p)^T X_i: half the root of sum_i |X_i|^2 |K_i|^2.
+
+    Spectral norms; the half is the largest eigenvalue of a softmax Jacobian.
+
+    Source: softmax2025talk, over-parametrized theorem (constants derived anew, they are not public).
+
+    Example:
+        >>> float(attention_lipschitz(jnp.eye(2)[None], jnp.eye(2)[None]))
+        0.5
+    """
+    norms = jnp.linalg.norm(tokens, ord=2, axis=(1, 2)) * jnp.linalg.norm(keys, ord=2, axis=(1, 2))
+    return 0.5 * jnp.linalg.norm(norms)
+
+
+def overparametrized_rate(sigma: ArrayLike, lipschitz: ArrayLike, residual: ArrayLike) -> LinearRate:
+    r"""Linear convergence of L = |r|^2 / 2 in (p, v) with d >= N, near a start with small residual.
+
+    If s^2 >= 4 L_A |r_0|, with s the smallest singular value of A(p_0) and L_A the Lipschitz constant of A,
+    then gradient flow has L(t) <= exp(-2 mu t) L(0) with mu = s^2 / 4, and never moves further than
+    2 |r_0| / s. Bounded prompts keep the attention away from the boundary of the simplex.
+
+    Args:
+        sigma: s, smallest singular value of the matrix of attended tokens at the start.
+        lipschitz: L_A, from `attention_lipschitz`.
+        residual: |r_0|, Euclidean norm of the residuals at the start.
+
+    Returns:
+        `LinearRate(hypothesis, rate, displacement)`: the ratio s^2 / (4 L_A |r_0|), at least 1 where the
+        theorem applies; mu; the bound on the distance from the start.
+
+    Source: softmax2025talk, over-parametrized theorem (constants derived anew, they are not public).
+
+    Example:
+        >>> overparametrized_rate(1.0, 0.5, 0.25).hypothesis.tolist()
+        2.0
+    """
+    sigma, lipschitz, residual = as_inexact(sigma), as_inexact(lipschitz), as_inexact(residual)
+    return LinearRate(sigma**2 / (4 * lipschitz * residual), sigma**2 / 4, 2 * residual / sigma)
+
+
+def _require_logits(gradient: Gradient, z0: ArrayLike, ndim: int) -> Array:
+    z0 = as_inexact(z0)
+    wanted = "(n,)" if ndim == 1 else "(N, n)"
+    if z0.ndim != ndim or z0.size == 0:
+        raise ValueError(f"z0 must have shape {wanted}, got shape {z0.shape}")
+    if not callable(gradient):
+        raise ValueError(f"gradient must be a function of the attention, got {type(gradient).__name__}")
+    shape = jax.eval_shape(gradient, z0).shape
+    if shape != z0.shape:
+        raise ValueError(f"gradient must return shape {z0.shape}, got shape {shape}")
+    if not is_traced(z0) and not bool(jnp.all(jnp.isfinite(z0))):
+        raise ValueError(f"z0 must be finite, got {z0.tolist()}")
+    return z0
+
+
+def _softmax_field(t, z, args):
+    gradient, key_scale = args
+    x = jax.nn.softmax(z)
+    return -key_scale * softmax_jacobian_product(x, gradient(x).astype(x.dtype))
+
+
+def _natural_gradient_field(t, z, args):
+    gradient, scale = args
+    g = gradient(jax.nn.softmax(z)).astype(z.dtype)
+    return -scale * (g - jnp.mean(g))
+
+
+def _coupled_field(t, z, args):
+    gradient, gram = args
+    x = jax.nn.softmax(z, axis=-1)
+    return -jnp.einsum("iajb,jb->ia", gram, softmax_jacobian_product(x, gradient(x).astype(x.dtype)))

@@ -1,0 +1,330 @@
+"""Replicator flows of populations, in log coordinates, where they neither leave the simplex nor underflow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from dynamics.flow import ArrayLike, Trajectory, all_finite, as_inexact, integrate, is_traced
+
+# A payoff matrix (n, n), whose fitness is payoff @ x, or any function of x with values of shape (n,).
+Fitness = ArrayLike | Callable[[Array], Array]
+
+
+def simulate(fitness: Fitness, x0: ArrayLike, ts: ArrayLike, **options: Any) -> Trajectory:
+    r"""Replicator flow dx_i/dt = x_i (F_i(x) - <x, F(x)>) on the simplex.
+
+    Integrated as d log x / dt = F - <x, F>, which stays on the simplex and follows coordinates far below
+    the smallest float: the heteroclinic cycle of rock-paper-scissors reaches 1e-200 and returns.
+
+    Args:
+        fitness: payoff matrix (n, n), F(x) = payoff @ x, or a function from x (n,) to F (n,).
+            A function is static: hand in the same object (or a `jax.tree_util.Partial` with its data)
+            to compile once.
+        x0: start on the simplex, shape (n,); strategies at zero stay at zero.
+        ts: times that increase strictly, shape (T,).
+        **options: options of `dynamics.flow.integrate`, such as `rtol`, `solver`, `throw`.
+
+    Returns:
+        A `Trajectory` with `ys` = log x, shape (T, n): -inf where x is zero.
+
+    Raises:
+        ValueError: `x0` is not on the simplex, the payoff is not square or not finite.
+        RuntimeError: the solve failed.
+
+    Source: hofbauer1998, section 7.1.
+
+    Example:
+        >>> path = simulate(jnp.eye(2), [0.6, 0.4], [0.0, 20.0])
+        >>> jnp.exp(path.ys[-1]).round(6).tolist()
+        [1.0, 0.0]
+    """
+    x0 = require_simplex("x0", x0)
+    fitness = _require_fitness(fitness, x0.size, x0.dtype)
+    start, support = _log_start(x0)
+    path = integrate(_log_field, start, ts, (fitness, support), **options)
+    return Trajectory(path.ts, _log_shares(path.ys, support, path.ts), path.ok)
+
+
+def replicator_field(x: Float[Array, " n"], fitness: Float[Array, " n"]) -> Float[Array, " n"]:
+    r"""The replicator equation's right-hand side J(x) F = x * (F - <x, F>), J(x) = diag(x) - x x^T.
+
+    Example:
+        >>> replicator_field(jnp.array([0.5, 0.5]), jnp.array([1.0, 0.0])).tolist()
+        [0.25, -0.25]
+    """
+    return x * (fitness - jnp.sum(x * fitness))
+
+
+def simulate_two_populations(
+    row_payoff: ArrayLike,
+    column_payoff: ArrayLike,
+    x0: ArrayLike,
+    y0: ArrayLike,
+    ts: ArrayLike,
+    **options: Any,
+) -> Trajectory:
+    r"""Replicator flow of a bimatrix game: x against A y, y against B^T x.
+
+    dx_i/dt = x_i ((A y)_i - x^T A y) and dy_j/dt = y_j ((B^T x)_j - x^T B y).
+
+    Args:
+        row_payoff: A, shape (n, m): what the first population gets.
+        column_payoff: B, shape (n, m): what the second population gets.
+        x0: start of the first population, shape (n,).
+        y0: start of the second population, shape (m,).
+        ts: times, shape (T,).
+        **options: options of `dynamics.flow.integrate`.
+
+    Returns:
+        A `Trajectory` with `ys` = (log x, log y), shapes (T, n) and (T, m).
+
+    Raises:
+        ValueError: a start is not on the simplex, a payoff has the wrong shape.
+        RuntimeError: the solve failed.
+
+    Source: hofbauer1998, section 10.3.
+
+    Example:
+        >>> path = simulate_two_populations(jnp.eye(2), -jnp.eye(2), [0.7, 0.3], [0.5, 0.5], [0.0, 1.0])
+        >>> path.ys[0].shape
+        (2, 2)
+    """
+    x0, y0 = require_simplex("x0", x0), require_simplex("y0", y0)
+    dtype = jnp.result_type(x0, y0)
+    shape = (x0.size, y0.size)
+    payoffs = [
+        _require_matrix(name, payoff, shape, dtype)
+        for name, payoff in (("row_payoff", row_payoff), ("column_payoff", column_payoff))
+    ]
+    (u0, support_x), (v0, support_y) = _log_start(x0.astype(dtype)), _log_start(y0.astype(dtype))
+    path = integrate(_two_population_field, (u0, v0), ts, (*payoffs, support_x, support_y), **options)
+    u, v = path.ys
+    logs = (_log_shares(u, support_x, path.ts), _log_shares(v, support_y, path.ts))
+    return Trajectory(path.ts, logs, path.ok)
+
+
+def simulate_mutator(
+    fitness: Fitness, mutation: ArrayLike, x0: ArrayLike, ts: ArrayLike, **options: Any
+) -> Trajectory:
+    r"""Replicator-mutator flow dx_j/dt = sum_i x_i F_i(x) Q_ij - x_j <x, F(x)>.
+
+    Mutation fills empty strategies, so this one is integrated in x itself: log coordinates have no
+    finite speed at zero. Fitness must be positive for the simplex to be invariant.
+
+    Args:
+        fitness: payoff matrix (n, n) or a function from x (n,) to F (n,).
+        mutation: Q, shape (n, n): the share of offspring of i that are j; rows sum to one.
+        x0: start on the simplex, shape (n,); may have zeros.
+        ts: times, shape (T,).
+        **options: options of `dynamics.flow.integrate`.
+
+    Returns:
+        A `Trajectory` with `ys` = log x, shape (T, n). A state that leaves the simplex makes `ok` false.
+
+    Raises:
+        ValueError: `x0` is not on the simplex, `mutation` is not row-stochastic, the payoff is bad.
+        RuntimeError: the solve failed.
+
+    Source: hofbauer1998, section 20.1.
+
+    Example:
+        >>> mutation = jnp.array([[0.9, 0.1], [0.1, 0.9]])
+        >>> path = simulate_mutator(jnp.ones((2, 2)), mutation, [1.0, 0.0], [0.0, 100.0])
+        >>> jnp.exp(path.ys[-1]).round(6).tolist()
+        [0.5, 0.5]
+    """
+    x0 = require_simplex("x0", x0)
+    fitness = _require_fitness(fitness, x0.size, x0.dtype)
+    mutation = _require_matrix("mutation", mutation, (x0.size, x0.size), x0.dtype)
+    if not is_traced(mutation):
+        rows = np.asarray(mutation)
+        if np.any(rows < 0) or not np.allclose(rows.sum(axis=1), 1, atol=1e-6):
+            raise ValueError(f"mutation must have non-negative rows that sum to one, got {rows.tolist()}")
+    path = integrate(_mutator_field, x0, ts, (fitness, mutation), **options)
+    # Where mutation is absent a coordinate may end a rounding error below zero.
+    inside = jnp.all(jnp.where(jnp.isfinite(path.ys), path.ys, 0) > -1e-6)
+    shares = jnp.maximum(path.ys, 0)
+    logs = jnp.log(shares) - jnp.log(jnp.sum(shares, axis=1, keepdims=True))
+    return Trajectory(path.ts, logs, path.ok & inside)
+
+
+def simulate_discrete(
+    fitness: Fitness, x0: ArrayLike, steps: int, *, background: ArrayLike = 0.0
+) -> Trajectory:
+    r"""Discrete replicator map x_i <- x_i (F_i(x) + c) / (<x, F(x)> + c), one generation per step.
+
+    Args:
+        fitness: payoff matrix (n, n) or a function from x (n,) to F (n,); F + c must be positive.
+        x0: start on the simplex, shape (n,).
+        steps: number of generations.
+        background: c, background fitness; large values approach the flow, with time step 1/c.
+
+    Returns:
+        A `Trajectory` with `ts` = 0, 1, ..., steps and `ys` = log x; `ok` is false where F + c was not.
+
+    Raises:
+        ValueError: `x0` is not on the simplex, the payoff is bad, `steps` is negative.
+
+    Source: hofbauer1998, section 7.1.
+
+    Example:
+        >>> path = simulate_discrete(jnp.array([[2.0, 2.0], [1.0, 1.0]]), [0.5, 0.5], steps=1)
+        >>> jnp.exp(path.ys[-1]).round(4).tolist()
+        [0.6667, 0.3333]
+    """
+    return _iterate(_discrete_step, fitness, x0, steps, background, time_step=1.0)
+
+
+def exponentiated_gradient(
+    fitness: Fitness, x0: ArrayLike, steps: int, learning_rate: ArrayLike
+) -> Trajectory:
+    r"""Exponentiated gradient x <- softmax(log x + learning_rate F(x)): the replicator flow to first order.
+
+    To minimize a function of x, hand in the negative of its gradient as the fitness.
+
+    Args:
+        fitness: payoff matrix (n, n) or a function from x (n,) to F (n,).
+        x0: start on the simplex, shape (n,).
+        steps: number of steps.
+        learning_rate: step size, the time of one step.
+
+    Returns:
+        A `Trajectory` with `ts` = learning_rate * step and `ys` = log x.
+
+    Raises:
+        ValueError: `x0` is not on the simplex, the payoff is bad, `steps` is negative.
+
+    Source: kivinen1997, section 3.
+
+    Example:
+        >>> path = exponentiated_gradient(lambda x: jnp.array([1.0, 0.0]), [0.5, 0.5], 10, 0.1)
+        >>> float(path.ys[-1, 0] - path.ys[-1, 1]).__round__(6)
+        1.0
+    """
+    return _iterate(_exponentiated_step, fitness, x0, steps, learning_rate, time_step=learning_rate)
+
+
+def constant_fitness_solution(fitness: ArrayLike, x0: ArrayLike, ts: ArrayLike) -> Float[Array, "T n"]:
+    r"""Closed form for constant fitness: log x(t) = log_softmax(log x0 + F t), shape (T, n).
+
+    Source: hofbauer1998, section 7.1.
+
+    Example:
+        >>> constant_fitness_solution([1.0, 0.0], [0.5, 0.5], [0.0]).shape
+        (1, 2)
+    """
+    fitness, x0, ts = as_inexact(fitness), as_inexact(x0), as_inexact(ts)
+    return jax.nn.log_softmax(jnp.log(x0)[None, :] + ts[:, None] * fitness[None, :], axis=1)
+
+
+def require_simplex(name: str, x: ArrayLike) -> Float[Array, " n"]:
+    """A point of the simplex as an array; `ValueError` if it is not one and can be looked at.
+
+    A traced point that is off the simplex becomes NaN, which makes the lane's `ok` false.
+    """
+    x = as_inexact(x)
+    if x.ndim != 1 or x.size == 0:
+        raise ValueError(f"{name} must have shape (n,), got shape {x.shape}")
+    slack = max(1e-6, float(jnp.finfo(x.dtype).eps) ** 0.5)
+    good = jnp.all(x >= 0) & (jnp.abs(jnp.sum(x) - 1) <= slack)
+    if not is_traced(x) and not bool(good):
+        raise ValueError(
+            f"{name} must be a point of the simplex (no negative entry, sum one), got {x.tolist()}"
+        )
+    return jnp.where(good, x, jnp.nan)
+
+
+def _require_matrix(name: str, matrix: Any, shape: tuple[int, int], dtype: Any) -> Array:
+    matrix = as_inexact(matrix)
+    if matrix.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got shape {matrix.shape}")
+    if not is_traced(matrix) and not np.all(np.isfinite(np.asarray(matrix))):
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
+    return matrix.astype(dtype)
+
+
+def _require_fitness(fitness: Fitness, size: int, dtype: Any) -> Any:
+    if not callable(fitness):
+        return _require_matrix("fitness", fitness, (size, size), dtype)
+    shape = jax.eval_shape(fitness, jax.ShapeDtypeStruct((size,), dtype)).shape
+    if shape != (size,):
+        raise ValueError(f"fitness must return shape ({size},), got shape {shape}")
+    return fitness
+
+
+def _payoffs(fitness: Any, x: Array) -> Any:
+    return fitness(x).astype(x.dtype) if callable(fitness) else fitness @ x
+
+
+def _log_start(x0: Array) -> tuple[Array, Array]:
+    """Logits of a start, zero where the strategy is absent, and the support."""
+    support = ~(x0 == 0)  # NaN, a bad traced start, stays in the support and fails the lane
+    return jnp.where(support, jnp.log(jnp.where(support, x0, 1)), 0), support
+
+
+def _log_shares(logits: Array, support: Array, ts: Array) -> Array:
+    """Log x from logits (T, n), -inf for absent strategies; NaN where the solver gave up."""
+    logs = jax.nn.log_softmax(logits, axis=1, where=support[None, :])
+    reached = jnp.all(jnp.isfinite(logits), axis=1, keepdims=True)
+    return jnp.where(reached, jnp.where(support[None, :], logs, -jnp.inf), jnp.nan)
+
+
+def _masked_speed(fitness: Array, x: Array, support: Array) -> Array:
+    """F - <x, F> on the support; fitness of absent strategies is not looked at."""
+    fitness = jnp.where(support, fitness, 0)
+    return jnp.where(support, fitness - jnp.sum(x * fitness), 0)
+
+
+def _log_field(t, z, args):
+    fitness, support = args
+    x = jax.nn.softmax(z, where=support)
+    return _masked_speed(_payoffs(fitness, x), x, support)
+
+
+def _two_population_field(t, state, args):
+    (u, v), (row_payoff, column_payoff, support_x, support_y) = state, args
+    x, y = jax.nn.softmax(u, where=support_x), jax.nn.softmax(v, where=support_y)
+    return _masked_speed(row_payoff @ y, x, support_x), _masked_speed(column_payoff.T @ x, y, support_y)
+
+
+def _mutator_field(t, x, args):
+    fitness, mutation = args
+    offspring = x * _payoffs(fitness, x)
+    return offspring @ mutation - x * jnp.sum(offspring)
+
+
+def _discrete_step(log_x, fitness, background):
+    return jax.nn.log_softmax(log_x + jnp.log(fitness + background))
+
+
+def _exponentiated_step(log_x, fitness, learning_rate):
+    return jax.nn.log_softmax(log_x + learning_rate * fitness)
+
+
+def _iterate(step, fitness, x0, steps, rate, time_step) -> Trajectory:
+    x0 = require_simplex("x0", x0)
+    fitness = _require_fitness(fitness, x0.size, x0.dtype)
+    if steps < 0:
+        raise ValueError(f"steps must be >= 0, got {steps}")
+    rate, time_step = jnp.asarray(rate, x0.dtype), jnp.asarray(time_step, x0.dtype)
+    return _scan(step, fitness, x0, steps, rate, time_step)
+
+
+@eqx.filter_jit
+def _scan(step, fitness, x0, steps, rate, time_step):
+    def body(log_x, _):
+        new = step(log_x, _payoffs(fitness, jnp.exp(log_x)), rate)
+        return new, new
+
+    start = jnp.log(x0)
+    _, rest = jax.lax.scan(body, start, length=steps)
+    logs = jnp.concatenate([start[None, :], rest])
+    ok = all_finite(jnp.exp(logs))
+    return Trajectory(jnp.arange(steps + 1, dtype=x0.dtype) * time_step, logs, ok)
