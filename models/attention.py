@@ -1,0 +1,300 @@
+"""One-layer attention models and what is measured on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.flatten_util import ravel_pytree
+from jax.scipy.special import logsumexp
+from jaxtyping import Array, Float, PyTree
+
+from dynamics.flow import ArrayLike, as_inexact
+
+
+class Frozen(nnx.Variable):
+    """A variable of a model that is not trained."""
+
+
+def attention_logits(prompt: ArrayLike, tokens: ArrayLike, key_weights: ArrayLike | None = None) -> Array:
+    r"""Attention logits z = X W p: one per token.
+
+    Source: tarzanagh2023, section 1; softmax2025talk, setting.
+
+    Args:
+        prompt: p of shape (d,), or one per head and query, (heads, queries, d).
+        tokens: X, shape (..., n, d).
+        key_weights: W, shape (d, d); the identity where None.
+
+    Returns:
+        Logits of shape (..., n), with heads (..., heads, queries, n).
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Example:
+        >>> attention_logits([1.0, 2.0], [[1.0, 0.0], [0.0, 1.0]]).tolist()
+        [1.0, 2.0]
+    """
+    prompt, tokens = as_inexact(prompt), as_inexact(tokens)
+    _require_prompt(prompt, key_weights)
+    d = prompt.shape[-1]
+    if tokens.ndim < 2 or tokens.shape[-2] == 0 or tokens.shape[-1] != d:
+        raise ValueError(f"tokens must have shape (..., n, {d}) with n >= 1, got shape {tokens.shape}")
+    keys = tokens if key_weights is None else tokens @ as_inexact(key_weights)
+    return keys @ prompt if prompt.ndim == 1 else jnp.einsum("...nd,hqd->...hqn", keys, prompt)
+
+
+def prompt_attention(
+    prompt: ArrayLike, value: ArrayLike, tokens: ArrayLike, key_weights: ArrayLike | None = None
+) -> Array:
+    r"""One attention layer read out by a trained prompt: f(X) = <X v, softmax(X W p)>.
+
+    Heads have a prompt and a value each, and their outputs are summed.
+
+    Source: tarzanagh2023, section 1; softmax2025talk, setting.
+
+    Args:
+        prompt: p of shape (d,), or one per head and query, (heads, queries, d).
+        value: v of shape (d,) for a scalar output or (d, m) for an output of m numbers; with heads (heads, d)
+            or (heads, d, m).
+        tokens: X, shape (..., n, d).
+        key_weights: W, shape (d, d); the identity where None.
+
+    Returns:
+        f(X) of shape (...) or (..., m); with heads (..., queries) or (..., queries, m).
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Example:
+        >>> float(prompt_attention([0.0, 0.0], [1.0, 3.0], [[1.0, 0.0], [0.0, 1.0]]))
+        2.0
+    """
+    prompt, value, tokens = as_inexact(prompt), as_inexact(value), as_inexact(tokens)
+    _require_prompt(prompt, key_weights)
+    _require_value(prompt, value)
+    attention = jax.nn.softmax(attention_logits(prompt, tokens, key_weights), axis=-1)
+    heads = "" if prompt.ndim == 1 else "h"
+    queries = "" if prompt.ndim == 1 else "q"
+    outputs = "m" if value.ndim - len(heads) == 2 else ""
+    product = f"...{heads}{queries}n,...nd,{heads}d{outputs}->...{queries}{outputs}"
+    return jnp.einsum(product, attention, tokens, value)
+
+
+def _require_prompt(prompt: Array, key_weights: ArrayLike | None) -> None:
+    if prompt.ndim not in (1, 3):
+        raise ValueError(f"prompt must have shape (d,) or (heads, queries, d), got shape {prompt.shape}")
+    d = prompt.shape[-1]
+    if key_weights is not None and np.shape(key_weights) != (d, d):
+        raise ValueError(f"key_weights must have shape ({d}, {d}), got shape {np.shape(key_weights)}")
+
+
+def _require_value(prompt: Array, value: Array) -> None:
+    expected = prompt.shape if prompt.ndim == 1 else (prompt.shape[0], prompt.shape[2])
+    if value.shape[: len(expected)] != expected or value.ndim not in (len(expected), len(expected) + 1):
+        sizes = ", ".join(map(str, expected))
+        raise ValueError(f"value must have shape ({sizes}) or ({sizes}, m), got shape {value.shape}")
+
+
+class PromptAttention(nnx.Module):
+    r"""Prompt attention f(X) = <X v, softmax(X W p)> as a module; `prompt_attention` is its function.
+
+    `nnx.split(model, nnx.Param, ...)` gives exactly what is trained: p, or p and v. W is never trained.
+
+    Attributes:
+        prompt: p, trained.
+        value: v, trained where `train_value`, otherwise `Frozen`.
+        key_weights: W, `Frozen`; None for the identity.
+
+    Example:
+        >>> model = PromptAttention([0.0, 0.0], [1.0, 3.0], train_value=False)
+        >>> float(model([[1.0, 0.0], [0.0, 1.0]]))
+        2.0
+    """
+
+    def __init__(
+        self,
+        prompt: ArrayLike,
+        value: ArrayLike,
+        key_weights: ArrayLike | None = None,
+        *,
+        train_value: bool = True,
+    ):
+        """Build the model from its arrays, whose shapes are those of `prompt_attention`.
+
+        Raises:
+            ValueError: the shapes do not fit.
+        """
+        prompt, value = as_inexact(prompt), as_inexact(value)
+        _require_prompt(prompt, key_weights)
+        _require_value(prompt, value)
+        self.prompt = nnx.Param(prompt)
+        self.value = nnx.Param(value) if train_value else Frozen(value)
+        self.key_weights = None if key_weights is None else Frozen(as_inexact(key_weights))
+
+    @classmethod
+    def standard(
+        cls,
+        key: Array,
+        dim: int,
+        *,
+        outputs: int | None = None,
+        heads: int | None = None,
+        queries: int = 1,
+        key_weights: ArrayLike | None = None,
+        train_value: bool = True,
+        dtype: Any = None,
+    ) -> PromptAttention:
+        r"""The standard initialization: the entries of p and v are independent N(0, 1/d).
+
+        Args:
+            key: PRNG key.
+            dim: token dimension d.
+            outputs: m for an output of m numbers; a scalar output where None.
+            heads: number of heads; one without a head axis, and a prompt of shape (d,), where None.
+            queries: queries of each head; only with heads.
+            key_weights: W, shape (d, d); the identity where None.
+            train_value: whether v is trained.
+            dtype: floating dtype; JAX's default where None.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: a size is not positive, or `queries` is given without `heads`.
+
+        Example:
+            >>> PromptAttention.standard(jax.random.key(0), 4, heads=2, outputs=3)(jnp.ones((5, 4))).shape
+            (1, 3)
+        """
+        sizes = {"dim": dim, "outputs": outputs, "heads": heads, "queries": queries}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be a positive integer, got {size}")
+        if heads is None and queries != 1:
+            raise ValueError(f"queries must be 1 where heads is None, got {queries}")
+        key_prompt, key_value = jax.random.split(key)
+        shape = (dim,) if heads is None else (heads, queries, dim)
+        prompt = jax.random.normal(key_prompt, shape, dtype)
+        leading = () if heads is None else (heads,)
+        trailing = () if outputs is None else (outputs,)
+        value = jax.random.normal(key_value, (*leading, dim, *trailing), dtype)
+        return cls(prompt / dim**0.5, value / dim**0.5, key_weights, train_value=train_value)
+
+    def logits(self, tokens: ArrayLike) -> Array:
+        """Attention logits X W p, shape (..., n) or (..., heads, queries, n)."""
+        weights = None if self.key_weights is None else self.key_weights[...]
+        return attention_logits(self.prompt[...], tokens, weights)
+
+    def attention(self, tokens: ArrayLike) -> Array:
+        """Attention softmax(X W p): non-negative, one in sum over the tokens; of the shape of the logits."""
+        return jax.nn.softmax(self.logits(tokens), axis=-1)
+
+    def __call__(self, tokens: ArrayLike) -> Array:
+        """The output f(X), see `prompt_attention`."""
+        weights = None if self.key_weights is None else self.key_weights[...]
+        return prompt_attention(self.prompt[...], self.value[...], tokens, weights)
+
+
+def as_function(model: nnx.Module) -> tuple[Callable[[PyTree, Any], Any], PyTree]:
+    """A model as a pure function `predict(params, inputs)` and its trained parameters.
+
+    The function is a pytree that carries the frozen variables: another model of the same structure gives
+    an equal function, which compiles nothing anew where it is passed to `eqx.filter_jit`.
+
+    Example:
+        >>> predict, params = as_function(PromptAttention([0.0], [1.0], train_value=False))
+        >>> float(predict(params, [[2.0], [4.0]])), [leaf.shape for leaf in jax.tree.leaves(params)]
+        (3.0, [(1,)])
+    """
+    structure, params, frozen = nnx.split(model, nnx.Param, ...)
+    return jax.tree_util.Partial(_predict, structure, frozen), params
+
+
+def _predict(structure, frozen, params, inputs):
+    return nnx.merge(structure, params, frozen)(inputs)
+
+
+def attention_log_ratio(prompt: ArrayLike, keys: ArrayLike) -> Array:
+    r"""Logarithm of the largest over the smallest attention of a sample: max_j (K p)_j - min_j (K p)_j.
+
+    The ratio itself is never formed: it overflows long before its logarithm does.
+
+    Source: softmax2025talk, experiment.
+
+    Args:
+        prompt: p of shape (d,), or (heads, queries, d).
+        keys: K, shape (..., n, d).
+
+    Returns:
+        Natural logarithms of shape (...), with heads (..., heads, queries).
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Example:
+        >>> float(attention_log_ratio([1.0], [[3.0], [5.0], [4.0]]))
+        2.0
+    """
+    logits = attention_logits(prompt, keys)
+    return jnp.max(logits, axis=-1) - jnp.min(logits, axis=-1)
+
+
+def log_mean_ratio(log_ratios: ArrayLike, axis: int = -1) -> Array:
+    r"""Logarithm of the arithmetic mean of ratios that are given by their logarithms.
+
+    A few samples with large ratios make up this mean; the mean and the median of the logarithms themselves
+    belong beside it.
+
+    Args:
+        log_ratios: natural logarithms, for instance of `attention_log_ratio`, shape (..., N).
+        axis: the axis of the samples.
+
+    Returns:
+        log((1/N) sum_i exp(log_ratios_i)), shape (...).
+
+    Example:
+        >>> round(float(log_mean_ratio([0.0, 1000.0])), 4)  # 1000 - log 2
+        999.3069
+    """
+    log_ratios = as_inexact(log_ratios)
+    return logsumexp(log_ratios, axis=axis) - jnp.log(log_ratios.shape[axis]).astype(log_ratios.dtype)
+
+
+def gauss_newton_spectrum(
+    predict: Callable[[PyTree, Any], Array], params: PyTree, tokens: ArrayLike
+) -> Float[Array, " P"]:
+    r"""Eigenvalues of the Gauss-Newton matrix G^T G / N, where G = d f / d params.
+
+    For (1/2N) sum_i |f_i - y_i|^2 this is the Hessian at an exact fit, and its spectrum says how fast
+    gradient descent closes each direction. Squared singular values of G: nothing is squared before they
+    are taken, so that condition numbers up to the square of 1/epsilon survive.
+
+    Args:
+        predict: `predict(params, tokens)`, the outputs of all samples, for instance from `as_function`.
+        params: the trained parameters, a pytree of P numbers in all.
+        tokens: the samples, leading axis N.
+
+    Returns:
+        Eigenvalues in descending order, shape (P,); zeros where there are fewer outputs than parameters.
+
+    Example:
+        >>> linear = lambda params, tokens: tokens @ params
+        >>> gauss_newton_spectrum(linear, jnp.zeros(2), jnp.diag(jnp.array([2.0, 4.0]))).tolist()
+        [8.0, 2.0]
+    """
+    tokens = jnp.asarray(tokens)
+    flat, unravel = ravel_pytree(params)
+
+    def outputs(flat):
+        return predict(unravel(flat), tokens).reshape(-1)
+
+    rows = jax.eval_shape(outputs, flat).size
+    jacobian = jax.jacfwd if flat.size <= rows else jax.jacrev
+    singular = jnp.linalg.svd(jacobian(outputs)(flat), compute_uv=False)
+    return jnp.pad(singular**2 / len(tokens), (0, flat.size - singular.size))
