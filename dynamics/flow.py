@@ -200,7 +200,7 @@ def _solve(field, y0, ts, args, solver, rtol, atol, max_steps, adjoint):
     return Trajectory(ts, ys, ended & all_finite(ys)), ended, jnp.sum(saved)
 
 
-def gradient_flow(loss: Callable[[Any], Array]) -> VectorField:
+def gradient_flow(loss: Callable[..., Array]) -> VectorField:
     r"""The vector field of gradient flow, dy/dt = -grad loss(y).
 
     Args:
