@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -90,6 +90,16 @@ def _flatten(path: Trajectory) -> np.ndarray:
     return np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
 
 
+def lane(paths: Trajectory, index: int) -> Trajectory:
+    """One trajectory of a batch, such as that of one learning rate."""
+    return jax.tree.map(lambda leaf: leaf[index], paths)
+
+
+def lane_gaps(theory: Trajectory, trained: Trajectory) -> np.ndarray:
+    """The `gap` of every trajectory of a batch to one theory, shape (L,)."""
+    return np.array([compare(theory, lane(trained, index)).gap for index in range(len(trained.ok))])
+
+
 class Fit(NamedTuple):
     """A straight-line fit: slope with its standard error, intercept and R^2."""
 
@@ -108,7 +118,7 @@ def fit_line(x: ArrayLike, y: ArrayLike) -> Fit:
     """
     from scipy.stats import linregress
 
-    line = linregress(np.asarray(x, float), np.asarray(y, float))
+    line: Any = linregress(np.asarray(x, float), np.asarray(y, float))
     return Fit(float(line.slope), float(line.stderr), float(line.intercept), float(line.rvalue**2))
 
 

@@ -24,7 +24,7 @@ from models.data.teachers import nearly_orthogonal_keys
 from models.training import train_at_rates
 from sims import plotting
 from sims.claims import Check, Claim, Preset
-from sims.compare import compare, convergence_order
+from sims.compare import compare, convergence_order, lane, lane_gaps
 from sims.results import Context, Result, Saved
 
 
@@ -74,7 +74,8 @@ def loss(params: Any, data: Any) -> jax.Array:
     return jnp.sum(optax.losses.l2_loss(predict(params, tokens), targets))
 
 
-def _loss_of_params(data: Any, params: Any) -> jax.Array:
+def loss_of_params(data: Any, params: Any) -> jax.Array:
+    """The loss with its data first, to be bound by `Partial`."""
     return loss(params, data)
 
 
@@ -83,7 +84,7 @@ def _attention(tokens: jax.Array, params: Any) -> jax.Array:
 
 
 # The network's own gradient flow: what gradient descent tends to as the learning rate goes to zero.
-_network_flow = gradient_flow(loss)
+network_flow_field = gradient_flow(loss)
 
 
 def run(config: Config, context: Context) -> Result:
@@ -120,12 +121,12 @@ def run(config: Config, context: Context) -> Result:
         return Trajectory(ts, jax.nn.softmax(path.ys, axis=-1), path.ok)
 
     def network_flow(tokens):
-        path = integrate(_network_flow, params, ts, (predict, tokens, targets), rtol=1e-10, atol=1e-12)
+        path = integrate(network_flow_field, params, ts, (predict, tokens, targets), rtol=1e-10, atol=1e-12)
         return Trajectory(ts, jax.vmap(lambda params: _attention(tokens, params))(path.ys), path.ok)
 
     def train(tokens):
         return train_at_rates(
-            Partial(_loss_of_params, (predict, tokens, targets)),
+            Partial(loss_of_params, (predict, tokens, targets)),
             params,
             config.substeps,
             horizon=config.horizon,
@@ -137,7 +138,7 @@ def run(config: Config, context: Context) -> Result:
     separate = jax.vmap(separate_flows)(tokens)
     coupled = jax.vmap(coupled_flow)(tokens)
     single = separate_flows(tokens[0], flow=replicator.natural_gradient_flow)
-    theory, generic_theory = _lane(separate, 0), _lane(coupled, -1)
+    theory, generic_theory = lane(separate, 0), lane(coupled, -1)
 
     context.progress("integrating the network's gradient flow", 0.4)
     network = jax.vmap(network_flow)(tokens)
@@ -147,7 +148,7 @@ def run(config: Config, context: Context) -> Result:
 
     context.progress("training at every learning rate", 0.6)
     rates, both = jax.vmap(train)(tokens[jnp.array([0, -1])])
-    rates, trained, generic_trained = rates[0], _lane(both, 0), _lane(both, 1)
+    rates, trained, generic_trained = rates[0], lane(both, 0), lane(both, 1)
 
     context.progress("following a flow to a vertex", 0.9)
     vertex_ts = jnp.concatenate([jnp.zeros(1), jnp.logspace(-2, 6, 81)])
@@ -156,11 +157,11 @@ def run(config: Config, context: Context) -> Result:
     vertex = logits[:, 1] - logits[:, 0]
 
     gaps = {
-        "theory": _gaps(theory, trained),
-        "single": _gaps(single, trained),
-        "coupled": _gaps(generic_theory, generic_trained),
+        "theory": lane_gaps(theory, trained),
+        "single": lane_gaps(single, trained),
+        "coupled": lane_gaps(generic_theory, generic_trained),
     }
-    flow_gap = compare(theory, _lane(network, 0)).gap
+    flow_gap = compare(theory, lane(network, 0)).gap
     data = {
         "theory": theory,
         "single": single,
@@ -196,17 +197,8 @@ def _constant_gradient(gradient: jax.Array, x: jax.Array) -> jax.Array:
     return gradient
 
 
-def _lane(paths: Trajectory, lane: int) -> Trajectory:
-    return jax.tree.map(lambda leaf: leaf[lane], paths)
-
-
 def _sup(values: jax.Array) -> float:
     return float(jnp.max(jnp.abs(values)))
-
-
-def _gaps(theory: Trajectory, trained: Trajectory) -> np.ndarray:
-    """Largest gap of each learning rate's run to the theory."""
-    return np.array([compare(theory, _lane(trained, lane)).gap for lane in range(len(trained.ok))])
 
 
 def _follows_flow(config, rates, gaps, flow_gap, single_gap) -> Claim:
@@ -304,9 +296,9 @@ def figure(saved: Saved) -> Figure:
     over_rate.loglog(rates, saved["gap/coupled"], "s", color="C2", label="Gaussian keys: coupled flow")
     over_rate.loglog(rates, saved["gap/single"], "^", color="0.45", label="orthogonal keys: one Jacobian")
     plotting.reference_slope(over_rate, rates, saved["gap/theory"], 1, "slope 1")
-    over_rate.set(xlabel="learning rate", ylabel="largest gap of the attention", ylim=(None, 40))
+    over_rate.set(xlabel="learning rate", ylabel="largest gap of the attention", ylim=(None, 3e3))
     over_rate.set_title("Gap of gradient descent to the flow")
-    over_rate.legend(loc="upper left", ncols=2)
+    over_rate.legend(loc="upper left")
 
     eps = saved["eps/values"]
     over_eps.loglog(eps, saved["eps/separate"], "o", color="C0", label="separate flows")
@@ -322,7 +314,7 @@ def figure(saved: Saved) -> Figure:
     to_vertex.plot(ts, -np.log10(2 * ts), label="1 / (2 k D t)", **plotting.THEORY)
     natural = -np.logaddexp(0, ts) / np.log(10)
     to_vertex.plot(ts, natural, color="C1", label="natural gradient (one): exp(-D t)")
-    to_vertex.set(xscale="log", xlabel="time", ylabel="log10 of the losing token's attention", ylim=(-8, 0.2))
+    to_vertex.set(xscale="log", xlabel="time", ylabel="log10 of the losing token's attention", ylim=(-8, 2.5))
     to_vertex.set_title("To a vertex: algebraic, not exponential")
-    to_vertex.legend(loc="lower left")
+    to_vertex.legend(loc="upper right")
     return drawn
