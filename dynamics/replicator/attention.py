@@ -54,7 +54,7 @@ def softmax_flow(
         A `Trajectory` with `ys` = logits, shape (T, n).
 
     Raises:
-        ValueError: `z0` has the wrong shape or is not finite, `gradient` returns another shape.
+        ValueError: `z0` has the wrong shape, a number is not finite, `gradient` returns another shape.
         RuntimeError: the solve failed.
 
     Source: softmax2025talk, gradient flow of the attention vectors.
@@ -65,7 +65,8 @@ def softmax_flow(
         -0.49007307
     """
     z0 = _require_logits(gradient, z0, ndim=1)
-    return integrate(_softmax_field, z0, ts, (gradient, jnp.asarray(key_scale, z0.dtype)), **options)
+    key_scale = _require_number("key_scale", key_scale, z0.dtype)
+    return integrate(_softmax_field, z0, ts, (gradient, key_scale), **options)
 
 
 def natural_gradient_flow(
@@ -87,7 +88,7 @@ def natural_gradient_flow(
         A `Trajectory` with `ys` = logits, shape (T, n).
 
     Raises:
-        ValueError: `z0` has the wrong shape or is not finite, `gradient` returns another shape.
+        ValueError: `z0` has the wrong shape, a number is not finite, `gradient` returns another shape.
         RuntimeError: the solve failed.
 
     Source: amari1998, section 2; hofbauer1998, section 19.5.
@@ -98,7 +99,8 @@ def natural_gradient_flow(
         -1.0
     """
     z0 = _require_logits(gradient, z0, ndim=1)
-    return integrate(_natural_gradient_field, z0, ts, (gradient, jnp.asarray(scale, z0.dtype)), **options)
+    scale = _require_number("scale", scale, z0.dtype)
+    return integrate(_natural_gradient_field, z0, ts, (gradient, scale), **options)
 
 
 def coupled_flow(
@@ -135,6 +137,8 @@ def coupled_flow(
     gram = jnp.asarray(gram, z0.dtype)
     if gram.shape != (*z0.shape, *z0.shape):
         raise ValueError(f"gram must have shape {(*z0.shape, *z0.shape)}, got shape {gram.shape}")
+    if not is_traced(gram) and not bool(jnp.all(jnp.isfinite(gram))):
+        raise ValueError("gram must be finite, got NaN or infinity")
     return integrate(_coupled_field, z0, ts, (gradient, gram), **options)
 
 
@@ -236,6 +240,13 @@ def _require_logits(gradient: Gradient, z0: ArrayLike, ndim: int) -> Array:
     if not is_traced(z0) and not bool(jnp.all(jnp.isfinite(z0))):
         raise ValueError(f"z0 must be finite, got {z0.tolist()}")
     return z0
+
+
+def _require_number(name: str, value: ArrayLike, dtype: Any) -> Array:
+    value = jnp.asarray(value, dtype)
+    if value.ndim != 0 or not (is_traced(value) or bool(jnp.isfinite(value))):
+        raise ValueError(f"{name} must be a finite number, got {value}")
+    return value
 
 
 def _softmax_field(t, z, args):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from scipy.linalg import helmert
 
-from dynamics.flow import ArrayLike, as_inexact
+from dynamics.flow import ArrayLike, is_traced
 from dynamics.replicator.population import require_simplex
 
 
@@ -18,8 +18,8 @@ def tangent_basis(n: int, dtype: Any = float) -> Float[Array, "n m"]:
     """Orthonormal basis of the tangent space, the vectors of sum zero: Helmert's columns, (n, n - 1).
 
     Example:
-        >>> tangent_basis(2).round(4).tolist()
-        [[0.7071], [-0.7071]]
+        >>> (2**0.5 * tangent_basis(2)).round(6).tolist()
+        [[1.0], [-1.0]]
     """
     if n < 2:
         raise ValueError(f"n must be >= 2, got {n}")
@@ -36,12 +36,15 @@ def linearize(field: Callable[[Array], Array], x: ArrayLike) -> Float[Array, "m 
         field: from x (n,) to dx/dt (n,).
         x: point of the simplex, shape (n,).
 
+    Raises:
+        ValueError: `x` is not on the simplex.
+
     Example:
         >>> from dynamics.replicator import replicator_field
         >>> linearize(lambda x: replicator_field(x, x), [0.5, 0.5]).round(6).tolist()
         [[0.5]]
     """
-    x = as_inexact(x)
+    x = require_simplex("x", x)
     basis = tangent_basis(x.size, x.dtype)
     return basis.T @ jax.jacfwd(field)(x) @ basis
 
@@ -75,7 +78,7 @@ def condition_number(x: ArrayLike, hessian: ArrayLike) -> Float[Array, ""]:
         where the Hessian is indefinite there.
 
     Raises:
-        ValueError: `x` is not on the simplex or the Hessian's shape does not fit.
+        ValueError: `x` is not on the simplex, the Hessian's shape does not fit or it is not symmetric.
 
     Source: softmax2025talk, theorem on local analysis, part on the condition number.
 
@@ -114,7 +117,7 @@ def condition_bounds(x: ArrayLike, hessian: ArrayLike) -> tuple[Float[Array, ""]
         Two scalars; (0, inf) where the Hessian is singular on the tangent space, NaN where it is indefinite.
 
     Raises:
-        ValueError: `x` is not on the simplex or the Hessian's shape does not fit.
+        ValueError: `x` is not on the simplex, the Hessian's shape does not fit or it is not symmetric.
 
     Source: softmax2025talk, theorem on local analysis (the printed lower bound has max x / min x and is
         wrong; the bounds here are corrected ones).
@@ -128,7 +131,9 @@ def condition_bounds(x: ArrayLike, hessian: ArrayLike) -> tuple[Float[Array, ""]
     weights = jnp.diag(softmax_jacobian(x))
     lower = smallest / largest * (jnp.max(weights) / jnp.min(weights)) ** 2
     upper = largest / smallest * (jnp.max(x) / jnp.min(x)) ** 2
-    return jnp.where(smallest == 0, jnp.zeros_like(lower), lower), upper
+    # A Hessian of zeros has 0 / 0 here.
+    singular = smallest == 0
+    return jnp.where(singular, 0, lower), jnp.where(singular, jnp.inf, upper)
 
 
 def kkt_residual(
@@ -174,8 +179,13 @@ def _require_local(x: ArrayLike, hessian: ArrayLike) -> tuple[Array, Array]:
     hessian = jnp.asarray(hessian, x.dtype)
     if hessian.shape != (x.size, x.size):
         raise ValueError(f"hessian must have shape {(x.size, x.size)}, got shape {hessian.shape}")
+    slack = float(jnp.finfo(x.dtype).eps) ** 0.5
+    good = jnp.all(jnp.abs(hessian - hessian.T) <= slack * jnp.max(jnp.abs(hessian)))
+    if not is_traced(hessian) and not bool(good):
+        raise ValueError(f"hessian must be finite and symmetric, got {hessian.tolist()}")
+    hessian = jnp.where(good, (hessian + hessian.T) / 2, jnp.nan)
     basis = tangent_basis(x.size, x.dtype)
-    return x, basis.T @ ((hessian + hessian.T) / 2) @ basis
+    return x, basis.T @ hessian @ basis
 
 
 def _extremes(tangent_hessian: Array) -> tuple[Array, Array]:

@@ -143,10 +143,10 @@ def simulate_mutator(
     x0 = require_simplex("x0", x0)
     fitness = _require_fitness(fitness, x0.size, x0.dtype)
     mutation = _require_matrix("mutation", mutation, (x0.size, x0.size), x0.dtype)
-    if not is_traced(mutation):
-        rows = np.asarray(mutation)
-        if np.any(rows < 0) or not np.allclose(rows.sum(axis=1), 1, atol=1e-6):
-            raise ValueError(f"mutation must have non-negative rows that sum to one, got {rows.tolist()}")
+    stochastic = jnp.all(mutation >= 0) & jnp.all(jnp.abs(jnp.sum(mutation, axis=1) - 1) <= _slack(x0.dtype))
+    if not is_traced(mutation) and not bool(stochastic):
+        raise ValueError(f"mutation must have non-negative rows that sum to one, got {mutation.tolist()}")
+    x0 = jnp.where(stochastic, x0, jnp.nan)  # a bad traced mutation fails its lane
     path = integrate(_mutator_field, x0, ts, (fitness, mutation), **options)
     # Where mutation is absent a coordinate may end a rounding error below zero.
     inside = jnp.all(jnp.where(jnp.isfinite(path.ys), path.ys, 0) > -1e-6)
@@ -170,16 +170,16 @@ def simulate_discrete(
         A `Trajectory` with `ts` = 0, 1, ..., steps and `ys` = log x; `ok` is false where F + c was not.
 
     Raises:
-        ValueError: `x0` is not on the simplex, the payoff is bad, `steps` is negative.
+        ValueError: `x0` is not on the simplex, the payoff or `background` is bad, `steps` is negative.
 
     Source: hofbauer1998, section 7.1.
 
     Example:
-        >>> path = simulate_discrete(jnp.array([[2.0, 2.0], [1.0, 1.0]]), [0.5, 0.5], steps=1)
-        >>> jnp.exp(path.ys[-1]).round(4).tolist()
-        [0.6667, 0.3333]
+        >>> path = simulate_discrete(jnp.array([[3.0, 3.0], [1.0, 1.0]]), [0.5, 0.5], steps=1)
+        >>> jnp.exp(path.ys[-1]).round(6).tolist()
+        [0.75, 0.25]
     """
-    return _iterate(_discrete_step, fitness, x0, steps, background, time_step=1.0)
+    return _iterate(_discrete_step, fitness, x0, steps, "background", background, time_step=1.0)
 
 
 def exponentiated_gradient(
@@ -199,7 +199,7 @@ def exponentiated_gradient(
         A `Trajectory` with `ts` = learning_rate * step and `ys` = log x.
 
     Raises:
-        ValueError: `x0` is not on the simplex, the payoff is bad, `steps` is negative.
+        ValueError: `x0` is not on the simplex, the payoff or `learning_rate` is bad, `steps` is negative.
 
     Source: kivinen1997, section 3.
 
@@ -208,11 +208,21 @@ def exponentiated_gradient(
         >>> float(path.ys[-1, 0] - path.ys[-1, 1]).__round__(6)
         1.0
     """
-    return _iterate(_exponentiated_step, fitness, x0, steps, learning_rate, time_step=learning_rate)
+    return _iterate(
+        _exponentiated_step, fitness, x0, steps, "learning_rate", learning_rate, time_step=learning_rate
+    )
 
 
 def constant_fitness_solution(fitness: ArrayLike, x0: ArrayLike, ts: ArrayLike) -> Float[Array, "T n"]:
     r"""Closed form for constant fitness: log x(t) = log_softmax(log x0 + F t), shape (T, n).
+
+    Args:
+        fitness: F, shape (n,).
+        x0: start on the simplex, shape (n,).
+        ts: times, shape (T,), in any order.
+
+    Raises:
+        ValueError: `x0` is not on the simplex or the fitness has another shape.
 
     Source: hofbauer1998, section 7.1.
 
@@ -220,7 +230,10 @@ def constant_fitness_solution(fitness: ArrayLike, x0: ArrayLike, ts: ArrayLike) 
         >>> constant_fitness_solution([1.0, 0.0], [0.5, 0.5], [0.0]).shape
         (1, 2)
     """
-    fitness, x0, ts = as_inexact(fitness), as_inexact(x0), as_inexact(ts)
+    x0 = require_simplex("x0", x0)
+    fitness, ts = jnp.asarray(fitness, x0.dtype), jnp.asarray(ts, x0.dtype)
+    if fitness.shape != x0.shape:
+        raise ValueError(f"fitness must have shape {x0.shape}, got shape {fitness.shape}")
     return jax.nn.log_softmax(jnp.log(x0)[None, :] + ts[:, None] * fitness[None, :], axis=1)
 
 
@@ -232,13 +245,17 @@ def require_simplex(name: str, x: ArrayLike) -> Float[Array, " n"]:
     x = as_inexact(x)
     if x.ndim != 1 or x.size == 0:
         raise ValueError(f"{name} must have shape (n,), got shape {x.shape}")
-    slack = max(1e-6, float(jnp.finfo(x.dtype).eps) ** 0.5)
-    good = jnp.all(x >= 0) & (jnp.abs(jnp.sum(x) - 1) <= slack)
+    good = jnp.all(x >= 0) & (jnp.abs(jnp.sum(x) - 1) <= _slack(x.dtype))
     if not is_traced(x) and not bool(good):
         raise ValueError(
             f"{name} must be a point of the simplex (no negative entry, sum one), got {x.tolist()}"
         )
     return jnp.where(good, x, jnp.nan)
+
+
+def _slack(dtype: Any) -> float:
+    """How far a sum of shares may be from one."""
+    return max(1e-6, float(jnp.finfo(dtype).eps) ** 0.5)
 
 
 def _require_matrix(name: str, matrix: Any, shape: tuple[int, int], dtype: Any) -> Array:
@@ -260,7 +277,7 @@ def _require_fitness(fitness: Fitness, size: int, dtype: Any) -> Any:
 
 
 def _payoffs(fitness: Any, x: Array) -> Any:
-    return fitness(x).astype(x.dtype) if callable(fitness) else fitness @ x
+    return jnp.asarray(fitness(x), x.dtype) if callable(fitness) else fitness @ x
 
 
 def _log_start(x0: Array) -> tuple[Array, Array]:
@@ -301,18 +318,22 @@ def _mutator_field(t, x, args):
 
 
 def _discrete_step(log_x, fitness, background):
-    return jax.nn.log_softmax(log_x + jnp.log(fitness + background))
+    # Fitness of absent strategies is not looked at: it may be negative.
+    growth = jnp.where(jnp.isneginf(log_x), 1, fitness + background)
+    return jax.nn.log_softmax(log_x + jnp.log(growth))
 
 
 def _exponentiated_step(log_x, fitness, learning_rate):
     return jax.nn.log_softmax(log_x + learning_rate * fitness)
 
 
-def _iterate(step, fitness, x0, steps, rate, time_step) -> Trajectory:
+def _iterate(step, fitness, x0, steps, name, rate, time_step) -> Trajectory:
     x0 = require_simplex("x0", x0)
     fitness = _require_fitness(fitness, x0.size, x0.dtype)
-    if steps < 0:
-        raise ValueError(f"steps must be >= 0, got {steps}")
+    if not isinstance(steps, (int, np.integer)) or steps < 0:
+        raise ValueError(f"steps must be an integer >= 0, got {steps!r}")
+    if np.shape(rate) != () or not (is_traced(rate) or np.isfinite(float(rate))):
+        raise ValueError(f"{name} must be a finite number, got {rate}")
     rate, time_step = jnp.asarray(rate, x0.dtype), jnp.asarray(time_step, x0.dtype)
     return _scan(step, fitness, x0, steps, rate, time_step)
 
