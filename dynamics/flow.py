@@ -121,17 +121,17 @@ def integrate(
     """
     y0 = jax.tree.map(as_inexact, y0)
     leaves = jax.tree.leaves(y0)
-    if not leaves:
-        raise ValueError("y0 must hold at least one number, got an empty pytree")
+    if not any(leaf.size for leaf in leaves):
+        raise ValueError("y0 must hold at least one number, got none")
     dtype = jnp.finfo(jnp.result_type(*leaves)).dtype
     ts = require_times(ts, dtype)
     if not is_traced(y0) and not all(np.all(np.isfinite(np.asarray(leaf))) for leaf in leaves):
         raise ValueError("y0 must be finite, got NaN or infinity")
     for name, tolerance in (("rtol", rtol), ("atol", atol)):
-        if not is_traced(tolerance) and not float(np.asarray(tolerance)) >= 0:
+        if np.shape(tolerance) or not (is_traced(tolerance) or float(np.asarray(tolerance)) >= 0):
             raise ValueError(f"{name} must be a number >= 0, got {tolerance}")
-    if max_steps < 1:
-        raise ValueError(f"max_steps must be a positive integer, got {max_steps}")
+    if not isinstance(max_steps, (int, np.integer)) or max_steps < 1:
+        raise ValueError(f"max_steps must be a positive integer, got {max_steps!r}")
 
     args = jax.tree.map(_trace_number, args)
     rtol, atol = (jnp.asarray(tolerance, dtype) for tolerance in (rtol, atol))
@@ -164,14 +164,14 @@ def _trace_number(leaf: Any) -> Any:
 @eqx.filter_jit
 def _solve(field, y0, ts, args, solver, rtol, atol, max_steps, adjoint):
     # A start with NaN would be retried with ever smaller steps: such a lane starts from zero and is
-    # flagged afterwards, so that it does not hold up the others.
-    good = all_finite(y0) & all_finite(ts) & jnp.all(jnp.diff(ts) > 0)
+    # flagged afterwards, so that it does not hold up the others. So do bad times and tolerances.
+    good = all_finite(y0) & all_finite(ts) & jnp.all(jnp.diff(ts) > 0) & (rtol >= 0) & (atol >= 0)
     start = jax.tree.map(lambda leaf: jnp.where(good, leaf, jnp.zeros_like(leaf)), y0)
     times = jnp.where(good, ts, jnp.arange(ts.size, dtype=ts.dtype))
     epsilon = jnp.finfo(ts.dtype).eps
     controller = diffrax.PIDController(
-        rtol=jnp.maximum(rtol, 10 * epsilon),
-        atol=atol,
+        rtol=jnp.where(good, jnp.maximum(rtol, 10 * epsilon), 1),
+        atol=jnp.where(good, atol, 1),
         # Where the field is NaN the controller shrinks the step for ever; this ends it. It is far below
         # any step that a finite field asks for.
         dtmin=1e4 * float(jnp.finfo(ts.dtype).tiny),

@@ -1,0 +1,211 @@
+"""The integrator: exact solutions, an independent solver, and every way to fail."""
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.integrate import solve_ivp
+
+from dynamics.flow import Trajectory, all_finite, as_inexact, gradient_flow, integrate
+from tests.helpers import count_compilations
+
+TIMES = [0.0, 0.5, 1.0, 2.0]
+
+
+def decay(t, y, rate):
+    return -rate * y
+
+
+def square(t, y, args):
+    return y**2
+
+
+def network(t, y, args):
+    weights, force = args
+    return jnp.tanh(weights @ y) - 0.1 * y**3 + force * jnp.sin(t)
+
+
+def test_exact_solutions_of_a_pytree():
+    def field(t, y, args):
+        position, velocity = y["oscillator"]
+        return {
+            "decay": -y["decay"],
+            "oscillator": (velocity, -(args["frequency"] ** 2) * position),
+            "logistic": args["growth"] * y["logistic"] * (1 - y["logistic"]),
+        }
+
+    y0 = {"decay": [1.0, 2.0], "oscillator": (1.0, 0.0), "logistic": np.array([[0.1], [0.9]])}
+    y0["decay"] = np.array(y0["decay"])
+    path = integrate(field, y0, [0, 1, 2, 5], {"frequency": 3.0, "growth": 2.0})
+    assert bool(path.ok)
+    ts = np.array([0.0, 1.0, 2.0, 5.0])
+    np.testing.assert_array_equal(path.ts, ts)
+    exact = {
+        "decay": np.exp(-ts)[:, None] * [[1.0, 2.0]],
+        "oscillator": (np.cos(3 * ts), -3 * np.sin(3 * ts)),
+        "logistic": 1 / (1 + np.array([[9.0], [1 / 9]]) * np.exp(-2 * ts)[:, None, None]),
+    }
+    assert jax.tree.structure(path.ys) == jax.tree.structure(y0)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=3e-7), path.ys, exact)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_agrees_with_scipy_on_a_nonlinear_field(seed):
+    random = np.random.default_rng(seed)
+    weights, y0, force = random.normal(size=(4, 4)), random.normal(size=4), random.normal()
+    ts = np.linspace(0.5, 6.0, 7)
+    path = integrate(network, y0, ts, (weights, force), rtol=1e-11, atol=1e-12)
+    oracle = solve_ivp(
+        lambda t, y: np.tanh(weights @ y) - 0.1 * y**3 + force * np.sin(t),
+        (ts[0], ts[-1]),
+        y0,
+        method="DOP853",
+        t_eval=ts,
+        rtol=1e-12,
+        atol=1e-13,
+    )
+    np.testing.assert_allclose(path.ys, oracle.y.T, rtol=0, atol=1e-9)
+
+
+def test_float32_is_kept_and_the_default_tolerances_can_be_met():
+    path = integrate(decay, np.ones(2, np.float32), TIMES, 2.0)
+    assert path.ys.dtype == path.ts.dtype == np.float32
+    np.testing.assert_allclose(path.ys[:, 0], np.exp(-2 * np.array(TIMES)), rtol=2e-5)
+
+
+def test_gradients_in_both_modes():
+    def last(rate, adjoint):
+        return integrate(decay, 1.0, [0.0, 2.0], rate, adjoint=adjoint).ys[-1]
+
+    rate = jnp.array(0.7)
+    exact = -2 * np.exp(-1.4)
+    reverse = jax.grad(last)(rate, diffrax.RecursiveCheckpointAdjoint())
+    _, forward = jax.jvp(lambda rate: last(rate, diffrax.ForwardMode()), (rate,), (jnp.ones(()),))
+    np.testing.assert_allclose([reverse, forward], exact, rtol=5e-8)
+
+
+def test_too_few_steps():
+    with pytest.raises(RuntimeError, match=r"^integrate: the solver gave up after t = 1 \(limit: 6") as error:
+        integrate(decay, 1.0, [0.0, 0.5, 1.0, 500.0], 2.0, max_steps=6)
+    assert "\n" not in str(error.value)
+    path = integrate(decay, 1.0, [0.0, 0.5, 1.0, 500.0], 2.0, max_steps=6, throw=False)
+    assert not bool(path.ok)
+    np.testing.assert_array_equal(np.isnan(path.ys), [False, False, False, True])
+
+
+def test_lanes_fail_alone():
+    """A start that is NaN and a solution that blows up at t = 0.25 leave the other lanes as they are."""
+    lanes = jnp.array([0.2, jnp.nan, 0.4, 4.0])
+    path = jax.vmap(lambda y0: integrate(square, y0, TIMES, throw=False))(lanes)
+    np.testing.assert_array_equal(path.ok, [True, False, True, False])
+    np.testing.assert_array_equal(np.isnan(path.ys[1]), True)
+    np.testing.assert_array_equal(np.isnan(path.ys[3]), [False, True, True, True])
+    for lane in (0, 2):
+        alone = integrate(square, lanes[lane], TIMES)
+        np.testing.assert_allclose(path.ys[lane], alone.ys, rtol=1e-10)
+        np.testing.assert_allclose(alone.ys, 1 / (1 / lanes[lane] - np.array(TIMES)), rtol=1e-7)
+    with pytest.raises(RuntimeError, match=r"^integrate: the solver gave up after t = 0 "):
+        integrate(square, lanes[3], TIMES)
+
+
+def test_a_field_that_turns_nan_ends():
+    def field(t, y, args):
+        return jnp.where(t > 0.7, jnp.nan, -y)
+
+    path = integrate(field, 1.0, TIMES, throw=False)
+    assert not bool(path.ok)
+    np.testing.assert_allclose(path.ys[:2], np.exp([-0.0, -0.5]), rtol=1e-10)
+    np.testing.assert_array_equal(np.isnan(path.ys[2:]), True)
+
+
+def test_bad_values_that_are_traced_are_flagged():
+    """Decreasing and NaN times, NaN and negative tolerances: the lane fails, the first does not."""
+    ts = jnp.array([TIMES, TIMES[::-1], [0.0, jnp.nan, 1.0, 2.0], TIMES, TIMES])
+    rtol = jnp.array([1e-8, 1e-8, 1e-8, jnp.nan, 1e-8])
+    atol = jnp.array([1e-10, 1e-10, 1e-10, 1e-10, -1.0])
+
+    def lane(ts, rtol, atol):
+        return integrate(decay, 1.0, ts, 2.0, rtol=rtol, atol=atol, throw=False)
+
+    path = jax.vmap(lane)(ts, rtol, atol)
+    np.testing.assert_array_equal(path.ok, [True, False, False, False, False])
+    np.testing.assert_allclose(path.ys[0], np.exp(-2 * np.array(TIMES)), rtol=1e-6)
+    np.testing.assert_array_equal(np.isnan(path.ys[1:]), True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ts": 1.0}, r"^ts must have shape \(T,\) with T >= 1, got shape \(\)$"),
+        ({"ts": []}, r"^ts must have shape \(T,\) with T >= 1, got shape \(0,\)$"),
+        ({"ts": [[0.0, 1.0]]}, r"^ts must have shape \(T,\) with T >= 1, got shape \(1, 2\)$"),
+        ({"ts": [0.0, 2.0, 1.0]}, r"^ts must increase strictly \(in float64\), got \[0\. 2\. 1\.\]$"),
+        ({"ts": [0.0, 1.0, 1.0]}, r"^ts must increase strictly"),
+        ({"ts": [0.0, 1.0, 1.0 + 1e-9], "y0": np.float32(1)}, r"^ts must increase strictly \(in float32\)"),
+        ({"ts": [0.0, np.nan]}, r"^ts must be finite, got NaN or infinity$"),
+        ({"y0": {}}, r"^y0 must hold at least one number, got none$"),
+        ({"y0": np.zeros((0, 3))}, r"^y0 must hold at least one number, got none$"),
+        ({"y0": (1.0, np.array([0.0, np.inf]))}, r"^y0 must be finite, got NaN or infinity$"),
+        ({"rtol": -1e-6}, r"^rtol must be a number >= 0, got -1e-06$"),
+        ({"rtol": [1e-6, 1e-6]}, r"^rtol must be a number >= 0, got \[1e-06, 1e-06\]$"),
+        ({"atol": np.nan}, r"^atol must be a number >= 0, got nan$"),
+        ({"max_steps": 0}, r"^max_steps must be a positive integer, got 0$"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    arguments = {"y0": 1.0, "ts": TIMES, **change}
+    with pytest.raises(ValueError, match=message):
+        integrate(decay, arguments.pop("y0"), arguments.pop("ts"), 2.0, **arguments)
+
+
+def test_other_numbers_compile_nothing():
+    integrate(decay, 1.0, TIMES, 2.0)
+    with count_compilations() as names:
+        integrate(decay, 3.0, [1, 2.5, 3, 4], 0.5, rtol=1e-5, atol=1e-6)
+    assert names == []
+    with count_compilations() as names:
+        integrate(lambda t, y, rate: rate * y, 1.0, TIMES, 2.0)
+    assert names == ["jit(_solve)"]
+
+
+def test_one_time_gives_the_start():
+    path = integrate(decay, 3, [1.5], 2.0)
+    assert bool(path.ok)
+    assert path.ys.tolist() == [3.0]
+
+
+def test_gradient_flow_is_the_hand_written_field():
+    A = np.array([[2.0, 0.5], [0.5, 1.0]])
+    field = gradient_flow(lambda y, A: 0.5 * y @ A @ y)
+    y = jnp.array([1.0, -2.0])
+    np.testing.assert_allclose(field(0.0, y, A), -A @ y, rtol=1e-15)
+    values, vectors = np.linalg.eigh(A)
+    exact = vectors @ (np.exp(-2 * values) * (vectors.T @ y))
+    np.testing.assert_allclose(integrate(field, y, TIMES, A).ys[-1], exact, rtol=5e-9)
+    quartic = gradient_flow(lambda y: jnp.sum(y["a"] ** 4))
+    np.testing.assert_allclose(quartic(0.0, {"a": y}, None)["a"], -4 * y**3, rtol=1e-15)
+
+
+def test_inside_jit():
+    @eqx.filter_jit
+    def last(y0, max_steps):
+        return integrate(decay, y0, [0.0, 1.0, 50.0], 2.0, max_steps=max_steps).ys[1]
+
+    np.testing.assert_allclose(last(jnp.ones(()), 1000), np.exp(-2), rtol=1e-8)
+    with pytest.raises(RuntimeError, match="integrate: the solve failed; raise max_steps"):
+        last(jnp.ones(()), 4)
+
+
+def test_pieces():
+    path = Trajectory(jnp.zeros(3), (jnp.ones((3, 2)),), jnp.array(True))
+    assert [leaf.shape for leaf in jax.tree.leaves(path)] == [(3,), (3, 2), ()]
+    assert bool(all_finite({}))
+    assert not bool(all_finite((jnp.ones(2), jnp.array([0.0, jnp.inf]))))
+    assert [as_inexact(x).dtype.name for x in (1, [1.5], np.float32(1), 1j)] == [
+        "float64",
+        "float64",
+        "float32",
+        "complex128",
+    ]
