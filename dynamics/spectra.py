@@ -16,9 +16,10 @@ def stable_rank(A: Float[Array, "*batch m n"]) -> Float[Array, "*batch"]:
         >>> float(stable_rank(jnp.diag(jnp.array([2.0, 1.0, 1.0]))))
         1.5
     """
-    energy = jnp.square(jnp.linalg.svd(A, compute_uv=False))
-    largest = jnp.max(energy, axis=-1)
-    return jnp.sum(energy, axis=-1) / jnp.where(largest > 0, largest, 1)
+    values = jnp.linalg.svd(A, compute_uv=False)
+    largest = jnp.max(values, axis=-1, keepdims=True)
+    # Scaled before it is squared: a collapsed matrix would underflow.
+    return jnp.sum(jnp.square(values / jnp.where(largest > 0, largest, 1)), axis=-1)
 
 
 def effective_rank(A: Float[Array, "*batch m n"]) -> Float[Array, "*batch"]:
@@ -33,7 +34,7 @@ def effective_rank(A: Float[Array, "*batch m n"]) -> Float[Array, "*batch"]:
     values = jnp.linalg.svd(A, compute_uv=False)
     total = jnp.sum(values, axis=-1)
     shares = values / jnp.where(total > 0, total, 1)[..., None]
-    return jnp.where(total > 0, jnp.exp(entropy(shares)), 0)
+    return jnp.where(total == 0, 0, jnp.exp(entropy(shares)))
 
 
 def entropy(p: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
