@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,12 +75,17 @@ def train(
         >>> path.ys.tolist()
         [1.0, 0.5, 0.25]
     """
-    _require_run(steps, every, batches, key)
+    params = _require_run(params, steps, every, batches, key, time_step)
     observe = _identity if observe is None else observe
     return _train(loss, params, optimizer, steps, observe, every, batches, key, jnp.asarray(time_step))
 
 
-def _require_run(steps: int, every: int, batches: Any, key: Array | None) -> None:
+def _require_run(params, steps, every, batches, key, time_step) -> PyTree:
+    """Check what the two drivers share; return the parameters as arrays."""
+    params = jax.tree.map(jnp.asarray, params)
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(params)}
+    if not dtypes or not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes):
+        raise ValueError(f"params must be floating arrays, got {sorted(map(str, dtypes)) or 'none'}")
     if not isinstance(steps, (int, np.integer)) or steps < 0:
         raise ValueError(f"steps must be an integer >= 0, got {steps!r}")
     if not isinstance(every, (int, np.integer)) or every < 1:
@@ -90,6 +96,9 @@ def _require_run(steps: int, every: int, batches: Any, key: Array | None) -> Non
         lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
         if lengths != {(steps,)}:
             raise ValueError(f"batches must have a leading axis of length steps = {steps}, got {lengths}")
+    if np.shape(time_step):
+        raise ValueError(f"time_step must be one number, got shape {np.shape(time_step)}")
+    return params
 
 
 @eqx.filter_jit
@@ -182,7 +191,7 @@ def train_in_chunks(
         What `train` returns.
 
     Raises:
-        ValueError: an argument is out of range; the folder holds the run of another model.
+        ValueError: an argument is out of range; the folder holds a run of another kind.
         OSError: the folder cannot be written.
 
     Example:
@@ -190,9 +199,9 @@ def train_in_chunks(
         >>> path.ys.tolist()
         [1.0, 0.5, 0.25, 0.125, 0.0625]
     """
-    _require_run(steps, every, batches, key)
-    if chunk < 1 or chunk % every:
-        raise ValueError(f"chunk must be a positive multiple of every = {every}, got {chunk}")
+    params = _require_run(params, steps, every, batches, key, time_step)
+    if not isinstance(chunk, (int, np.integer)) or chunk < 1 or chunk % every:
+        raise ValueError(f"chunk must be a positive multiple of every = {every}, got {chunk!r}")
     observe = _identity if observe is None else observe
     state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
     first = jax.tree.map(np.asarray, observe(params))
@@ -202,8 +211,9 @@ def train_in_chunks(
 
     store = None if checkpoints is None else _open_checkpoints(Path(checkpoints))
     try:
+        kind = _kind_of_run(state, records, steps, every)
         if store is not None and store.latest is not None:
-            state, records = _restore(store, (state, records))
+            state, records = _restore(store, (state, records), kind)
         while (done := int(state.step)) < steps:
             count = min(chunk, steps - done)
             here = batches
@@ -212,7 +222,7 @@ def train_in_chunks(
             state, observed = _advance_compiled(state, loss, optimizer, count, observe, every, here, key)
             _write(records, done // every + 1, observed)
             if store is not None:
-                store.save(done + count, (state, records))
+                store.save(done + count, (state, records), custom_metadata=kind)
             if progress is not None:
                 progress(done + count, steps)
     finally:
@@ -230,21 +240,34 @@ def _write(records: PyTree, start: int, observed: PyTree) -> None:
     jax.tree.map(write, records, observed)
 
 
+def _kind_of_run(state: TrainState, records: PyTree, steps: int, every: int) -> dict[str, Any]:
+    """What two runs must share so that one may go on from the other's checkpoints, as plain JSON."""
+    leaves = {
+        jax.tree_util.keystr(path): f"{jnp.result_type(leaf)}{list(np.shape(leaf))}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path((state, records))
+    }
+    return {"steps": int(steps), "every": int(every), "leaves": leaves}
+
+
 def _open_checkpoints(folder: Path):
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):  # an unwritable folder fails here, not in a writer thread
+        pass
     import orbax.checkpoint.experimental.v1 as ocp  # takes a second to import; only long runs need it
 
     policy = ocp.training.preservation_policies.LatestN(2)
-    return ocp.training.Checkpointer(folder.absolute(), preservation_policy=policy)
+    return ocp.training.Checkpointer(str(folder.absolute()), preservation_policy=policy)  # pyright: ignore[reportArgumentType]
 
 
-def _restore(store, like: PyTree) -> PyTree:
-    try:
-        state, records = store.load(store.latest.step, like)
-    except (ValueError, KeyError) as error:
+def _restore(store, like: PyTree, kind: dict[str, Any]) -> PyTree:
+    # Loading would cast and pass over what differs: the kind of run is compared first.
+    step = store.latest.step
+    if store.checkpointables_metadata(step).custom_metadata != kind:
         raise ValueError(
-            f"checkpoints must be the folder of a run with the same model, optimizer and steps, "
-            f"got another one in {store.directory}"
-        ) from error
+            "checkpoints must be the folder of a run with the same model, optimizer, observe, steps and "
+            f"every, got another one in {store.directory}"
+        )
+    state, records = store.load(step, like)
     return state, jax.tree.map(np.array, records)
 
 
@@ -253,7 +276,8 @@ def sgd_until(learning_rate: ArrayLike, steps: ArrayLike, momentum: float | None
 
     With it one compiled program trains lanes of different learning rates to the same time.
     """
-    return optax.sgd(lambda count: jnp.where(count < steps, learning_rate, 0), momentum=momentum)
+    rate, last = jnp.asarray(learning_rate), jnp.asarray(steps)
+    return optax.sgd(lambda count: jnp.where(count < last, rate, 0), momentum=momentum)
 
 
 def train_at_rates(
@@ -282,11 +306,20 @@ def train_at_rates(
     Returns:
         The learning rates (L,) and a `Trajectory` with `ts` (L, points + 1) and leaves (L, points + 1, ...).
 
+    Raises:
+        ValueError: `substeps`, `points` or `horizon` is not positive.
+
     Example:
         >>> rates, path = train_at_rates(lambda p: p**2, jnp.array(1.0), (1, 10), horizon=1.0, points=5)
         >>> path.ys.shape
         (2, 6)
     """
+    if len(substeps) == 0 or min(substeps) < 1:
+        raise ValueError(f"substeps must be positive integers, at least one, got {substeps}")
+    if points < 1:
+        raise ValueError(f"points must be a positive integer, got {points}")
+    if not 0 < horizon < np.inf:
+        raise ValueError(f"horizon must be positive and finite, got {horizon}")
     dtype = jnp.result_type(*jax.tree.leaves(params))
     counts = jnp.asarray(substeps)
     rates = jnp.asarray(horizon / (points * np.asarray(substeps)), dtype)

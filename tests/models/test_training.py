@@ -1,0 +1,283 @@
+"""Training: the scan against a plain loop, sweeps, failures, chunks with resume, the rate of convergence."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from models.training import record_steps, train, train_at_rates, train_in_chunks
+from sims.compare import convergence_order
+from tests.helpers import count_compilations
+
+A = np.array([[2.0, 0.5], [0.5, 1.0]])
+PARAMS = {"w": np.array([1.0, -2.0]), "b": np.array(0.5)}
+KEY = jax.random.key(3)
+SGD = optax.sgd(0.1)
+ADAM = optax.adam(0.1)
+
+
+def loss(params, batch=0.0):
+    return 0.5 * params["w"] @ A @ params["w"] + (params["b"] - batch) ** 4
+
+
+def quadratic(y):
+    return 0.5 * y @ A @ y
+
+
+def draw(key):
+    return jax.random.normal(key)
+
+
+def energy(params):
+    return {"b": params["b"], "norm": jnp.sum(params["w"] ** 2)}
+
+
+def assert_trees_equal(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def plain_loop(optimizer, batches):
+    """Parameters after 0, 1, 2, ... steps."""
+    params = jax.tree.map(jnp.asarray, PARAMS)
+    state = optimizer.init(params)
+    path = [params]
+    for batch in batches:
+        updates, state = optimizer.update(jax.grad(loss)(params, batch), state, params)
+        params = optax.apply_updates(params, updates)
+        path.append(params)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "steps", "every", "marks"),
+    [
+        (SGD, 7, 3, [0, 3, 6, 7]),
+        (optax.sgd(0.1, momentum=0.9), 6, 2, [0, 2, 4, 6]),
+        (ADAM, 2, 5, [0, 2]),
+        (SGD, 0, 1, [0]),
+    ],
+    ids=["sgd", "momentum", "adam", "none"],
+)
+@pytest.mark.parametrize("kind", ["no batches", "arrays", "keyed"])
+def test_equals_a_plain_loop(optimizer, steps, every, marks, kind):
+    data = np.linspace(-1, 1, steps)
+    drawn = [jax.random.normal(jax.random.fold_in(KEY, step)) for step in range(steps)]
+    each = {"no batches": [0.0] * steps, "arrays": data, "keyed": drawn}[kind]
+    given = {"no batches": {}, "arrays": {"batches": data}, "keyed": {"batches": draw, "key": KEY}}[kind]
+    params, path = train(loss, PARAMS, optimizer, steps=steps, every=every, time_step=0.1, **given)
+    expected = plain_loop(optimizer, each)
+    assert bool(path.ok)
+    assert record_steps(steps, every).tolist() == marks
+    np.testing.assert_allclose(path.ts, 0.1 * np.array(marks), rtol=1e-15)
+    for row, mark in enumerate(marks):
+        for name in PARAMS:
+            np.testing.assert_allclose(path.ys[name][row], expected[mark][name], rtol=1e-13, err_msg=name)
+    assert_trees_equal(params, jax.tree.map(lambda leaf: leaf[-1], path.ys))
+
+
+def test_sweeps_equal_single_runs_and_lanes_fail_alone():
+    rates = jnp.array([0.1, 1e9, 0.02])
+
+    def run(rate):
+        return train(loss, PARAMS, optax.sgd(rate), steps=9, observe=energy, every=9, time_step=rate)
+
+    params, path = jax.jit(jax.vmap(run))(rates)
+    np.testing.assert_array_equal(path.ok, [True, False, True])
+    np.testing.assert_allclose(path.ts, rates[:, None] * np.array([[0.0, 9.0]]), rtol=1e-15)
+    for lane in (0, 2):
+        alone = run(float(rates[lane]))
+        jax.tree.map(
+            lambda a, b, lane=lane: np.testing.assert_allclose(a[lane], b, rtol=1e-13),
+            (params, path),
+            alone,
+        )
+
+
+def test_seeds_are_one_vmap():
+    keys = jax.random.split(KEY, 3)
+    run = jax.vmap(lambda key: train(loss, PARAMS, SGD, steps=4, batches=draw, key=key)[1].ys["b"])
+    alone = train(loss, PARAMS, SGD, steps=4, batches=draw, key=keys[1])[1].ys["b"]
+    lanes = run(keys)
+    np.testing.assert_allclose(lanes[1], alone, rtol=1e-13)
+    assert len(set(lanes[:, -1].tolist())) == 3
+
+
+def test_parameters_that_are_lost_are_told_though_not_observed():
+    _, path = train(lambda y: y**4, 1.0, optax.sgd(1e200), steps=3, observe=lambda y: jnp.ones(2))
+    assert not bool(path.ok)
+    np.testing.assert_array_equal(path.ys, 1)
+
+
+def test_other_numbers_compile_nothing():
+    train(quadratic, np.ones(2), SGD, steps=4, time_step=0.1)
+    train(loss, PARAMS, SGD, steps=4, batches=np.ones(4))
+    with count_compilations() as names:
+        train(quadratic, np.array([3.0, 4.0]), SGD, steps=4, time_step=0.2)
+        train(loss, {"w": np.zeros(2), "b": np.ones(())}, SGD, steps=4, batches=np.zeros(4))
+    assert names == []
+
+
+def test_python_numbers_are_parameters_too():
+    bowl = lambda y: y**2  # noqa: E731
+    assert train(bowl, 1.0, SGD, steps=1)[1].ys.tolist() == [1.0, 0.8]
+    with count_compilations() as names:
+        assert train(bowl, 2.0, SGD, steps=1)[1].ys.tolist() == [2.0, 1.6]
+    assert names == []
+
+
+def test_the_data_of_a_partial_loss_compile_nothing():
+    def distance(data, y):
+        return jnp.sum((y - data) ** 2)
+
+    for target, compiled in ((np.zeros(2), ["jit(_train)"]), (np.ones(2), [])):
+        with count_compilations() as names:
+            params, _ = train(jax.tree_util.Partial(distance, target), np.ones(2), SGD, steps=1)
+        assert names == compiled
+        np.testing.assert_allclose(params, 1 - 0.2 * (1 - target), rtol=1e-15)
+
+
+def test_float32_is_kept():
+    params, path = train(quadratic, np.ones(2, np.float32), ADAM, steps=2, time_step=0.1)
+    assert params.dtype == path.ys.dtype == path.ts.dtype == jnp.float32
+
+
+def test_a_flax_module_trains():
+    graph, state = nnx.split(nnx.Linear(2, 1, rngs=nnx.Rngs(0), param_dtype=jnp.float64))
+    x = jnp.eye(2)
+
+    def fit(state):
+        return jnp.mean((nnx.merge(graph, state)(x) - 1) ** 2)
+
+    trained, path = train(fit, state, optax.sgd(0.5), steps=200, observe=fit, every=100)
+    assert bool(path.ok)
+    assert path.ys[-1] < 1e-12 < path.ys[0]
+    np.testing.assert_allclose(nnx.merge(graph, trained)(x), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": -1}, r"^steps must be an integer >= 0, got -1$"),
+        ({"every": 0}, r"^every must be an integer >= 1, got 0$"),
+        ({"batches": draw}, r"^key must be given where batches is a function of a key$"),
+        ({"batches": np.ones(5)}, r"^batches must have a leading axis of length steps = 4, got \{\(5,\)\}$"),
+        ({"batches": (np.ones(4), 1.0)}, r"^batches must have a leading axis of length steps = 4, got"),
+        ({"params": {}}, r"^params must be floating arrays, got none$"),
+        ({"params": {"n": np.arange(2)}}, r"^params must be floating arrays, got \['int64'\]$"),
+        ({"time_step": [0.1, 0.2]}, r"^time_step must be one number, got shape \(2,\)$"),
+    ],
+)
+@pytest.mark.parametrize("driver", [train, train_in_chunks])
+def test_bad_input_is_named(driver, change, message):
+    arguments = {"params": PARAMS, "steps": 4, **change}
+    if driver is train_in_chunks:
+        arguments["chunk"] = 2
+    with pytest.raises(ValueError, match=message):
+        driver(loss, arguments.pop("params"), SGD, **arguments)
+
+
+@pytest.mark.parametrize(("chunk", "every"), [(0, 1), (3, 2)])
+def test_a_bad_chunk_is_named(chunk, every):
+    with pytest.raises(
+        ValueError, match=f"^chunk must be a positive multiple of every = {every}, got {chunk}"
+    ):
+        train_in_chunks(loss, PARAMS, SGD, steps=4, chunk=chunk, every=every)
+
+
+RUN = {"steps": 11, "every": 2, "observe": energy, "time_step": 0.1}
+BATCHES = {"arrays": {"batches": np.linspace(-1, 1, 11)}, "keyed": {"batches": draw, "key": KEY}}
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+def test_chunks_and_resume_change_no_bit(kind, tmp_path):
+    class Crash(Exception):
+        pass
+
+    def crash(done, steps):
+        if done == 8:
+            raise Crash
+
+    whole = train(loss, PARAMS, ADAM, **RUN, **BATCHES[kind])
+    chunks = {**RUN, **BATCHES[kind], "chunk": 4}
+    done = []
+    with count_compilations() as names:
+        assert_trees_equal(train_in_chunks(loss, PARAMS, ADAM, **chunks), whole)
+    assert names.count("jit(_advance)") == 2  # whole chunks, and the last three steps
+
+    with pytest.raises(Crash):
+        train_in_chunks(loss, PARAMS, ADAM, **chunks, checkpoints=tmp_path, progress=crash)
+    for expected in ([(11, 11)], []):  # goes on, then finds nothing left to do
+        done.clear()
+        resumed = train_in_chunks(
+            loss, PARAMS, ADAM, **chunks, checkpoints=tmp_path, progress=lambda *now: done.append(now)
+        )
+        assert done == expected
+        assert_trees_equal(resumed, whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["11", "8"]
+
+
+def test_checkpoints_of_another_run_are_told(tmp_path):
+    arguments = {"loss": loss, "params": PARAMS, "optimizer": SGD, "chunk": 4, **RUN, "checkpoints": tmp_path}
+    expected = train_in_chunks(**arguments)
+    others = [
+        {"optimizer": ADAM},
+        {"params": {"w": np.ones(2, np.float32), "b": np.ones((), np.float32)}},
+        {"loss": quadratic, "params": np.ones(2), "observe": None},
+        {"observe": lambda params: {"b": params["b"], "norm": params["w"]}},
+        {"steps": 15},
+        {"steps": 7},
+        {"every": 4},
+    ]
+    for other in others:
+        with pytest.raises(ValueError, match=r"^checkpoints must be the folder of a run with the same model"):
+            train_in_chunks(**{**arguments, **other})
+    assert_trees_equal(train_in_chunks(**arguments), expected)
+
+
+def test_checkpoints_that_cannot_be_written(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for folder in (file, file / "folder"):
+        with pytest.raises(OSError, match="file"):
+            train_in_chunks(loss, PARAMS, SGD, **RUN, chunk=4, checkpoints=folder)
+
+
+def test_learning_rates_end_together_and_close_in_on_the_flow():
+    y0, substeps = np.array([1.0, -2.0]), (4, 16, 64)
+    rates, path = train_at_rates(quadratic, y0, substeps, horizon=2.0, points=4)
+    np.testing.assert_allclose(rates, 0.5 / np.array(substeps), rtol=1e-15)
+    np.testing.assert_allclose(path.ts, np.tile(np.linspace(0, 2, 5), (3, 1)), rtol=1e-14)
+    assert path.ok.all()
+    _, alone = train(quadratic, y0, optax.sgd(float(rates[1])), steps=64, every=16)
+    np.testing.assert_allclose(path.ys[1], alone.ys, rtol=1e-13)
+
+    values, vectors = np.linalg.eigh(A)
+    for factor, least, most in ((1.0, 0.95, 1.05), (1.1, -0.5, 0.5)):
+        decay = np.exp(-factor * values[None, :] * np.linspace(0, 2, 5)[:, None])
+        flow = (decay * (vectors.T @ y0)[None, :]) @ vectors.T
+        gaps = np.max(np.abs(path.ys - flow[None]), axis=(1, 2))
+        assert least < convergence_order(rates, gaps).slope < most
+
+
+def test_a_diverging_rate_fails_alone():
+    _, path = train_at_rates(lambda y: y**4, 1.0, (1, 100), horizon=100.0, points=10)
+    assert path.ok.tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"substeps": ()}, r"^substeps must be positive integers, at least one, got \(\)$"),
+        ({"substeps": (0, 4)}, r"^substeps must be positive integers, at least one, got \(0, 4\)$"),
+        ({"points": 0}, r"^points must be a positive integer, got 0$"),
+        ({"horizon": -1.0}, r"^horizon must be positive and finite, got -1\.0$"),
+        ({"horizon": np.inf}, r"^horizon must be positive and finite, got inf$"),
+    ],
+)
+def test_bad_rates_are_named(change, message):
+    arguments = {"substeps": (1, 2), "horizon": 1.0, "points": 2, **change}
+    with pytest.raises(ValueError, match=message):
+        train_at_rates(quadratic, np.ones(2), **arguments)
