@@ -1,0 +1,49 @@
+"""What is shipped and what is pinned."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+LOCK = [Requirement(line) for line in (ROOT / "requirements.lock").read_text().splitlines()]
+
+
+def test_every_package_on_disk_is_listed():
+    folders = {
+        file.parent
+        for package in ("dynamics", "models", "sims")
+        for file in (ROOT / package).rglob("*.py")
+        if "__pycache__" not in file.parts
+    }
+    found = sorted(".".join(folder.relative_to(ROOT).parts) for folder in folders)
+    assert found == sorted(PYPROJECT["tool"]["setuptools"]["packages"])
+    assert all((folder / "__init__.py").is_file() for folder in folders)
+
+
+def test_the_lock_names_no_address_and_one_version_each():
+    assert LOCK
+    for pin in LOCK:
+        assert pin.url is None
+        (specifier,) = pin.specifier
+        assert specifier.operator == "=="
+
+
+@pytest.mark.parametrize("python", ["3.11.0", "3.12.0", "3.14.0"])
+def test_the_lock_satisfies_every_requirement(python):
+    release = python.rsplit(".", 1)[0]
+    environment = {**default_environment(), "python_version": release, "python_full_version": python}
+    pins = {
+        pin.name: next(iter(pin.specifier)).version
+        for pin in LOCK
+        if pin.marker is None or pin.marker.evaluate(environment)
+    }
+    project = PYPROJECT["project"]
+    extras = project["optional-dependencies"]
+    for line in [*project["dependencies"], *extras["dev"], *extras["xarray"]]:
+        needed = Requirement(line)
+        if needed.name != project["name"]:
+            assert needed.specifier.contains(pins[needed.name]), f"{needed} with {pins[needed.name]} locked"
