@@ -6,12 +6,14 @@ import ast
 import difflib
 import importlib
 import os
+import re
+import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -138,7 +140,8 @@ def execute(
             context = results.Context(options.seed, options.preset, data_dir, report)
             result = sim.run(chosen, context)
             seconds = time.perf_counter() - started
-            saved = results.to_saved(name, chosen, context, result, seconds)
+            flags = _flags(chosen, sim.PRESETS[options.preset]) + ([] if options.x64 else ["--no-x64"])
+            saved = results.to_saved(name, chosen, context, result, seconds, shlex.join(flags))
             if out is not None:
                 report("saving and drawing", 1.0)
                 results.save(saved, out)
@@ -151,6 +154,20 @@ def execute(
         console.print(f"{name}: {seconds:.1f} s, {len(verdicts)} claims, {state}", highlight=False)
         done.append(saved)
     return done
+
+
+def _flags(config: Any, preset: Any) -> list[str]:
+    """The flags that turn a preset into a configuration."""
+    words: list[str] = []
+    for name, value in asdict(config).items():
+        if value == getattr(preset, name):
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return words
 
 
 def _require_writable(out: Path) -> None:
@@ -227,7 +244,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, RuntimeError, ValueError) as error:
         if os.environ.get("DYNASCOPE_TRACEBACK"):
             raise
-        first = str(error).strip().split("\n")[0]
+        # An error from inside a compiled program comes wrapped in pages of advice.
+        inner = re.search(r"EquinoxRuntimeError: (.+)", str(error))
+        first = inner[1] if inner else str(error).strip().split("\n")[0]
         print(f"error: {first} (DYNASCOPE_TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
 
@@ -239,7 +258,7 @@ def _list(rest: list[str]) -> int:
         print("usage: python -m sims list\n\nThe simulations by name, one line each.")
         return 0
     sims = available()
-    width = max(map(len, sims))
+    width = max(map(len, sims), default=0)
     for name, line in sims.items():
         print(f"{name:<{width}}  {line}")
     return 0

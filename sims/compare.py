@@ -73,21 +73,27 @@ def compare(theory: Trajectory, trained: Trajectory) -> Comparison:
             f"trained must have the times of theory, got {other.shape} times and {ts.shape}; "
             "integrate the theory at trained.ts"
         )
+    shapes, others = ([np.shape(leaf) for leaf in jax.tree.leaves(path.ys)] for path in (theory, trained))
+    if shapes != others:
+        raise ValueError(f"trained must have the coordinates of theory, got {others} and {shapes}")
     a, b = _flatten(theory), _flatten(trained)
-    if a.shape != b.shape:
-        raise ValueError(f"trained must have the coordinates of theory, got {b.shape} and {a.shape}")
     with np.errstate(divide="ignore", invalid="ignore"):
         norm_a, norm_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
-        da, db = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)
+        da, db = _centred(a), _centred(b)
         correlation = np.sum(da * db, axis=1) / (np.linalg.norm(da, axis=1) * np.linalg.norm(db, axis=1))
-        relative = np.linalg.norm(b - a, axis=1) / norm_a
-    return Comparison(ts, relative, np.max(np.abs(b - a), axis=1), correlation, norm_b / norm_a)
+        relative, amplitude = np.linalg.norm(b - a, axis=1) / norm_a, norm_b / norm_a
+    return Comparison(ts, relative, np.max(np.abs(b - a), axis=1), correlation, amplitude)
 
 
 def _flatten(path: Trajectory) -> np.ndarray:
     """All coordinates side by side: shape (T, number of coordinates)."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(path.ys)]
     return np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
+
+
+def _centred(x: np.ndarray) -> np.ndarray:
+    # The mean of equal numbers is rounded; what does not vary must give exact zeros.
+    return np.where(np.ptp(x, axis=1, keepdims=True) > 0, x - x.mean(axis=1, keepdims=True), 0)
 
 
 def lane(paths: Trajectory, index: int) -> Trajectory:

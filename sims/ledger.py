@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from sims.claims import Claim
@@ -30,30 +31,37 @@ def render(done: list[Saved]) -> str:
     ]
     for saved in done:
         lines += [
-            f"| [`{claim.id}`](#{_anchor(saved.name)}) | {claim.source} | {_verdict(claim, saved)} |"
+            f"| [`{claim.id}`](#{_anchor(saved.name)}) | {_text(claim.source)} | {_verdict(claim, saved)} |"
             for claim in saved.claims
         ]
     for saved in done:
         record = saved.record
+        command = f"run {saved.name} --preset {record['preset']} --seed {record['seed']} {record['flags']}"
         precision = "64-bit" if record["x64"] else "32-bit"
         lines += [
             "",
             f"## {saved.name}",
             "",
-            f"`python -m sims run {saved.name} --preset {record['preset']} --seed {record['seed']}`"
+            f"`python -m sims {command.strip()}`"
             f" ({record['seconds']:.0f} s, {precision}, jax {record['versions']['jax']})",
             "",
             f"![{saved.name}]({saved.name}.png)",
             "",
         ]
         for claim in saved.claims:
-            lines.append(f"- **{_verdict(claim, saved)}** — {claim.statement} ({claim.source})")
-            lines += [f"  - {'✓' if check.holds else '✗'} {check}" for check in claim.checks]
+            told = _text(f"{claim.statement} ({claim.source})")
+            lines.append(f"- **{_verdict(claim, saved)}** — {told}")
+            lines += [f"  - {'✓' if check.holds else '✗'} {_text(str(check))}" for check in claim.checks]
     return "\n".join(lines) + "\n"
 
 
 def _verdict(claim: Claim, saved: Saved) -> str:
-    return claim.at(saved.record["preset"])
+    return _text(claim.at(saved.record["preset"]))
+
+
+def _text(text: str) -> str:
+    """Text with the signs escaped that Markdown would take for a table, a tag or emphasis."""
+    return re.sub(r"([|<*])", r"\\\1", text)
 
 
 def _anchor(name: str) -> str:

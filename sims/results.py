@@ -82,22 +82,26 @@ class Saved:
         return self.arrays[path]
 
 
-def to_saved(name: str, config: Any, context: Context, result: Result, seconds: float) -> Saved:
-    """A result with its provenance, as it is saved."""
+def to_saved(
+    name: str, config: Any, context: Context, result: Result, seconds: float, flags: str = ""
+) -> Saved:
+    """A result with its provenance, as it is saved; `flags` are what was set besides preset and seed."""
     import jax
 
     paths = jax.tree_util.tree_leaves_with_path(dict(result.data))
-    arrays = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in paths
-    }
+    arrays = {jax.tree_util.keystr(path, simple=True, separator="/"): _to_numpy(leaf) for path, leaf in paths}
     unknown = sorted(set(result.dims) - set(arrays))
     if unknown:
         raise ValueError(f"dims must name arrays of the result, got {unknown}; there are {sorted(arrays)}")
+    for path, names in result.dims.items():
+        if len(names) != arrays[path].ndim:
+            raise ValueError(f"dims of {path} must be {arrays[path].ndim} names, got {names}")
     record = {
         "name": name,
         "preset": context.preset,
         "seed": context.seed,
-        "x64": bool(jax.config.jax_enable_x64),
+        "flags": flags,
+        "x64": jax.config.read("jax_enable_x64"),
         "config": asdict(config),
         "claims": [to_json(claim) for claim in result.claims],
         "dims": {path: list(names) for path, names in result.dims.items()},
@@ -110,9 +114,17 @@ def to_saved(name: str, config: Any, context: Context, result: Result, seconds: 
     return Saved(name, arrays, json.loads(_dumps(record)))
 
 
+def _to_numpy(leaf: Any) -> np.ndarray:
+    array = np.asarray(leaf)
+    # The npz format has no bfloat16 and would give back raw bytes.
+    return array.astype(np.float32) if array.dtype.kind == "V" else array
+
+
 def save(saved: Saved, out: Path) -> None:
     """Write `<out>/<name>.npz` and `<out>/<name>.json`, each whole or not at all."""
-    write_whole(out / f"{saved.name}.npz", lambda path: np.savez_compressed(path, **saved.arrays))
+    write_whole(
+        out / f"{saved.name}.npz", lambda path: np.savez_compressed(path, allow_pickle=False, **saved.arrays)
+    )
     write_whole(out / f"{saved.name}.json", lambda path: path.write_text(_dumps(saved.record) + "\n"))
 
 
