@@ -146,8 +146,9 @@ def to_xarray(saved: Saved):
     dims = saved.record["dims"]
     variables = {}
     for path, array in saved.arrays.items():
-        names = dims.get(path) or [f"{path}:{axis}" for axis in range(array.ndim)]
-        variables[path.replace("/", ".")] = (names, array)
+        variable = path.replace("/", ".")  # netCDF keeps slashes to itself
+        names = dims.get(path) or [f"{variable}:{axis}" for axis in range(array.ndim)]
+        variables[variable] = (names, array)
     return xarray.Dataset(variables, attrs={"record": _dumps(saved.record)})
 
 

@@ -110,14 +110,16 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o644
 
 
-def test_xarray_has_the_names():
-    pytest.importorskip("xarray")
-    data = {"gap": {"error": np.arange(6.0).reshape(2, 3)}, "t": np.arange(3.0)}
+def test_xarray_has_the_names_and_netcdf_keeps_them(tmp_path):
+    xarray = pytest.importorskip("xarray")
+    pytest.importorskip("h5netcdf")
+    data = {"gap": {"error": np.arange(6.0).reshape(2, 3)}, "flow": {"ts": np.arange(3.0)}}
     saved = make(data, {"gap/error": ("rate", "time")})
-    dataset = to_xarray(saved)
+    to_xarray(saved).to_netcdf(tmp_path / "toy.nc", engine="h5netcdf")
+    dataset = xarray.open_dataset(tmp_path / "toy.nc", engine="h5netcdf")
     assert dataset["gap.error"].dims == ("rate", "time")
     np.testing.assert_array_equal(dataset["gap.error"], saved["gap/error"])
-    assert dataset["t"].shape == (3,)
+    assert dataset["flow.ts"].shape == (3,)
     assert json.loads(dataset.attrs["record"])["name"] == "toy.run"
 
 
