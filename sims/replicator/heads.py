@@ -219,7 +219,7 @@ def figure(saved: Saved) -> Figure:
         plotting.theory_and_trained(ax, ts, one_head, trained[panel, -1, :, sample, : len(labels)], labels)
         ax.lines[len(labels)].set_label("one-head flow")
         ax.set(xlabel="time = learning rate × step", ylabel="attention", ylim=(-0.02, 1.3))
-        ax.set_title(f"{title}: trained, and the one-head flow")
+        ax.set_title(f"{title} and the one-head flow")
         ax.legend(loc="upper center", ncols=3)
 
     sharing = saved["sharing"][1:]
