@@ -183,9 +183,8 @@ def _require_writable(out: Path) -> None:
 def _progress(console: Console, name: str) -> Iterator[Callable[[str, float], None]]:
     """A progress bar on a terminal, plain lines elsewhere."""
     if console.is_terminal:
-        with Progress(
-            *Progress.get_default_columns(), TimeElapsedColumn(), console=console, transient=True
-        ) as bar:
+        columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn())  # stages give no time to go
+        with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(name, total=1.0)
             yield lambda label, fraction: bar.update(task, completed=fraction, description=f"{name}: {label}")
         return

@@ -61,7 +61,7 @@ def _verdict(claim: Claim, saved: Saved) -> str:
 
 def _text(text: str) -> str:
     """Text with the signs escaped that Markdown would take for a table, a tag or emphasis."""
-    return re.sub(r"([|<*])", r"\\\1", text)
+    return re.sub(r"([|*]|<(?=[\w/!?]))", r"\\\1", text)
 
 
 def _anchor(name: str) -> str:

@@ -24,7 +24,7 @@ class Config:
 
 CLAIM = Claim(
     "toy.run/gap",
-    "The gap |a| < b*c closes",
+    "The gap |a| < b*c closes to <a, b>",
     "someone2024, Lemma 2",
     "stated",
     [Check("gap |a|", "at most", math.inf, 0.25), Check("lost", "equals", 1, math.nan)],
@@ -135,7 +135,7 @@ def test_the_page_shows_what_is_saved_and_passes_over_the_rest(tmp_path):
     assert "| [`toy.run/gap`](#toyrun) | someone2024, Lemma 2 | fails |" in text
     assert "`python -m sims run toy.run --preset standard --seed 3 --steps 7` (1 s, 64-bit, jax " in text
     assert "![toy.run](toy.run.png)" in text
-    assert r"- **fails** — The gap \|a\| \< b\*c closes (someone2024, Lemma 2)" in text
+    assert r"- **fails** — The gap \|a\| < b\*c closes to \<a, b> (someone2024, Lemma 2)" in text
     assert r"  - ✓ gap \|a\|: 0.25 (at most inf)" in text
     assert "  - ✗ lost: nan (equals 1)" in text
     assert str(tmp_path) not in text
