@@ -7,6 +7,7 @@ random games for the folk theorem of evolutionary game theory and for Fisher's t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -19,7 +20,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.quiver import Quiver
+from scipy.integrate import cumulative_trapezoid
 
+from dynamics.flow import Trajectory
 from dynamics.replicator import games
 from dynamics.replicator.population import replicator_field, simulate
 from sims import plotting
@@ -78,8 +81,8 @@ MARKERS: dict[str, dict[str, Any]] = {
 }
 
 
-def _payoffs() -> Array:
-    return jnp.stack(
+def _payoffs() -> np.ndarray:
+    return np.stack(
         [
             games.rock_paper_scissors(1.0, 1.0),
             games.rock_paper_scissors(2.0, 1.0),
@@ -111,26 +114,22 @@ def field(payoff: Array, x: Array) -> Array:
 def run(config: Config, context: Context) -> Result:
     """Follow all games in one batched solve, decide on their rest points, and check the theorems."""
     payoffs = _payoffs()
-    starts, grid = jnp.asarray(lattice(config.starts)), jnp.asarray(lattice(config.arrows))
+    starts, grid = lattice(config.starts), lattice(config.arrows)
 
     context.progress("rest points of random games", 0.0)
-    k_games, k_symmetric, k_starts = jax.random.split(jax.random.key(context.seed), 3)
-    random = np.asarray(jax.random.normal(k_games, (config.random_games, 3, 3)))
+    random, symmetric, anywhere = (np.asarray(drawn) for drawn in _draw(context.seed, config))
     census = _census(random)
     stable = np.flatnonzero(census.ess)[: config.followed]
-    stable_x = jnp.asarray(census.x[stable])
-    halves = jax.random.normal(k_symmetric, (config.followed, 3, 3))
-    symmetric = halves + jnp.swapaxes(halves, 1, 2)
-    anywhere = jax.random.dirichlet(k_starts, jnp.ones(3), (config.followed,))
+    stable_x = census.x[stable]
 
     context.progress("following all trajectories", 0.2)
-    orbit_start = jnp.array([[0.5, 0.3, 0.2]])
+    orbit_start = np.array([[0.5, 0.3, 0.2]])
     ok, paths = _follow(
         [
             *((payoff, starts, time) for payoff, (_, _, time) in zip(payoffs, PORTRAITS, strict=True)),
             (payoffs[0], orbit_start, config.closed_horizon),
             (payoffs[2], orbit_start, config.cycle_horizon),
-            (jnp.asarray(random[census.game[stable]]), 0.999 * stable_x + 0.001 / 3, 100.0),
+            (random[census.game[stable]], 0.999 * stable_x + 0.001 / 3, 100.0),
             (symmetric, anywhere, 20.0),
         ],
         config,
@@ -148,7 +147,7 @@ def run(config: Config, context: Context) -> Result:
         for payoff, rest in zip(payoffs, found, strict=True)
     ]
     average_error = _average_error(closed_ts, closed)
-    divergence = jax.vmap(games.kl_divergence)(stable_x, ess_logs)
+    divergence = np.asarray(jax.jit(jax.vmap(games.kl_divergence))(stable_x, ess_logs))
 
     claims = (
         _zero_sum(closed),
@@ -163,9 +162,9 @@ def run(config: Config, context: Context) -> Result:
     every = max(1, config.points // 250)
     data = {
         "portrait": {
-            "log_x": jnp.stack([logs[:, ::every] for _, logs in paths[: len(PORTRAITS)]]),
+            "log_x": np.stack([logs[:, ::every] for _, logs in paths[: len(PORTRAITS)]]),
             "arrows": grid,
-            "velocity": jax.vmap(lambda payoff: jax.vmap(lambda x: field(payoff, x))(grid))(payoffs),
+            "velocity": jax.jit(jax.vmap(jax.vmap(field, (None, 0)), (0, None)))(payoffs, grid),
             "rest_points": np.stack([rest.points for rest in found]),
             "stability": np.array(kinds),
         },
@@ -182,20 +181,37 @@ def run(config: Config, context: Context) -> Result:
     return Result(data, claims, dims)
 
 
-def _follow(runs: Sequence[tuple[Array, Array, float]], config: Config):
-    """All runs (payoffs, starts, horizon) as one batch of trajectories; returns times and log x by run."""
-    sizes = [len(starts) for _, starts, _ in runs]
-    payoffs = jnp.concatenate([jnp.broadcast_to(payoff, (len(x0), 3, 3)) for payoff, x0, _ in runs])
-    grids = [jnp.linspace(0.0, horizon, config.points + 1) for _, _, horizon in runs]
-    times = jnp.concatenate(
-        [jnp.broadcast_to(ts, (size, ts.size)) for ts, size in zip(grids, sizes, strict=True)]
+@functools.partial(jax.jit, static_argnames="config")
+def _draw(seed: int, config: Config) -> tuple[Array, Array, Array]:
+    """Random games, symmetric games, and starts anywhere on the simplex."""
+    k_games, k_symmetric, k_starts = jax.random.split(jax.random.key(seed), 3)
+    halves = jax.random.normal(k_symmetric, (config.followed, 3, 3))
+    # Uniform on the simplex; the sampler of a general Dirichlet law takes seconds to compile.
+    waits = jax.random.exponential(k_starts, (config.followed, 3))
+    return (
+        jax.random.normal(k_games, (config.random_games, 3, 3)),
+        halves + jnp.swapaxes(halves, 1, 2),
+        waits / jnp.sum(waits, axis=1, keepdims=True),
     )
-    starts = jnp.concatenate([x0 for _, x0, _ in runs])
-    path = jax.vmap(lambda payoff, x0, ts: simulate(payoff, x0, ts, rtol=config.rtol, throw=False))(
-        payoffs, starts, times
-    )
+
+
+@jax.jit
+@functools.partial(jax.vmap, in_axes=(0, 0, 0, None))
+def _simulate_each(payoff: Array, x0: Array, ts: Array, rtol: Array) -> Trajectory:
+    return simulate(payoff, x0, ts, rtol=rtol, throw=False)
+
+
+def _follow(runs: Sequence[tuple[np.ndarray, np.ndarray, float]], config: Config):
+    """All runs (payoffs, starts, horizon) as one batch; returns ok, and (ts, log x) by run."""
+    sizes = [len(x0) for _, x0, _ in runs]
+    payoffs = np.concatenate([np.broadcast_to(payoff, (len(x0), 3, 3)) for payoff, x0, _ in runs])
+    starts = np.concatenate([x0 for _, x0, _ in runs])
+    grids = [np.linspace(0.0, horizon, config.points + 1) for _, _, horizon in runs]
+    times = np.repeat(grids, sizes, axis=0)
+    path = _simulate_each(payoffs, starts, times, config.rtol)
     ends = np.cumsum([0, *sizes])
-    return path.ok, [(ts, path.ys[a:b]) for ts, a, b in zip(grids, ends[:-1], ends[1:], strict=True)]
+    ok, log_x = np.asarray(path.ok), np.asarray(path.ys)
+    return ok, [(ts, log_x[a:b]) for ts, a, b in zip(grids, ends[:-1], ends[1:], strict=True)]
 
 
 class Census(NamedTuple):
@@ -225,11 +241,10 @@ def _census(payoffs: np.ndarray) -> Census:
     return Census(game, x, growth < 0, strict, nash, ess)
 
 
-def _average_error(ts: Array, log_x: Array) -> Array:
+def _average_error(ts: np.ndarray, log_x: np.ndarray) -> np.ndarray:
     """Largest deviation of the time average over [0, t] from 1/3, at every t but the first."""
-    x = jnp.exp(log_x)
-    area = jnp.cumsum((x[1:] + x[:-1]) / 2 * jnp.diff(ts)[:, None], axis=0)
-    return jnp.max(jnp.abs(area / ts[1:, None] - 1 / 3), axis=1)
+    area = cumulative_trapezoid(np.exp(log_x), ts, axis=0)
+    return np.max(np.abs(area / ts[1:, None] - 1 / 3), axis=1)
 
 
 def _average_bound(log_x: np.ndarray) -> float:
@@ -240,12 +255,12 @@ def _average_bound(log_x: np.ndarray) -> float:
     return float(np.max(np.linalg.norm(log_x - log_x[:1], axis=1))) / np.sqrt(3)
 
 
-def _sup(values: Array) -> float:
-    return float(jnp.max(jnp.abs(values)))
+def _sup(values: np.ndarray) -> float:
+    return float(np.max(np.abs(values)))
 
 
-def _zero_sum(log_x: Array) -> Claim:
-    drift = jnp.expm1(jnp.sum(log_x, axis=1) - jnp.sum(log_x[0]))
+def _zero_sum(log_x: np.ndarray) -> Claim:
+    drift = np.expm1(np.sum(log_x, axis=1) - np.sum(log_x[0]))
     return Claim(
         "replicator.games/zero-sum",
         "Zero-sum rock-paper-scissors has closed orbits: x1 x2 x3 is constant",
@@ -256,8 +271,8 @@ def _zero_sum(log_x: Array) -> Claim:
     )
 
 
-def _time_average(ts: Array, log_x: Array, error: Array) -> Claim:
-    bound = _average_bound(np.asarray(log_x))
+def _time_average(ts: np.ndarray, log_x: np.ndarray, error: np.ndarray) -> Claim:
+    bound = _average_bound(log_x)
     return Claim(
         "replicator.games/time-average",
         "The time average of an orbit that stays off the boundary tends to the Nash equilibrium",
@@ -270,19 +285,19 @@ def _time_average(ts: Array, log_x: Array, error: Array) -> Claim:
     )
 
 
-def _cycle(log_x: Array, ok: Array) -> Claim:
-    mass = _sup(jnp.sum(jnp.exp(log_x), axis=1) - 1)
+def _cycle(log_x: np.ndarray, ok: np.ndarray) -> Claim:
+    mass = _sup(np.sum(np.exp(log_x), axis=1) - 1)
     return Claim(
         "replicator.games/heteroclinic",
         "Where losing costs more than winning pays, rock-paper-scissors approaches the cycle of its corners",
         "hofbauer1998, section 7.7",
         "stated",
         [
-            Check("trajectories of all games that stay finite", "all of", ok.size, float(jnp.sum(ok))),
+            Check("trajectories of all games that stay finite", "all of", ok.size, int(np.sum(ok))),
             # Shares are a softmax: rounding only.
             Check("largest deviation of the shares' sum from one", "at most", 1e-14, mass),
             Check(
-                "log10 of the smallest share on the way", "at most", -150, float(jnp.min(log_x)) / np.log(10)
+                "log10 of the smallest share on the way", "at most", -150, float(np.min(log_x)) / np.log(10)
             ),
         ],
     )
@@ -290,7 +305,7 @@ def _cycle(log_x: Array, ok: Array) -> Claim:
 
 def _eigenvalues() -> Claim:
     win, loss = (values.ravel() for values in np.meshgrid(np.linspace(0.5, 3, 6), np.linspace(0.5, 3, 6)))
-    payoffs = jax.vmap(games.rock_paper_scissors)(win, loss)
+    payoffs = jax.jit(jax.vmap(games.rock_paper_scissors))(win, loss)
     found = games.eigenvalues(payoffs, np.full((win.size, 3), 1 / 3))
     expected = -(win - loss) / 6 + 1j * (win + loss) / (2 * np.sqrt(3))
     upper = found[np.arange(win.size), np.argmax(np.imag(found), axis=1)]
@@ -322,17 +337,18 @@ def _hawk_dove() -> Claim:
     )
 
 
-def _fisher(payoffs: Array, log_x: Array) -> Claim:
-    def growth_and_variance(payoff, logs):
-        x = jnp.exp(logs)
-        _, growth = jax.jvp(lambda y: games.mean_fitness(payoff, y), (x,), (field(payoff, x),))
-        fitness = payoff @ x
-        return growth, jnp.sum(x * (fitness - jnp.sum(x * fitness)) ** 2)
+def _growth_of_mean(payoff: Array, log_x: Array) -> tuple[Array, Array, Array]:
+    """Mean fitness, its derivative along the flow, and the variance of fitness."""
+    x = jnp.exp(log_x)
+    mean, growth = jax.jvp(lambda y: games.mean_fitness(payoff, y), (x,), (field(payoff, x),))
+    return mean, growth, jnp.sum(x * (payoff @ x - mean) ** 2)
 
-    growth, variance = jax.jit(jax.vmap(jax.vmap(growth_and_variance, (None, 0))))(payoffs, log_x)
-    mean = jax.vmap(games.mean_fitness)(payoffs, jnp.exp(log_x))
+
+def _fisher(payoffs: np.ndarray, log_x: np.ndarray) -> Claim:
+    along = jax.jit(jax.vmap(jax.vmap(_growth_of_mean, (None, 0))))
+    mean, growth, variance = (np.asarray(values) for values in along(payoffs, log_x))
     # A mean fitness that has arrived still moves by rounding.
-    rises = jnp.all(jnp.diff(mean, axis=1) > -1e-12, axis=1)
+    rises = np.all(np.diff(mean, axis=1) > -1e-12, axis=1)
     return Claim(
         "replicator.games/fisher",
         "In partnership games mean fitness grows, at twice the variance of fitness",
@@ -341,7 +357,7 @@ def _fisher(payoffs: Array, log_x: Array) -> Claim:
         [
             # The same number by two routes, of size up to ten: rounding only.
             Check("largest |d/dt x^T A x - 2 Var|", "at most", 2e-13, _sup(growth - 2 * variance)),
-            Check("trajectories with rising mean fitness", "all of", rises.size, float(jnp.sum(rises))),
+            Check("trajectories with rising mean fitness", "all of", rises.size, int(np.sum(rises))),
         ],
     )
 
@@ -363,9 +379,9 @@ def _all_of(label: str, those: np.ndarray, too: np.ndarray) -> Check:
     return Check(label, "all of", int(np.sum(those)), int(np.sum(those & too)))
 
 
-def _ess(census: Census, divergence: Array) -> Claim:
+def _ess(census: Census, divergence: np.ndarray) -> Claim:
     # Both terms of the divergence are of size one: below 1e-14 it is rounding.
-    falls = jnp.all(jnp.diff(divergence, axis=1) <= 1e-14, axis=1) & (divergence[:, -1] < divergence[:, 0])
+    falls = np.all(np.diff(divergence, axis=1) <= 1e-14, axis=1) & (divergence[:, -1] < divergence[:, 0])
     zeeman, centre = games.zeeman(), np.full(3, 1 / 3)
     growth = np.max(np.real(games.eigenvalues(zeeman, centre)))
     return Claim(
@@ -375,9 +391,7 @@ def _ess(census: Census, divergence: Array) -> Claim:
         "stated",
         [
             _all_of("evolutionarily stable ones that attract", census.ess, census.attracts),
-            Check(
-                "trajectories near them whose divergence falls", "all of", falls.size, float(jnp.sum(falls))
-            ),
+            Check("trajectories near them whose divergence falls", "all of", falls.size, int(np.sum(falls))),
             # Rounding of a 2 x 2 eigenvalue problem.
             Check("growth rate at the centre of Zeeman's game", "equals", -1 / 3, growth, 1e-12),
             Check("evolutionarily stable centres there", "equals", 0, games.is_ess(zeeman, centre)),
