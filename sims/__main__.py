@@ -214,7 +214,7 @@ def claims_table(done: Sequence[Saved]) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 when a claim fails in `verify`, 2 for a mistake."""
+    """Run the command line; returns the exit code: 1 when a claim fails in `verify`, 2 for a mistake."""
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     console = Console(soft_wrap=False)
     try:
@@ -240,6 +240,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except (OSError, RuntimeError, ValueError) as error:
         if os.environ.get("DYNASCOPE_TRACEBACK"):
             raise

@@ -40,6 +40,8 @@ def run(config, context):
     context.progress("second half", 0.7)
     if config.trouble == "value":
         raise ValueError("rates must be positive, got -1\nand more")
+    if config.trouble == "interrupt":
+        raise KeyboardInterrupt
     if config.trouble == "solver":
         import equinox as eqx
 
@@ -141,6 +143,8 @@ def test_errors_of_a_simulation_are_one_line_or_a_traceback(sim, capsys, monkeyp
     assert err == "error: rates must be positive, got -1 (DYNASCOPE_TRACEBACK=1 shows where)\n"
     assert cli.main(["verify", "toy.one", "--trouble", "solver"]) == 2
     assert "error: integrate: the solve failed; raise max_steps" in capsys.readouterr().err.splitlines()[-1]
+    assert cli.main(["verify", "toy.one", "--trouble", "interrupt"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
     monkeypatch.setenv("DYNASCOPE_TRACEBACK", "1")
     with pytest.raises(ValueError, match="rates must be positive"):
         cli.main(["verify", "toy.one", "--trouble", "value"])
