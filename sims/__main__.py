@@ -108,12 +108,12 @@ def parse(command: str, names: list[str], arguments: list[str]) -> tuple[Options
     plain = [argument for argument in arguments if argument not in ("-h", "--help")]
     preset = tyro.cli(Options, args=plain, return_unknown_args=True, prog=prog)[0].preset
 
-    def both(options: Any, config: Any) -> tuple[Options, Any]:
-        return options, config
+    def both(shared: Any, simulation: Any) -> tuple[Options, Any]:  # the names are headings of the help
+        return shared, simulation
 
     both.__annotations__ = {
-        "options": tyro.conf.OmitArgPrefixes[Options],
-        "config": tyro.conf.OmitArgPrefixes[sim.Config],
+        "shared": tyro.conf.OmitArgPrefixes[Options],
+        "simulation": tyro.conf.OmitArgPrefixes[sim.Config],
     }
     both.__defaults__ = (Options(), sim.PRESETS[preset])
     description = f"{sim.__doc__}\n\nDefaults are those of --preset {preset}."
@@ -243,6 +243,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (OSError, RuntimeError, ValueError) as error:
         if os.environ.get("DYNASCOPE_TRACEBACK"):
             raise

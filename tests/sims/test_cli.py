@@ -1,5 +1,6 @@
 """The command line on a small simulation of its own: names, flags, files, verdicts and every mistake."""
 
+import os
 import subprocess
 import sys
 import types
@@ -212,6 +213,8 @@ def test_help_of_each_command(sim, capsys):
             ["run", "toy.one", "--help"],
             [
                 "Count to three",
+                "shared options",
+                "simulation options",
                 "--steps",
                 "Number of steps",
                 "default: 3",
@@ -262,6 +265,15 @@ def test_every_simulation_has_a_line():
     for name, line in cli.available().items():
         assert line.endswith("."), name
         assert len(line) <= 110, name
+
+
+def test_a_reader_that_stops_reading_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-u", "-m", "sims", "list"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_list_imports_nothing_heavy():
