@@ -264,8 +264,7 @@ def _list(rest: list[str]) -> int:
         return 0
     sims = available()
     width = max(map(len, sims), default=0)
-    for name, line in sims.items():
-        print(f"{name:<{width}}  {line}")
+    print("\n".join(f"{name:<{width}}  {line}" for name, line in sims.items()), flush=True)
     return 0
 
 

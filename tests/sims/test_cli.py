@@ -270,7 +270,7 @@ def test_every_simulation_has_a_line():
 def test_a_reader_that_stops_reading_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)
-    command = [sys.executable, "-u", "-m", "sims", "list"]
+    command = [sys.executable, "-m", "sims", "list"]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
