@@ -22,7 +22,7 @@ ledger: environment
 	@$(RUN) sims run all --preset standard --out figures
 
 test: lint
-	@$(RUN) pytest -n auto
+	@$(RUN) pytest -n auto --dist worksteal
 
 lint: environment
 	@$(RUN) ruff check --output-format concise
