@@ -165,8 +165,12 @@ def two_token_solution(
     """
     ts = as_inexact(ts)
     gap, key_scale, u0 = (jnp.asarray(number, ts.dtype) for number in (gap, key_scale, u0))
-    target = u0 + jnp.sinh(u0) - key_scale * gap * ts
-    epsilon = float(jnp.finfo(ts.dtype).eps)
+    return _invert_x_plus_sinh(u0 + jnp.sinh(u0) - key_scale * gap * ts)
+
+
+@jax.jit
+def _invert_x_plus_sinh(target: Array) -> Array:
+    epsilon = float(jnp.finfo(target.dtype).eps)
     newton = optimistix.Newton(rtol=8 * epsilon, atol=8 * epsilon)
 
     def root(c):
