@@ -180,9 +180,7 @@ def coordination(rewards: ArrayLike) -> Float[Array, "n n"]:
 
 
 def zeeman() -> Float[Array, "3 3"]:
-    r"""Zeeman's game: the centre attracts although it is not evolutionarily stable; so does the first corner.
-
-    Source: zeeman1980, section 3.
+    r"""Zeeman's game (1980): the centre attracts though it is not evolutionarily stable; so does a corner.
 
     Example:
         >>> stability(zeeman(), [1 / 3, 1 / 3, 1 / 3]), is_ess(zeeman(), [1 / 3, 1 / 3, 1 / 3])
