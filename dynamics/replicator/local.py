@@ -194,7 +194,7 @@ def _extremes(tangent_hessian: Array) -> tuple[Array, Array]:
     sizes = jnp.abs(values)
     largest = jnp.max(sizes)
     slack = 8 * values.size * jnp.finfo(values.dtype).eps * largest
-    smallest = jnp.where(jnp.min(sizes) > slack, jnp.min(sizes), 0)
+    smallest = jnp.where(jnp.min(sizes) <= slack, 0, jnp.min(sizes))  # NaN stays
     indefinite = (values[0] < -slack) & (values[-1] > slack)
     return jnp.where(indefinite, jnp.nan, smallest), jnp.where(indefinite, jnp.nan, largest)
 

@@ -1,0 +1,258 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynamics.replicator import (
+    condition_bounds,
+    condition_number,
+    kkt_residual,
+    linearize,
+    replicator_field,
+    softmax_jacobian,
+    softmax_jacobian_product,
+    tangent_basis,
+)
+
+close = partial(np.testing.assert_allclose, rtol=0)
+seeds = st.integers(0, 2**31)
+
+
+@jax.jit
+def conditioning(x, hessian):
+    """The condition number and its bounds (lower, upper)."""
+    return condition_number(x, hessian), *condition_bounds(x, hessian)
+
+
+def instance(seed, n, log10_ratio=3.0, log10_spread=1.0):
+    """An interior point and a positive definite Hessian with extreme eigenvalues 1 and 10^spread."""
+    rng = np.random.default_rng(seed)
+    x = 10 ** (log10_ratio * rng.uniform(-1, 0, n))
+    x[0], x[1] = 1, 10.0**-log10_ratio
+    x = rng.permutation(x)
+    rotation = np.linalg.qr(rng.normal(size=(n, n)))[0]
+    values = 10 ** (log10_spread * np.append(rng.uniform(0, 1, n - 2), [0, 1]))
+    return x / x.sum(), (rotation * values) @ rotation.T
+
+
+def condition_by_mpmath(x, hessian):
+    """Largest over smallest eigenvalue of J H J on the tangent space, by eigenvalues with 160 digits."""
+    n = len(x)
+    with mpmath.workdps(160):  # eigenvalues are accurate relative to the largest, and ratios reach 1e100
+        x = mpmath.matrix([mpmath.mpf(float(entry)) for entry in x])
+        x /= mpmath.fsum(x)
+        jacobian = mpmath.diag(list(x)) - x * x.T
+        # The differences of neighbours, made orthonormal: another basis than the tested one.
+        differences = mpmath.matrix(n, n - 1)
+        for column in range(n - 1):
+            differences[column, column], differences[column + 1, column] = 1, -1
+        basis = mpmath.qr(differences)[0][:, : n - 1]
+        product = basis.T * jacobian * mpmath.matrix(hessian.tolist()) * jacobian * basis
+        values = mpmath.eigsy((product + product.T) / 2, eigvals_only=True)
+        return float(max(values) / min(values))
+
+
+@pytest.mark.parametrize("log10_ratio", [1, 5, 12, 25])
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_condition_numbers_keep_their_digits(n, log10_ratio):
+    for seed in range(2):
+        x, hessian = instance(seed, n, log10_ratio, 2.0)
+        kappa = float(conditioning(x, hessian)[0])
+        assert kappa == pytest.approx(condition_by_mpmath(x, hessian), rel=1e-13)
+
+
+def near_vertex(n, e):
+    return np.array([1 - (n - 1) * e, *[e] * (n - 1)])
+
+
+def geometric(n, ratio):
+    x = ratio ** -np.linspace(0, 1, n)
+    return x / x.sum()
+
+
+@pytest.mark.parametrize(
+    ("x", "kappa"),
+    [
+        (near_vertex(3, 1e-3), 8.964036),
+        (near_vertex(5, 1e-4), 24.98000),
+        (near_vertex(20, 1e-6), 399.98480),
+        (near_vertex(2, 1e-9), 1.0),
+        (geometric(4, 1e3), 1.99326e4),
+        (geometric(4, 1e5), 1.01633e7),
+        (geometric(5, 1e25), 8.09542e37),
+    ],
+)
+def test_reference_values_without_curvature(x, kappa):
+    assert float(conditioning(x, np.eye(len(x)))[0]) == pytest.approx(kappa, rel=3e-6)  # the printed digits
+
+
+def test_the_geometric_bounds_and_single_precision():
+    x = geometric(4, 1e5)
+    _, lower, upper = conditioning(x, np.eye(4))
+    assert float(lower) == pytest.approx(4.64e6, rel=1e-3)
+    assert float(upper) == pytest.approx(1e10, rel=1e-14)
+    x = jnp.asarray(geometric(5, 1e25), jnp.float32)
+    kappa = conditioning(x, jnp.eye(5, dtype=jnp.float32))[0]
+    assert kappa.dtype == jnp.float32
+    assert float(kappa) == pytest.approx(8.09542e37, rel=1e-5)
+
+
+def test_next_to_a_vertex_the_condition_number_stays_bounded():
+    for n in (2, 3, 6):
+        for e in (1e-2, 1e-5, 1e-9):
+            x = near_vertex(n, e)
+            kappa, lower, _ = conditioning(x, np.eye(n))
+            exact = n**2 * (1 - (n - 1) * e) ** 2 if n > 2 else 1.0
+            assert float(kappa) == pytest.approx(exact, rel=1e-13)
+            assert float(lower) <= exact < (x.max() / x.min()) ** 2  # the last is the printed lower bound
+
+
+@given(n=st.integers(2, 8), seed=seeds, log10_ratio=st.floats(0.1, 8), log10_spread=st.floats(0, 3))
+def test_the_proved_bounds_hold_and_are_attained(n, seed, log10_ratio, log10_spread):
+    x, hessian = instance(seed, n, log10_ratio, log10_spread)
+    kappa, lower, upper = map(float, conditioning(x, hessian))
+    assert kappa >= lower * (1 - 1e-8)
+    assert kappa <= upper * (1 + 1e-8)
+    assert kappa >= 1 - 1e-12
+    basis = np.asarray(tangent_basis(n))
+    values = np.linalg.eigvalsh(basis.T @ hessian @ basis)
+    weights = x * [np.delete(x, i).sum() for i in range(n)]  # x (1 - x)
+    expected = (values[0] / values[-1]) * (weights.max() / weights.min()) ** 2
+    assert lower == pytest.approx(expected, rel=1e-13)
+    assert upper == pytest.approx((values[-1] / values[0]) * (x.max() / x.min()) ** 2, rel=1e-13)
+    # Both are attained at the centre, where all weights are equal, when the Hessian is round.
+    centre = np.full(n, 1 / n)
+    close(np.array(conditioning(centre, 3 * np.eye(n))), 1, atol=1e-13)
+
+
+def test_only_the_tangent_part_of_the_hessian_matters_and_not_its_sign():
+    x, hessian = instance(0, 4)
+    kappa = conditioning(x, hessian)
+    rng = np.random.default_rng(1)
+    normal = np.outer(rng.normal(size=4), np.ones(4))
+    for same in (-hessian, 7 * hessian, hessian - 50 * np.ones((4, 4)), hessian + normal + normal.T):
+        close(np.array(conditioning(x, same)) / np.array(kappa), 1, atol=3e-14)
+
+
+def test_singular_and_indefinite_hessians():
+    x = np.array([0.5, 0.3, 0.2])
+    flat = np.diag([1.0, -1.0, -1.0]) + np.ones((3, 3))  # on the tangent space: one positive, one negative
+    rank_one = np.outer([1.0, 2.0, 4.0], [1.0, 2.0, 4.0])
+    assert [float(value) for value in conditioning(x, rank_one)] == [np.inf, 0.0, np.inf]
+    assert [float(value) for value in conditioning(x, np.zeros((3, 3)))] == [np.inf, 0.0, np.inf]
+    assert all(np.isnan(conditioning(x, flat)))
+    assert all(np.isnan(conditioning(np.array([0.5, 0.3, 0.3]), np.eye(3))))  # off the simplex, traced
+    assert all(np.isnan(conditioning(x, np.triu(np.ones((3, 3))))))  # not symmetric, traced
+    assert float(conditioning(np.array([0.5, 0.5, 0.0]), np.eye(3))[0]) == np.inf
+
+
+def test_the_jacobian():
+    x = np.random.default_rng(0).dirichlet(np.ones(5))
+    close(softmax_jacobian(jnp.asarray(x)), np.diag(x) - np.outer(x, x), atol=1e-16)
+    # Next to a vertex 1 - x_1 would have no digit left.
+    x = np.array([1.0, 1e-20, 2e-20])
+    assert float(softmax_jacobian(jnp.asarray(x))[0, 0]) == pytest.approx(3e-20, rel=1e-15, abs=0)
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_the_tangent_basis_is_orthonormal(n):
+    basis = np.asarray(tangent_basis(n))
+    assert basis.shape == (n, n - 1)
+    close(basis.T @ basis, np.eye(n - 1), atol=1e-15)
+    close(basis.sum(axis=0), 0, atol=1e-15)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_softmax_flow_is_linearized_with_two_jacobians(seed):
+    x, hessian = instance(seed, 4, 1.0)
+    key_scale = 1.7
+
+    def field(y):
+        # A quadratic loss whose minimum over the simplex is x, with a multiplier of 0.3.
+        return -key_scale * softmax_jacobian_product(y, softmax_jacobian_product(y, hessian @ (y - x) + 0.3))
+
+    matrix = linearize(field, x)
+    basis, jacobian = np.asarray(tangent_basis(4)), np.diag(x) - np.outer(x, x)
+    close(matrix, -key_scale * basis.T @ jacobian @ jacobian @ hessian @ basis, atol=1e-15)
+    values = np.linalg.eigvals(matrix)
+    assert np.all(np.imag(values) == 0)
+    assert np.all(np.real(values) < 0)
+    ratio = np.real(values).min() / np.real(values).max()
+    assert float(condition_number(x, hessian)) == pytest.approx(ratio, rel=5e-14)
+
+
+def test_the_eigenvalue_off_the_tangent_space_is_spurious():
+    payoff = np.array([[0.0, -1.0, 2.0], [2.0, 0.0, -1.0], [-1.0, 2.0, 0.0]])
+    centre = np.full(3, 1 / 3)
+    tangent = np.array([-1 / 6 - 1j * np.sqrt(3) / 2, -1 / 6 + 1j * np.sqrt(3) / 2])
+    for shift in (0.0, -5.0):  # the same dynamics on the simplex
+
+        def field(x, shift=shift):
+            return replicator_field(x, (payoff + shift) @ x)
+
+        on_simplex = np.linalg.eigvals(linearize(field, centre))
+        close(on_simplex[np.argsort(on_simplex.imag)], tangent, atol=1e-14)
+        everywhere = np.linalg.eigvals(jax.jacfwd(field)(jnp.asarray(centre)))
+        extra = everywhere[np.argmin(np.abs(everywhere.imag))]
+        assert extra == pytest.approx(-centre @ (payoff + shift) @ centre, abs=1e-14)
+
+
+def nearest_on_simplex(point):
+    """The minimizer of |x - point|^2 / 2 over the simplex."""
+    ranked = np.sort(point)[::-1]
+    levels = (np.cumsum(ranked) - 1) / np.arange(1, len(point) + 1)
+    return np.maximum(point - levels[np.nonzero(ranked > levels)[0][-1]], 0)
+
+
+@given(n=st.integers(2, 5), seed=seeds)
+def test_minimizers_over_the_simplex_are_kkt_points(n, seed):
+    point = np.random.default_rng(seed).normal(size=n)
+    x = nearest_on_simplex(point)
+    x /= x.sum()
+    close(np.array(kkt_residual(x, x - point)), 0, atol=1e-14)
+
+
+def test_stationary_points_and_vertices():
+    x, hessian = instance(1, 4)
+    close(np.array(kkt_residual(x, np.full(4, 0.3))), 0, atol=1e-15)
+    other = np.array([0.1, 0.2, 0.3, 0.4])
+    gradient = hessian @ other
+    mean = other @ gradient
+    stationarity, violation = kkt_residual(other, gradient)
+    assert float(stationarity) == pytest.approx(np.max(np.abs(gradient - mean)), rel=1e-14)
+    assert float(violation) == 0
+    for vertex in np.eye(4):
+        # The interior x is the minimizer, so that each vertex is stationary for the flow and no minimum.
+        gradient = hessian @ (vertex - x)
+        assert not np.any(softmax_jacobian_product(jnp.asarray(vertex), jnp.asarray(gradient)))
+        stationarity, violation = kkt_residual(vertex, gradient)
+        assert float(stationarity) == 0
+        assert float(violation) == pytest.approx(vertex @ gradient - gradient.min(), rel=1e-14)
+        assert float(violation) > 0.1
+    small = np.array([1 - 1e-9, 1e-9])
+    assert [float(part) for part in kkt_residual(small, [0.0, -1.0])] == pytest.approx([1, 0], abs=1e-8)
+    below = [float(part) for part in kkt_residual(small, [0.0, -1.0], support_above=1e-6)]
+    assert below == pytest.approx([0, 1], abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: condition_number([0.5, 0.6], np.eye(2)), r"x must be a point of the simplex"),
+        (lambda: condition_number([0.5, 0.5], np.eye(3)), r"hessian must have shape \(2, 2\), got shape \(3"),
+        (lambda: condition_bounds([0.5, 0.5], [[1, 2], [0, 1]]), "hessian must be finite and symmetric"),
+        (lambda: condition_bounds([0.5, 0.5], np.full((2, 2), np.nan)), "hessian must be finite and symm"),
+        (lambda: condition_number([1.0], [[1.0]]), "n must be >= 2, got 1"),
+        (lambda: kkt_residual([0.5, 0.5], [1.0]), r"gradient must have shape \(2,\), got shape \(1,\)"),
+        (lambda: kkt_residual([0.5, -0.5], [1.0, 1.0]), r"x must be a point of the simplex"),
+        (lambda: linearize(lambda x: x, [0.5, 0.6]), r"x must be a point of the simplex"),
+    ],
+)
+def test_bad_input_is_told(call, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        call()
