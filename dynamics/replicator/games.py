@@ -180,7 +180,9 @@ def coordination(rewards: ArrayLike) -> Float[Array, "n n"]:
 
 
 def zeeman() -> Float[Array, "3 3"]:
-    r"""Zeeman's game (1980): the centre attracts though it is not evolutionarily stable; so does a corner.
+    r"""Zeeman's game: the centre attracts though it is not evolutionarily stable; so does a corner.
+
+    Source: zeeman1980.
 
     Example:
         >>> stability(zeeman(), [1 / 3, 1 / 3, 1 / 3]), is_ess(zeeman(), [1 / 3, 1 / 3, 1 / 3])
