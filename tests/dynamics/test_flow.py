@@ -96,18 +96,25 @@ def test_too_few_steps():
 
 
 def test_lanes_fail_alone():
-    """A start that is NaN and a solution that blows up at t = 0.25 leave the other lanes as they are."""
-    lanes = jnp.array([0.2, jnp.nan, 0.4, 4.0])
-    path = jax.vmap(lambda y0: integrate(square, y0, TIMES, throw=False))(lanes)
-    np.testing.assert_array_equal(path.ok, [True, False, True, False])
-    np.testing.assert_array_equal(np.isnan(path.ys[1]), True)
+    """A NaN start, a blow-up at t = 0.25, bad times and tolerances leave the other lanes as they are."""
+    starts = jnp.array([0.2, jnp.nan, 0.4, 4.0, 0.2, 0.2, 0.2, 0.2])
+    ts = jnp.array([*[TIMES] * 4, TIMES[::-1], [0.0, jnp.nan, 1.0, 2.0], *[TIMES] * 2])
+    rtol = jnp.full(8, 1e-8).at[6].set(jnp.nan)
+    atol = jnp.full(8, 1e-10).at[7].set(-1.0)
+
+    def run(y0, ts, rtol, atol):
+        return integrate(square, y0, ts, rtol=rtol, atol=atol, throw=False)
+
+    path = jax.vmap(run)(starts, ts, rtol, atol)
+    assert path.ok.tolist() == [True, False, True, *[False] * 5]
     np.testing.assert_array_equal(np.isnan(path.ys[3]), [False, True, True, True])
+    np.testing.assert_array_equal(np.isnan(path.ys[jnp.array([1, 4, 5, 6, 7])]), True)
     for lane in (0, 2):
-        alone = integrate(square, lanes[lane], TIMES)
+        alone = integrate(square, starts[lane], TIMES)
         np.testing.assert_allclose(path.ys[lane], alone.ys, rtol=1e-10)
-        np.testing.assert_allclose(alone.ys, 1 / (1 / lanes[lane] - np.array(TIMES)), rtol=1e-7)
+        np.testing.assert_allclose(alone.ys, 1 / (1 / starts[lane] - np.array(TIMES)), rtol=1e-7)
     with pytest.raises(RuntimeError, match=r"^integrate: the solver gave up after t = 0 "):
-        integrate(square, lanes[3], TIMES)
+        integrate(square, starts[3], TIMES)
 
 
 def test_a_field_that_turns_nan_ends():
@@ -118,21 +125,6 @@ def test_a_field_that_turns_nan_ends():
     assert not bool(path.ok)
     np.testing.assert_allclose(path.ys[:2], np.exp([-0.0, -0.5]), rtol=1e-10)
     np.testing.assert_array_equal(np.isnan(path.ys[2:]), True)
-
-
-def test_bad_values_that_are_traced_are_flagged():
-    """Decreasing and NaN times, NaN and negative tolerances: the lane fails, the first does not."""
-    ts = jnp.array([TIMES, TIMES[::-1], [0.0, jnp.nan, 1.0, 2.0], TIMES, TIMES])
-    rtol = jnp.array([1e-8, 1e-8, 1e-8, jnp.nan, 1e-8])
-    atol = jnp.array([1e-10, 1e-10, 1e-10, 1e-10, -1.0])
-
-    def lane(ts, rtol, atol):
-        return integrate(decay, 1.0, ts, 2.0, rtol=rtol, atol=atol, throw=False)
-
-    path = jax.vmap(lane)(ts, rtol, atol)
-    np.testing.assert_array_equal(path.ok, [True, False, False, False, False])
-    np.testing.assert_allclose(path.ys[0], np.exp(-2 * np.array(TIMES)), rtol=1e-6)
-    np.testing.assert_array_equal(np.isnan(path.ys[1:]), True)
 
 
 @pytest.mark.parametrize(
@@ -190,12 +182,12 @@ def test_gradient_flow_is_the_hand_written_field():
 
 def test_inside_jit():
     @eqx.filter_jit
-    def last(y0, max_steps):
-        return integrate(decay, y0, [0.0, 1.0, 50.0], 2.0, max_steps=max_steps).ys[1]
+    def last(ts):
+        return integrate(decay, 1.0, ts, 2.0, max_steps=8).ys[-1]
 
-    np.testing.assert_allclose(last(jnp.ones(()), 1000), np.exp(-2), rtol=1e-8)
+    np.testing.assert_allclose(last(jnp.array([0.0, 0.1])), np.exp(-0.2), rtol=1e-8)
     with pytest.raises(RuntimeError, match="integrate: the solve failed; raise max_steps"):
-        last(jnp.ones(()), 4)
+        last(jnp.array([0.0, 500.0]))
 
 
 def test_pieces():
