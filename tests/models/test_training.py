@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from models.training import record_steps, train, train_at_rates, train_in_chunks
+from models.training import record_steps, sgd_until, train, train_at_rates, train_in_chunks
 from sims.compare import convergence_order
 from tests.helpers import count_compilations
 
@@ -260,6 +260,15 @@ def test_learning_rates_end_together_and_close_in_on_the_flow():
         flow = (decay * (vectors.T @ y0)[None, :]) @ vectors.T
         gaps = np.max(np.abs(path.ys - flow[None]), axis=(1, 2))
         assert least < convergence_order(rates, gaps).slope < most
+
+
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_descent_stands_still_after_its_steps(momentum):
+    y0 = np.array([1.0, -2.0])
+    _, path = train(quadratic, y0, sgd_until(0.1, 3, momentum), steps=5)
+    _, free = train(quadratic, y0, optax.sgd(0.1, momentum), steps=3)
+    np.testing.assert_allclose(path.ys[:4], free.ys, rtol=1e-14)
+    np.testing.assert_array_equal(path.ys[3:], np.tile(path.ys[3], (3, 1)))
 
 
 def test_a_diverging_rate_fails_alone():

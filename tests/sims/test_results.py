@@ -97,16 +97,20 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path):
     path = tmp_path / "toy.run.png"
     write_whole(path, lambda file: file.write_text("old"))
 
+    with path.open() as reader:
+        write_whole(path, lambda file: file.write_text("new"))
+        assert reader.read() == "old"  # who reads it meanwhile sees the old file whole
+    assert path.read_text() == "new"
+
     def fail(file):
         assert file.parent == tmp_path
         assert file.suffix == ".png"
         file.write_text("half")
-        assert path.read_text() == "old"
         raise RuntimeError("no ink")
 
     with pytest.raises(RuntimeError, match="no ink"):
         write_whole(path, fail)
-    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("toy.run.png", "old")]
+    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("toy.run.png", "new")]
     assert path.stat().st_mode & 0o777 == 0o644
 
 
