@@ -1,0 +1,44 @@
+"""Helpers of the simulation replicator.boundary."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from models.training import train
+from sims.replicator.boundary import PRESETS, _best, _decaying, _one_of
+
+
+def loss(params):
+    return jnp.sum(jnp.array([1.0, 10.0]) * params**2)
+
+
+def test_lanes_with_different_optimizers_are_the_runs_of_each():
+    optimizers = optax.sgd(0.01, momentum=0.5), optax.adam(0.1), optax.sign_sgd(0.1)
+    start = jnp.array([1.0, -2.0])
+    both = jax.vmap(lambda index: train(loss, start, _one_of(index, optimizers), steps=7)[1].ys)
+    for lane, optimizer in zip(both(jnp.arange(3)), optimizers, strict=True):
+        np.testing.assert_allclose(lane, train(loss, start, optimizer, steps=7)[1].ys, rtol=1e-14)
+
+
+@pytest.mark.parametrize("decay", [1.0, 1e-4])
+def test_the_rate_decays_by_the_factor_over_the_run(decay):
+    schedule = optax.chain(optax.scale_by_sign(), _decaying(0.1, decay, 10))
+    _, path = train(jnp.sum, jnp.zeros(1), schedule, steps=11)
+    sizes = -np.diff(path.ys[:, 0])
+    np.testing.assert_allclose(sizes, 0.1 * decay ** (np.arange(11) / 10), rtol=1e-10)
+
+
+def test_the_best_rate_reaches_the_target_first_or_else_ends_lowest():
+    config = PRESETS["quick"]
+    small = config.target / 2
+    runs = [
+        [[1.0, 1.0, small], [1.0, small, 1.0], [1.0, 1e-9, 1e-9]],
+        [[1.0, np.nan, np.nan], [1.0, 1e-3, 1e-3], [1.0, 1e-6, 1e-2]],
+    ]
+    losses = np.array(runs).reshape(2, 1, 1, 3, 3)
+    rates = np.broadcast_to([1.0, 2.0, 3.0], (2, 1, 1, 3))
+    best = _best(config, {"loss": losses, "rate": rates})
+    assert best["rate"].ravel().tolist() == [2.0, 2.0]
+    np.testing.assert_array_equal(best["loss"][:, 0, 0], [runs[0][1], runs[1][1]])
