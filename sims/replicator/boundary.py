@@ -8,35 +8,35 @@ boundary, as the over-parametrized theorem has it.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.tree_util import Partial
 from matplotlib.figure import Figure
 from scipy.stats import gmean
 
-from dynamics import replicator
-from models.attention import (
-    PromptAttention,
-    as_function,
-    attention_log_ratio,
-    gauss_newton_spectrum,
-    log_mean_ratio,
-    prompt_attention,
-)
-from models.data.teachers import teacher_with_ratio
-from models.training import record_steps, train
+from models.training import record_steps
 from sims import plotting
 from sims.claims import Check, Claim, Preset
 from sims.compare import convergence_order, fit_line
+from sims.replicator._boundary_training import (
+    LOCAL,
+    STANDARD,
+    Lanes,
+    Task,
+    adam,
+    condition_number,
+    condition_numbers,
+    descent,
+    make_tasks,
+    normalized_descent,
+    sign_descent,
+    train_lanes,
+    train_small,
+    train_wide,
+)
 from sims.results import Context, Result, Saved
 
 
@@ -127,227 +127,6 @@ PRESETS: dict[Preset, Config] = {
         wide_rate=0.1,
     ),
 }
-STANDARD, LOCAL = 0, 1
-
-
-# Optimizers from a rate, a second number (the momentum, or last over first rate) and the number of steps.
-def _descent(rate, momentum, steps) -> optax.GradientTransformation:
-    return optax.sgd(rate, momentum=momentum)
-
-
-def _adam(rate, _, steps) -> optax.GradientTransformation:
-    return optax.adam(rate)
-
-
-def _normalized_descent(rate, decay, steps) -> optax.GradientTransformation:
-    # The default eps of 1e-6 would make it plain gradient descent where the gradient is small.
-    return optax.chain(optax.normalize_by_update_norm(eps=1e-30), _decaying(rate, decay, steps))
-
-
-def _sign_descent(rate, decay, steps) -> optax.GradientTransformation:
-    return optax.chain(optax.scale_by_sign(), _decaying(rate, decay, steps))
-
-
-def _decaying(rate, decay, steps) -> optax.GradientTransformation:
-    return optax.scale_by_learning_rate(lambda count: rate * decay ** (jnp.asarray(count, float) / steps))
-
-
-def _one_of(index, optimizers: Sequence[optax.GradientTransformation]) -> optax.GradientTransformation:
-    """The optimizer of a given number, which may be traced: lanes of one program may have different ones."""
-
-    def init(params):
-        return tuple(optimizer.init(params) for optimizer in optimizers)
-
-    def update(updates, state, params=None):
-        moves = [
-            optimizer.update(updates, own, params) for optimizer, own in zip(optimizers, state, strict=True)
-        ]
-        proposed, state = zip(*moves, strict=True)
-        return jax.tree.map(lambda *leaves: jax.lax.select_n(index, *leaves), *proposed), state
-
-    return optax.GradientTransformation(init, update)
-
-
-class Task(NamedTuple):
-    """Tokens, the labels of a teacher, the teacher, and where students start: standard and local."""
-
-    tokens: Any
-    labels: Any
-    prompt: Any
-    value: Any
-    start_prompts: Any
-    start_values: Any
-
-
-def _task(key, ratio, tokens, vectors, noise) -> Task:
-    """A teacher of a given mean ratio, and students; `vectors` are five draws from N(0, I / d)."""
-    value, standard_prompt, standard_value, prompt_noise, value_noise = vectors
-    prompt = teacher_with_ratio(key, tokens, ratio)
-
-    def near(teacher, direction):
-        return teacher + noise * jnp.linalg.norm(teacher) * direction
-
-    return Task(
-        tokens,
-        prompt_attention(prompt, value, tokens),
-        prompt,
-        value,
-        jnp.stack([standard_prompt, near(prompt, prompt_noise)]),
-        jnp.stack([standard_value, near(value, value_noise)]),
-    )
-
-
-def _draws(key, leading, samples, dim, dtype=None):
-    """Tokens X ~ N(0, 1) with as many tokens as dimensions, and the vectors of `_task`."""
-    rows = jax.random.normal(key, (*leading, samples * dim + 5, dim), dtype)
-    tokens = rows[..., :-5, :].reshape(*leading, samples, dim, dim)
-    return tokens, rows[..., -5:, :] / dim**0.5
-
-
-def _spectrum(prompt, value, tokens, joint):
-    return gauss_newton_spectrum(*as_function(PromptAttention(prompt, value, train_value=joint)), tokens)
-
-
-@eqx.filter_jit
-def _tasks(key, seeds, ratios, samples, dim, noise) -> tuple[Task, dict[str, Any]]:
-    """Tasks over (seed, ratio), tokens and value over seeds alone, and the spectra at the teachers."""
-    k_draws, k_teacher = jax.random.split(key)
-
-    def one(key, ratio, tokens, vectors):
-        task = _task(key, ratio, tokens, vectors, noise)
-        teacher = task.prompt, task.value, tokens
-        return task, {"frozen": _spectrum(*teacher, False), "joint": _spectrum(*teacher, True)}
-
-    over_ratios = jax.vmap(one, in_axes=(None, 0, None, None), out_axes=(Task(None, 0, 0, None, 0, 0), 0))
-    tokens, vectors = _draws(k_draws, (seeds,), samples, dim)
-    return jax.vmap(over_ratios, in_axes=(0, None, 0, 0))(
-        jax.random.split(k_teacher, seeds), ratios, tokens, vectors
-    )
-
-
-def _loss(predict, tokens, labels, params):
-    return jnp.mean(optax.losses.l2_loss(predict(params, tokens), labels))
-
-
-def _student(optimizer, prompt, value, tokens, labels, joint, steps, every):
-    """Train prompt attention; record the loss, the logarithm of the mean ratio, and the prompt."""
-    predict, params = as_function(PromptAttention(prompt, value, train_value=joint))
-    loss = Partial(_loss, predict, tokens, labels)
-
-    def observe(params):
-        prompt = params["prompt"][...]
-        log_ratio = log_mean_ratio(attention_log_ratio(prompt, tokens))
-        return {"loss": loss(params), "log10_ratio": log_ratio / math.log(10), "prompt": prompt}
-
-    return train(loss, params, optimizer, steps=steps, observe=observe, every=every)[1].ys
-
-
-class Lanes(NamedTuple):
-    """What differs between runs on the data of one seed: arrays of shape (lane,), rates (seed, lane)."""
-
-    optimizer: Any
-    ratio: Any
-    start: Any
-    rate: Any
-    second: Any
-
-
-@eqx.filter_jit
-def _train_lanes(task: Task, lanes: Lanes, families, joint, steps, every):
-    """All runs of all seeds in one program: records of shape (seed, lane, record, ...)."""
-
-    def run(tokens, labels, prompt, value, lane):
-        optimizers = [family(lane.rate, lane.second, steps) for family in families]
-        optimizer = _one_of(lane.optimizer, optimizers)
-        return _student(optimizer, prompt, value, tokens, labels, joint, steps, every)
-
-    def of_seed(task, lanes):
-        # A frozen value is the teacher's own, and all lanes share it.
-        values = task.start_values[lanes.ratio, lanes.start] if joint else task.value
-        over_lanes = jax.vmap(run, in_axes=(None, 0, 0, 0 if joint else None, 0))
-        prompts = task.start_prompts[lanes.ratio, lanes.start]
-        return over_lanes(task.tokens, task.labels[lanes.ratio], prompts, values, lanes)
-
-    return jax.vmap(of_seed, in_axes=(0, Lanes(None, None, None, 0, None)))(task, lanes)
-
-
-@eqx.filter_jit
-def _conditions(tokens, values, prompts):
-    """Condition numbers of the Gauss-Newton matrix in p at prompts of shape (seed, ratio, M, d)."""
-
-    def one(tokens, value, prompt):
-        return _condition(_spectrum(prompt, value, tokens, False))
-
-    over_prompts = jax.vmap(jax.vmap(one, in_axes=(None, None, 0)), in_axes=(None, None, 0))
-    return jax.vmap(over_prompts)(tokens, values, prompts)
-
-
-def _condition(spectrum):
-    return spectrum[..., 0] / spectrum[..., -1]
-
-
-@eqx.filter_jit
-def _train_wide(key, seeds, ratios, rate, samples, dim, dtype, steps, every):
-    """Gradient descent on (p, v) from the standard start with d > N, over (seed, ratio)."""
-
-    def run(lane):
-        seed, ratio = lane
-        k_draws, k_teacher = jax.random.split(jax.random.fold_in(key, seed))
-        task = _task(k_teacher, ratio, *_draws(k_draws, (), samples, dim, dtype), 0.0)
-        start = task.start_prompts[STANDARD], task.start_values[STANDARD]
-        ys = _student(optax.sgd(rate), *start, task.tokens, task.labels, True, steps, every)
-        return {**ys, "prompt": jnp.linalg.norm(ys["prompt"], axis=-1)}
-
-    # One after the other: products of many tokens with one vector stream through memory at full speed.
-    grid = jnp.meshgrid(jnp.arange(seeds), ratios, indexing="ij")
-    runs = jax.lax.map(run, tuple(axis.reshape(-1) for axis in grid))
-    return jax.tree.map(lambda leaf: leaf.reshape(seeds, len(ratios), *leaf.shape[1:]), runs)
-
-
-@eqx.filter_jit
-def _train_small(key, seeds, steps):
-    """Instances to which the theorem applies, N = n = 3 and d = 12: labels close to the first outputs."""
-
-    def run(draws):
-        # Twelve rows of twelve numbers: tokens, prompt, value, and the direction of the labels.
-        tokens, (prompt, value) = draws[:9].reshape(3, 3, 12), draws[9:11] / 12**0.5
-        direction = draws[11, :3] / jnp.linalg.norm(draws[11, :3])
-        predict, start = as_function(PromptAttention(prompt, value))
-
-        def smallest_singular_value(params):
-            attention = jax.nn.softmax(tokens @ params["prompt"][...], axis=-1)
-            return jnp.linalg.svd(jnp.einsum("in,ind->id", attention, tokens), compute_uv=False)[-1]
-
-        sigma = smallest_singular_value(start)
-        lipschitz = replicator.attention_lipschitz(tokens, tokens)
-        # A tenth less than the hypothesis allows.
-        residual = sigma**2 / (4 * lipschitz) / 1.1
-        labels = predict(start, tokens) + residual * direction
-        theory = replicator.overparametrized_rate(sigma, lipschitz, residual)
-        # To the time at which the bound has fallen to exp(-14), a millionth.
-        rate = 7 / theory.rate / steps
-
-        def loss(params):
-            return jnp.sum(optax.losses.l2_loss(predict(params, tokens), labels))
-
-        def observe(params):
-            return {
-                "loss": loss(params) / loss(start),
-                "displacement": optax.tree.norm(jax.tree.map(jnp.subtract, params, start)),
-                "sigma": smallest_singular_value(params) / sigma,
-            }
-
-        _, path = train(loss, start, optax.sgd(rate), steps=steps, observe=observe, every=10, time_step=rate)
-        bound = jnp.exp(-2 * theory.rate * path.ts)
-        return {
-            **path.ys,
-            "mu_t": theory.rate * path.ts,
-            "loss_bound": bound,
-            "displacement_bound": theory.displacement,
-            "hypothesis": theory.hypothesis,
-        }
-
-    return jax.vmap(run)(jax.random.normal(key, (seeds, 12, 12)))
 
 
 def _run_lanes(config: Config, task: Task, table, steps, joint=False) -> dict[str, dict[str, np.ndarray]]:
@@ -370,7 +149,7 @@ def _run_lanes(config: Config, task: Task, table, steps, joint=False) -> dict[st
     lanes = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *parts)
     # Only the rates differ between seeds.
     lanes = Lanes(lanes.optimizer[0], lanes.ratio[0], lanes.start[0], lanes.rate, lanes.second[0])
-    ys = jax.tree.map(np.asarray, _train_lanes(task, lanes, families, joint, steps, config.every))
+    ys = jax.tree.map(np.asarray, train_lanes(task, lanes, families, joint, steps, config.every))
     ends = np.cumsum([grid[0].size for grid in grids.values()])
     pieces = {key: np.split(leaf, ends[:-1], axis=1) for key, leaf in ys.items()}
     return {
@@ -386,7 +165,7 @@ def _run_narrow(config: Config, context: Context, key):
     """All runs with fewer dimensions than samples: tasks, spectra at the teachers, runs by name."""
     context.progress("teachers", 0.0)
     all_seeds, size = max(config.seeds, config.joint_seeds), (config.samples, config.dim)
-    made = _tasks(key, all_seeds, np.asarray(config.ratios), *size, config.noise)
+    made = make_tasks(key, all_seeds, np.asarray(config.ratios), *size, config.noise)
     tasks, spectra = jax.tree.map(np.asarray, made)
     task, spectrum = jax.tree.map(lambda leaf: leaf[: config.seeds], (tasks, spectra["frozen"]))
 
@@ -396,23 +175,23 @@ def _run_narrow(config: Config, context: Context, key):
 
     context.progress("gradient descent", 0.2)
     both = (STANDARD, LOCAL)
-    table = [("gd", _descent, fastest(spectrum, config.rate_multiples), 0.0, both)]
+    table = [("gd", descent, fastest(spectrum, config.rate_multiples), 0.0, both)]
     runs = _run_lanes(config, task, table, config.steps)
     context.progress("other optimizers", 0.35)
     momentum_rates = fastest(spectrum, config.momentum_multiples)
     table = [
-        ("heavy_ball", _descent, momentum_rates, config.momentum, (STANDARD,)),
-        ("adam", _adam, config.adam_rates, 0.0, both),
-        ("normalized", _normalized_descent, config.normalized_rates, 1.0, (STANDARD,)),
-        ("normalized_decaying", _normalized_descent, config.decaying_rates, config.decay, (STANDARD,)),
-        ("sign", _sign_descent, config.sign_rates, 1.0, (STANDARD,)),
-        ("sign_decaying", _sign_descent, config.decaying_rates, config.decay, (STANDARD,)),
+        ("heavy_ball", descent, momentum_rates, config.momentum, (STANDARD,)),
+        ("adam", adam, config.adam_rates, 0.0, both),
+        ("normalized", normalized_descent, config.normalized_rates, 1.0, (STANDARD,)),
+        ("normalized_decaying", normalized_descent, config.decaying_rates, config.decay, (STANDARD,)),
+        ("sign", sign_descent, config.sign_rates, 1.0, (STANDARD,)),
+        ("sign_decaying", sign_descent, config.decaying_rates, config.decay, (STANDARD,)),
     ]
     runs |= _run_lanes(config, task, table, config.fast_steps)
     context.progress("training the value too", 0.5)
     table = [
-        ("gd", _descent, fastest(spectra["joint"], (config.joint_multiple,)), 0.0, both),
-        ("adam", _adam, (config.joint_adam_rate,), 0.0, both),
+        ("gd", descent, fastest(spectra["joint"], (config.joint_multiple,)), 0.0, both),
+        ("adam", adam, (config.joint_adam_rate,), 0.0, both),
     ]
     joint_runs = _run_lanes(config, tasks, table, config.joint_steps, joint=True)
     return task, spectra, runs, joint_runs
@@ -424,7 +203,7 @@ def run(config: Config, context: Context) -> Result:
     # Half of the time goes into compiling: programs that wait for no other compile and run beside them.
     with ThreadPoolExecutor(1) as aside:
         wide = aside.submit(
-            _train_wide,
+            train_wide,
             k_wide,
             config.seeds,
             np.asarray(config.wide_ratios),
@@ -435,7 +214,7 @@ def run(config: Config, context: Context) -> Result:
             config.wide_steps,
             config.every,
         )
-        small = aside.submit(_train_small, k_small, config.seeds, config.small_steps)
+        small = aside.submit(train_small, k_small, config.seeds, config.small_steps)
         task, spectra, runs, joint_runs = _run_narrow(config, context, k_tasks)
         context.progress("over-parametrized", 0.8)
         wide, small = jax.tree.map(np.asarray, (wide.result(), small.result()))
@@ -447,7 +226,7 @@ def run(config: Config, context: Context) -> Result:
         "joint": record_steps(config.joint_steps, config.every),
         "wide": record_steps(config.wide_steps, config.every),
     }
-    at_teacher = {name: _condition(spectrum) for name, spectrum in spectra.items()}
+    at_teacher = {name: condition_number(spectrum) for name, spectrum in spectra.items()}
     # Geometric mean of the loss in the last quarter: sign descent runs in a cycle there.
     cycle = runs["sign"]["loss"][:, :, STANDARD, :, -len(iterations["fast"]) // 4 :]
     floors = np.exp(np.mean(np.log(cycle), axis=-1))
@@ -521,7 +300,7 @@ def _conditions_on_the_way(task: Task, iterations, best) -> dict[str, dict[str, 
         for name, key in (("gd", "gd"), ("adam", "fast"))
     }
     prompts = [best[name]["prompt"][:, :, STANDARD, mark] for name, mark in marks.items()]
-    values = np.asarray(_conditions(task.tokens, task.value, np.concatenate(prompts, axis=2)))
+    values = np.asarray(condition_numbers(task.tokens, task.value, np.concatenate(prompts, axis=2)))
     gd, adam = np.split(values, [len(marks["gd"])], axis=2)
     return {
         "gd": {"iterations": iterations["gd"][marks["gd"]], "value": gd},

@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from models.training import train
-from sims.replicator.boundary import PRESETS, _best, _decaying, _one_of
+from sims.replicator._boundary_training import decaying, one_of
+from sims.replicator.boundary import PRESETS, _best
 
 
 def loss(params):
@@ -17,14 +18,14 @@ def loss(params):
 def test_lanes_with_different_optimizers_are_the_runs_of_each():
     optimizers = optax.sgd(0.01, momentum=0.5), optax.adam(0.1), optax.sign_sgd(0.1)
     start = jnp.array([1.0, -2.0])
-    both = jax.vmap(lambda index: train(loss, start, _one_of(index, optimizers), steps=7)[1].ys)
+    both = jax.vmap(lambda index: train(loss, start, one_of(index, optimizers), steps=7)[1].ys)
     for lane, optimizer in zip(both(jnp.arange(3)), optimizers, strict=True):
         np.testing.assert_allclose(lane, train(loss, start, optimizer, steps=7)[1].ys, rtol=1e-14)
 
 
 @pytest.mark.parametrize("decay", [1.0, 1e-4])
 def test_the_rate_decays_by_the_factor_over_the_run(decay):
-    schedule = optax.chain(optax.scale_by_sign(), _decaying(0.1, decay, 10))
+    schedule = optax.chain(optax.scale_by_sign(), decaying(0.1, decay, 10))
     _, path = train(jnp.sum, jnp.zeros(1), schedule, steps=11)
     sizes = -np.diff(path.ys[:, 0])
     np.testing.assert_allclose(sizes, 0.1 * decay ** (np.arange(11) / 10), rtol=1e-10)
