@@ -8,6 +8,7 @@ up to eps linearly with eps; the coupled flow follows the network whatever the k
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -87,22 +88,28 @@ def _attention(tokens: jax.Array, params: Any) -> jax.Array:
 network_flow_field = gradient_flow(loss)
 
 
-def run(config: Config, context: Context) -> Result:
-    """Integrate the theory, train the network, and measure the gap over learning rates and over eps."""
-    k_keys, k_prompt, k_value, k_target, k_generic = jax.random.split(jax.random.key(context.seed), 5)
-    shape = (config.samples, config.tokens, config.dim)
-    prompt = jax.random.normal(k_prompt, (config.dim,))
-    value = jax.random.normal(k_value, (config.dim,))
-    targets = jax.random.normal(k_target, (config.samples,))
-    model = PromptAttention(prompt, value, train_value=False)
-    predict, params = as_function(model)
-    ts = jnp.linspace(0.0, config.horizon, config.points + 1)
+@partial(jax.jit, static_argnames="config")
+def _draw(key: jax.Array, config: Config) -> tuple[jax.Array, ...]:
+    """Tokens (lane, N, n, d), prompt, value and targets.
 
-    # Lane 0: orthogonal keys; then keys that are orthogonal up to eps; the last lane: Gaussian keys.
-    eps = jnp.asarray(config.eps)
+    Lane 0: orthogonal keys; then keys that are orthogonal up to eps; the last lane: Gaussian keys.
+    """
+    k_keys, k_prompt, k_value, k_target, k_generic = jax.random.split(key, 5)
+    shape = (config.samples, config.tokens, config.dim)
     near = jax.vmap(lambda eps: nearly_orthogonal_keys(k_keys, *shape, config.key_scale, eps))
     generic = jax.random.normal(k_generic, shape) * jnp.sqrt(config.key_scale / config.dim)
-    tokens = jnp.concatenate([near(jnp.concatenate([jnp.zeros(1), eps])), generic[None]])
+    tokens = jnp.concatenate([near(jnp.array([0.0, *config.eps])), generic[None]])
+    prompt = jax.random.normal(k_prompt, (config.dim,))
+    value = jax.random.normal(k_value, (config.dim,))
+    return tokens, prompt, value, jax.random.normal(k_target, (config.samples,))
+
+
+def run(config: Config, context: Context) -> Result:
+    """Integrate the theory, train the network, and measure the gap over learning rates and over eps."""
+    tokens, prompt, value, targets = _draw(jax.random.key(context.seed), config)
+    predict, params = as_function(PromptAttention(prompt, value, train_value=False))
+    ts = jnp.linspace(0.0, config.horizon, config.points + 1)
+    eps = jnp.asarray(config.eps)
 
     def separate_flows(tokens, flow=replicator.softmax_flow):
         """N separate flows, one per sample; sees the values, the targets and the first logits."""

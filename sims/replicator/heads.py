@@ -9,6 +9,7 @@ follows the network at any s.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -70,14 +71,21 @@ def all_gradients(values: jax.Array, targets: jax.Array, x: jax.Array) -> jax.Ar
     return ((outputs - targets)[:, None, None] * values).reshape(x.shape)
 
 
-def run(config: Config, context: Context) -> Result:
-    """Integrate one-head and coupled flows, and train the network, over sharing and learning rate."""
-    k_keys, k_prompt, k_worth, k_target = jax.random.split(jax.random.key(context.seed), 4)
+@partial(jax.jit, static_argnames="config")
+def _draw(key: jax.Array, config: Config) -> tuple[jax.Array, ...]:
+    """Tokens (N, n, d), prompts (H, 1, d), what tokens are worth to each head (N, H, n), targets (N,)."""
+    k_keys, k_prompt, k_worth, k_target = jax.random.split(key, 4)
     n, samples, heads = config.tokens, config.samples, config.heads
     tokens = orthogonal_keys(k_keys, samples, n, config.dim, config.key_scale)
     prompts = jax.random.normal(k_prompt, (heads, 1, config.dim))
     worth = jax.random.normal(k_worth, (samples, heads, n))
-    targets = jax.random.normal(k_target, (samples,))
+    return tokens, prompts, worth, jax.random.normal(k_target, (samples,))
+
+
+def run(config: Config, context: Context) -> Result:
+    """Integrate one-head and coupled flows, and train the network, over sharing and learning rate."""
+    n, samples, heads = config.tokens, config.samples, config.heads
+    tokens, prompts, worth, targets = _draw(jax.random.key(context.seed), config)
     ts = jnp.linspace(0.0, config.horizon, config.points + 1)
     logits = jnp.einsum("ind,hqd->ihn", tokens, prompts)
     sample = jnp.arange(samples)
