@@ -1,0 +1,68 @@
+"""The replicator simulations as a whole: theory against network, and every claim at the quick preset."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.tree_util import Partial
+from rich.console import Console
+
+from dynamics import replicator
+from dynamics.flow import Trajectory
+from models.attention import PromptAttention, as_function
+from models.data.teachers import orthogonal_keys
+from models.training import train_at_rates
+from sims import results
+from sims.__main__ import Options, available, execute
+from sims.compare import convergence_order, lane_gaps
+from sims.replicator.flow import sample_gradient
+
+
+@pytest.mark.parametrize("name", [name for name in available() if name.startswith("replicator.")])
+def test_every_claim_stands_at_the_quick_preset(name, tmp_path):
+    (saved,) = execute([name], Options(), out=tmp_path, console=Console(file=io.StringIO()))
+    assert saved.claims
+    failing = [str(claim) for claim in saved.claims if claim.at("quick") == "fails"]
+    assert not failing, failing
+    assert all(claim.id.startswith(f"{name}/") for claim in saved.claims)
+    again = results.load(tmp_path, name)
+    assert again.record == saved.record
+    for path, array in saved.arrays.items():
+        np.testing.assert_array_equal(again[path], array)
+    assert 10_000 < (tmp_path / f"{name}.png").stat().st_size < 300_000
+
+
+@pytest.mark.parametrize(("factor", "converges"), [(1.0, True), (1.02, False), (0.5, False)])
+def test_network_approaches_the_flow_at_first_order_and_a_wrong_factor_does_not(factor, converges):
+    keys = jax.random.split(jax.random.key(1), 4)
+    samples, tokens, scale, points = 2, 3, 2.0, 10
+    X = orthogonal_keys(keys[0], samples, tokens, 8, scale)
+    prompt, value = jax.random.normal(keys[1], (8,)), jax.random.normal(keys[2], (8,))
+    targets = jax.random.normal(keys[3], (samples,))
+    predict, params = as_function(PromptAttention(prompt, value, train_value=False))
+
+    def loss(params):
+        return jnp.sum(optax.losses.l2_loss(predict(params, X), targets))
+
+    rates, trained = train_at_rates(
+        loss,
+        params,
+        (10, 30, 100, 300, 1000),
+        horizon=10.0,
+        points=points,
+        observe=lambda params: jax.nn.softmax(X @ params["prompt"][...], axis=-1),
+    )
+    ts = trained.ts[0]
+    flows = jax.vmap(
+        lambda u, y, z: replicator.softmax_flow(Partial(sample_gradient, u, y), z, ts, factor * scale).ys
+    )(X @ value, targets, X @ prompt)
+    theory = Trajectory(ts, jnp.moveaxis(jax.nn.softmax(flows, axis=-1), 0, 1), jnp.asarray(True))
+    order = convergence_order(rates, lane_gaps(theory, trained)).slope
+    assert rates[0] / rates[-1] == pytest.approx(100)
+    if converges:
+        assert order == pytest.approx(1.0, abs=0.05)
+    else:
+        assert order < 0.6
