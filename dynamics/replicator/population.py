@@ -290,7 +290,7 @@ def _log_shares(logits: Array, support: Array, ts: Array) -> Array:
     """Log x from logits (T, n), -inf for absent strategies; NaN where the solver gave up."""
     logs = jax.nn.log_softmax(logits, axis=1, where=support[None, :])
     reached = jnp.all(jnp.isfinite(logits), axis=1, keepdims=True)
-    return jnp.where(reached, jnp.where(support[None, :], logs, -jnp.inf), jnp.nan)
+    return jnp.where(reached, logs, jnp.nan)
 
 
 def _masked_speed(fitness: Array, x: Array, support: Array) -> Array:

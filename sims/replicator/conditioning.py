@@ -185,9 +185,10 @@ def run(config: Config, context: Context) -> Result:
     context.progress("flows next to a minimum", 0.8)
     x, hessian = random_minima(rng, 3, config.flows, 0.7, 0.5)
     values, vectors = np.linalg.eig(linearization(x, hessian))
-    lanes, slow = np.arange(config.flows), np.argmax(values.real, axis=1)
-    slowest = -values.real[lanes, slow]
-    directions = vectors.real[lanes, :, slow] @ np.asarray(replicator.tangent_basis(3)).T
+    values, vectors = np.real(values), np.real(vectors)
+    lanes, slow = np.arange(config.flows), np.argmax(values, axis=1)
+    slowest = -values[lanes, slow]
+    directions = vectors[lanes, :, slow] @ np.asarray(replicator.tangent_basis(3)).T
     rate, rest = (np.asarray(leaf) for leaf in _decay(x, hessian, slowest, directions))
 
     claims = (
