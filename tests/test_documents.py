@@ -1,0 +1,54 @@
+"""README, ledger, references and code tell the same story."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from sims.__main__ import available
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LEDGER = (ROOT / "figures" / "README.md").read_text(encoding="utf-8")
+KEYS = set(re.findall(r"^@\w+\{(\w+),", (ROOT / "references.bib").read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def test_readme_example_runs_and_prints_the_gap_it_states(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    stated = float(re.search(r"largest gap ([\d.e-]+);", block).group(1))
+    exec(compile(block, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    gap = float(re.search(r"largest gap ([\d.e-]+);", printed).group(1))
+    assert gap == pytest.approx(stated, rel=0.1)
+
+
+def test_readme_lists_the_simulations():
+    assert set(re.findall(r"^\| `(\w+\.\w+)` \|", README, re.MULTILINE)) == set(available())
+
+
+@pytest.mark.parametrize("name", available())
+def test_ledger_has_every_simulation_at_the_standard_preset(name):
+    assert f"`python -m sims run {name} --preset standard --seed 0`" in LEDGER
+    assert f"]({name}.png)" in LEDGER
+    figure = ROOT / "figures" / f"{name}.png"
+    assert figure.stat().st_size < 300_000
+
+
+def test_no_claim_in_the_ledger_fails():
+    rows = re.findall(r"^\| \[`([\w./-]+)`\]\(#\w+\) \| (.*?) \| (.*?) \|$", LEDGER, re.MULTILINE)
+    assert len(rows) >= 20
+    assert not [row for row in rows if not row[2].startswith(("holds", "quoted"))]
+
+
+def test_every_cited_source_is_in_the_references():
+    cited = set()
+    for package in ("dynamics", "models", "sims"):
+        for file in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    for source in re.findall(r"Source: ([^\n]+)", node.value):
+                        cited |= set(re.findall(r"\b([a-z]+\d{4}\w*)\b", source))
+    cited |= set(re.findall(r"^\| \[`.*?\| (\w+\d{4}\w*)", LEDGER, re.MULTILINE))
+    assert cited
+    assert cited <= KEYS, cited - KEYS
