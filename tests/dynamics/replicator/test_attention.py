@@ -129,7 +129,7 @@ def test_two_tokens_follow_the_closed_form():
 
 
 def test_a_stiff_solver_reaches_ratios_of_1e25():
-    ts = np.array([0.0, *np.logspace(0, 25, 26)])
+    ts = np.array([0.0, 1.0, 1e8, 1e16, 1e25])
     path = softmax_flow(Partial(two_tokens, jnp.ones(())), [0.0, 0.0], ts, solver=diffrax.Kvaerno5())
     assert bool(path.ok)
     close(gap_of_logits(path), two_token_solution(ts, 1.0), atol=1e-4)
@@ -139,12 +139,13 @@ def test_a_stiff_solver_reaches_ratios_of_1e25():
 
 @given(t=st.floats(0, 1e30), gap=st.floats(-5, 5), u0=st.floats(-50, 50))
 def test_the_closed_form_solves_its_equation(t, gap, u0):
-    u = float(two_token_solution([t], gap, 1.5, u0)[0])
-    slack = 1e-14 * max(1, abs(u))
-    with mpmath.workdps(60):
-        target = u0 + mpmath.sinh(u0) - mpmath.mpf(1.5) * gap * t
-        below, above = (mpmath.mpf(v) + mpmath.sinh(v) - target for v in (u - slack, u + slack))
-    assert below < 0 < above
+    ts = t * np.array([0.0, 1e-20, 1e-9, 0.3, 1.0])
+    for time, u in zip(ts, np.asarray(two_token_solution(ts, gap, 1.5, u0)), strict=True):
+        slack = 1e-14 * max(1, abs(u))
+        with mpmath.workdps(60):
+            target = u0 + mpmath.sinh(u0) - mpmath.mpf(1.5) * gap * float(time)
+            below, above = (mpmath.mpf(v) + mpmath.sinh(v) - target for v in (u - slack, u + slack))
+        assert below < 0 < above
 
 
 def test_single_precision():
@@ -198,10 +199,10 @@ def test_the_jacobian_product_and_a_second_call_compiles_nothing():
     close(softmax_jacobian_product(jnp.asarray(x), jnp.asarray(g)), expected, atol=1e-15)
     (matrix, offset, z0), (other, b, start) = quadratic(5), quadratic(6)
     softmax_flow(Partial(affine, matrix, offset), z0, TIMES)
-    two_token_solution(TIMES, 1.0)
+    two_token_solution(TWO_TOKEN_TIMES, 1.0)
     with count_compilations() as names:
         softmax_flow(Partial(affine, other, b), start, [0.0, 1.0, 2.0], 1.5)
-        two_token_solution([0.0, 1.0, 2.0], 1.5, 2.0)
+        two_token_solution(TWO_TOKEN_TIMES[::-1], 1.5, 2.0)
     assert names == []
 
 
