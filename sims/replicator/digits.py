@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import rankdata
@@ -29,21 +30,21 @@ from dynamics.replicator import tangent_basis
 from dynamics.spectra import entropy
 from models.attention import (
     PromptAttention,
+    as_function,
     attention_log_ratio,
     attention_logits,
     gauss_newton_spectrum,
     log_mean_ratio,
-    prompt_attention,
 )
 from models.data.images import digits, patches
 from models.training import record_steps, train
 from sims import plotting
 from sims.claims import Check, Claim, Preset
-from sims.compare import fit_line
 from sims.results import Context, Result, Saved
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {"GD": optax.sgd, "Adam": optax.adam}
 SETTINGS = ("prompts alone", "prompts and values")
+Predict = Callable[[Any, Any], jax.Array]
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,8 @@ def image_tokens(images: jax.Array, patch: tuple[int, int], train_images: int) -
 
 
 @eqx.filter_jit
-def prepare(key, images, labels, patch, train_images, test_images, heads, seeds) -> tuple[Any, Any, Any]:
-    """Training and test set (images, tokens, labels) in random order, and the starts of all seeds."""
+def prepare(key, images, labels, patch, train_images, test_images, heads, seeds) -> tuple[Any, ...]:
+    """Training and test set (images, tokens, labels) in random order; the network and all seeds' starts."""
     k_order, k_start = jax.random.split(key)
     order = jax.random.permutation(k_order, len(images))[: train_images + test_images]
     images, labels = images[order], labels[order]
@@ -123,35 +124,37 @@ def prepare(key, images, labels, patch, train_images, test_images, heads, seeds)
 
     def start(key):
         dim, dtype = tokens.shape[-1], tokens.dtype
-        model = PromptAttention.standard(key, dim, outputs=10, heads=heads, dtype=dtype)
-        return {"prompt": model.prompt[...], "value": model.value[...]}
+        return as_function(PromptAttention.standard(key, dim, outputs=10, heads=heads, dtype=dtype))
 
     whole = (images, tokens, labels)
     training = jax.tree.map(lambda leaf: leaf[:train_images], whole)
     test = jax.tree.map(lambda leaf: leaf[train_images:], whole)
-    return training, test, jax.vmap(start)(jax.random.split(k_start, seeds))
+    return training, test, *jax.vmap(start)(jax.random.split(k_start, seeds))
 
 
-def class_logits(params: Any, tokens: jax.Array) -> jax.Array:
-    """The network: logits of the classes, (N, 10)."""
-    return prompt_attention(params["prompt"], params["value"], tokens)[:, 0]
+def class_logits(predict: Predict, params: Any, tokens: jax.Array) -> jax.Array:
+    """Logits of the classes, (N, 10): the output at the one query."""
+    return predict(params, tokens)[:, 0]
 
 
-def cross_entropy(params: Any, tokens: jax.Array, labels: jax.Array) -> jax.Array:
+def cross_entropy(predict: Predict, params: Any, tokens: jax.Array, labels: jax.Array) -> jax.Array:
     """The loss, a mean over images."""
-    logits = class_logits(params, tokens)
+    logits = class_logits(predict, params, tokens)
     return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
 @eqx.filter_jit
-def train_lanes(optimizer, rates, keys, starts, tokens, labels, batch, steps, every) -> Trajectory:
+def train_lanes(predict, optimizer, rates, keys, starts, tokens, labels, batch, steps, every) -> Trajectory:
     """Train in both settings, at every rate, from every start; leaves (setting, rate, seed, time, ...)."""
 
     def lane(train_value, rate, key, start):
         def loss(params, chosen=slice(None)):
             # Values that are held have no gradient, and without one both optimizers leave them alone.
-            value = jnp.where(train_value, params["value"], jax.lax.stop_gradient(params["value"]))
-            return cross_entropy({**params, "value": value}, tokens[chosen], labels[chosen])
+            value = jax.tree.map(
+                lambda leaf: jnp.where(train_value, leaf, jax.lax.stop_gradient(leaf)), params["value"]
+            )
+            params = nnx.State({**params, "value": value})
+            return cross_entropy(predict, params, tokens[chosen], labels[chosen])
 
         def draw(key):
             return jax.random.choice(key, len(labels), (batch,), replace=False)
@@ -166,16 +169,16 @@ def train_lanes(optimizer, rates, keys, starts, tokens, labels, batch, steps, ev
 
 
 @eqx.filter_jit
-def measure(params, tokens, labels, test_tokens, test_labels) -> dict[str, jax.Array]:
+def measure(predict, params, tokens, labels, test_tokens, test_labels) -> dict[str, jax.Array]:
     """Loss, accuracies and sharpness of the attention for all of many parameters, (..., heads, 1, d)."""
 
     def one(params):
-        log_ratios = attention_log_ratio(params["prompt"], test_tokens).reshape(-1)
-        attention = jax.nn.softmax(attention_logits(params["prompt"], test_tokens), axis=-1)
-        right = jnp.argmax(class_logits(params, tokens), axis=-1) == labels
-        test_right = jnp.argmax(class_logits(params, test_tokens), axis=-1) == test_labels
+        log_ratios = attention_log_ratio(params["prompt"][...], test_tokens).reshape(-1)
+        attention = jax.nn.softmax(attention_logits(params["prompt"][...], test_tokens), axis=-1)
+        right = jnp.argmax(class_logits(predict, params, tokens), axis=-1) == labels
+        test_right = jnp.argmax(class_logits(predict, params, test_tokens), axis=-1) == test_labels
         return {
-            "loss": cross_entropy(params, tokens, labels),
+            "loss": cross_entropy(predict, params, tokens, labels),
             "train_accuracy": jnp.mean(right),
             "test_accuracy": jnp.mean(test_right),
             "log10_mean_ratio": log_mean_ratio(log_ratios) / math.log(10),
@@ -187,16 +190,16 @@ def measure(params, tokens, labels, test_tokens, test_labels) -> dict[str, jax.A
 
 
 @eqx.filter_jit
-def condition_numbers(params, tokens) -> jax.Array:
+def condition_numbers(predict, params, tokens) -> jax.Array:
     """Largest over smallest eigenvalue of G^T G / N, G = d logits / d prompts, for all of many parameters."""
     dtype = jnp.result_type(float)  # smaller eigenvalues survive than in the network's own dtype
     params, tokens = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, tokens))
 
     def one(params):
-        def predict(prompt, tokens):
-            return class_logits({**params, "prompt": prompt}, tokens)
+        def logits(prompt, tokens):
+            return class_logits(predict, nnx.State({**params, "prompt": prompt}), tokens)
 
-        spectrum = gauss_newton_spectrum(predict, params["prompt"], tokens)
+        spectrum = gauss_newton_spectrum(logits, params["prompt"], tokens)
         return spectrum[0] / spectrum[-1]
 
     return _map_lanes(one, params)
@@ -234,7 +237,7 @@ def run(config: Config, context: Context) -> Result:
         )
     k_data, k_batch = jax.random.split(jax.random.key(context.seed))
     sizes = (config.patch, config.train_images, config.test_images, config.heads, config.seeds)
-    training, test, starts = prepare(k_data, images, labels, *sizes)
+    training, test, predict, starts = prepare(k_data, images, labels, *sizes)
     keys = jax.random.split(k_batch, config.seeds)
     steps = record_steps(config.steps, config.every)
     marks = np.unique(np.geomspace(1, len(steps), config.spectra).round().astype(int)) - 1
@@ -246,9 +249,9 @@ def run(config: Config, context: Context) -> Result:
         _, tokens, labels = training
         _, test_tokens, test_labels = test
         length = {"batch": config.batch, "steps": config.steps, "every": config.every}
-        paths = train_lanes(OPTIMIZERS[name], rates, keys, starts, tokens, labels, **length)
+        paths = train_lanes(predict, OPTIMIZERS[name], rates, keys, starts, tokens, labels, **length)
         context.progress(f"measuring {name}", begun + 0.3)
-        measured = measure(paths.ys, tokens, labels, test_tokens, test_labels)
+        measured = measure(predict, paths.ys, tokens, labels, test_tokens, test_labels)
         best = best_rates(measured["loss"])
         shown, params = jax.tree.map(
             lambda leaf: np.asarray(leaf)[np.arange(len(SETTINGS)), best], (measured, paths.ys)
@@ -256,8 +259,8 @@ def run(config: Config, context: Context) -> Result:
         at_marks = jax.tree.map(lambda leaf: leaf[:, :, marks], params)
         return {
             **shown,
-            "condition": condition_numbers(at_marks, test_tokens[: config.spectrum_images]),
-            "maps": attention_maps(params["prompt"][:, 0, -1], test_tokens[:shown_images]),
+            "condition": condition_numbers(predict, at_marks, test_tokens[: config.spectrum_images]),
+            "maps": attention_maps(params["prompt"][...][:, 0, -1], test_tokens[:shown_images]),
             "rates": rates,
             "best": best,
             "loss_of_rates": measured["loss"],
@@ -308,23 +311,16 @@ def _conditioning(runs: Any, marks: np.ndarray) -> Claim:
         condition = np.log10(np.asarray(saved["condition"], float))
         ranks = [rankdata(np.median(curves, axis=1)) for curves in (ratio, condition)]
         checks += [
-            # Sign and order only: how much is lost depends on the data.
-            Check(f"decades of the condition number, {name}", "at least", 0.0, np.min(_growth(condition))),
+            # Orders of magnitude are told apart by decades: one at least, in both settings.
+            Check(f"decades of the condition number, {name}", "at least", 1.0, np.min(_growth(condition))),
             # One is a monotone relation, zero is none: more than half of the way.
             Check(f"rank correlation with the ratio, {name}", "at least", 0.5, np.corrcoef(*ranks)[0, 1]),
-            # The local theory's upper bound on the condition number goes with the square of the ratio.
-            Check(
-                f"decades per decade of the ratio, {name}",
-                "at most",
-                2.0,
-                fit_line(ratio.ravel(), condition.ravel()).slope,
-            ),
         ]
     return Claim(
         "replicator.digits/conditioning",
-        "As the attention sharpens, the Gauss-Newton matrix over the prompts becomes ill-conditioned, "
-        "at most with the square of the ratio",
-        "softmax2025talk, theorem on local analysis and experiment",
+        "As the attention sharpens, the Gauss-Newton matrix over the prompts becomes ill-conditioned: "
+        "its condition number grows by decades along with the ratio",
+        "softmax2025talk, theorem on local analysis and experiment, as seen on real images",
         "stated",
         checks,
     )
