@@ -62,6 +62,37 @@ def softmax_jacobian(x: Float[Array, " n"]) -> Float[Array, "n n"]:
     return jnp.diag(jnp.sum(off, axis=1)) - off
 
 
+def attention_field(x: ArrayLike, gradient: ArrayLike, key_scale: ArrayLike = 1.0) -> Float[Array, " n"]:
+    r"""Softmax flow of a prompt as a field on the simplex: dx/dt = -k J(x)^2 g.
+
+    Its integral curves are those of `softmax_flow`, seen in x = softmax(z).
+
+    Args:
+        x: point of the simplex, shape (n,).
+        gradient: gradient g of the loss at x, shape (n,).
+        key_scale: k, squared length of the keys, a number.
+
+    Returns:
+        dx/dt, shape (n,); NaN where a traced x is not on the simplex.
+
+    Raises:
+        ValueError: `x` is not on the simplex, the gradient's shape does not fit, `key_scale` is no finite
+            number.
+
+    Source: softmax2025talk, theorem on local analysis, the flow that it linearizes.
+
+    Example:
+        >>> attention_field([0.5, 0.5], [1.0, 0.0]).tolist()
+        [-0.125, 0.125]
+    """
+    x = require_simplex("x", x)
+    gradient, key_scale = _require_gradient(gradient, x), jnp.asarray(key_scale, x.dtype)
+    if key_scale.ndim != 0 or not (is_traced(key_scale) or bool(jnp.isfinite(key_scale))):
+        raise ValueError(f"key_scale must be a finite number, got {key_scale}")
+    jacobian = softmax_jacobian(x)
+    return -key_scale * (jacobian @ (jacobian @ gradient))
+
+
 def condition_number(x: ArrayLike, hessian: ArrayLike) -> Float[Array, ""]:
     r"""Condition number of the linearized softmax flow d(delta)/dt = -k J(x)^2 H delta on the tangent space.
 
@@ -115,6 +146,7 @@ def condition_bounds(x: ArrayLike, hessian: ArrayLike) -> tuple[Float[Array, ""]
 
     Returns:
         Two scalars; (0, inf) where the Hessian is singular on the tangent space, NaN where it is indefinite.
+        At a vertex, where every w is zero and kappa is inf, max w / min w is taken as 1.
 
     Raises:
         ValueError: `x` is not on the simplex, the Hessian's shape does not fit or it is not symmetric.
@@ -129,11 +161,46 @@ def condition_bounds(x: ArrayLike, hessian: ArrayLike) -> tuple[Float[Array, ""]
     x, tangent_hessian = _require_local(x, hessian)
     smallest, largest = _extremes(tangent_hessian)
     weights = jnp.diag(softmax_jacobian(x))
-    lower = smallest / largest * (jnp.max(weights) / jnp.min(weights)) ** 2
+    lower = smallest / largest * _ratio(jnp.max(weights), jnp.min(weights)) ** 2
     upper = largest / smallest * (jnp.max(x) / jnp.min(x)) ** 2
     # A Hessian of zeros has 0 / 0 here.
     singular = smallest == 0
     return jnp.where(singular, 0, lower), jnp.where(singular, jnp.inf, upper)
+
+
+def corollary_bound(x: ArrayLike, hessian: ArrayLike) -> Float[Array, ""]:
+    r"""Proved lower bound on `condition_number` in the extreme coordinates of x alone.
+
+    With e = min x and d = 1 - max x it is (mu/L) [min(d (1 - d), (n - 1) / n^2) / (e (1 - e))]^2, with mu, L
+    the extreme eigenvalues of the Hessian on the tangent space. It never exceeds the lower one of
+    `condition_bounds`. It goes to infinity as e goes to 0 where d stays away from 0, and not next to a
+    vertex, where d <= (n - 1) e.
+
+    Args:
+        x: point of the simplex, shape (n,), n >= 2.
+        hessian: symmetric, shape (n, n).
+
+    Returns:
+        Scalar; 0 where the Hessian is singular on the tangent space, NaN where it is indefinite. At a
+        vertex, where d = e = 0 and the condition number is inf, the bracket is taken as 1.
+
+    Raises:
+        ValueError: `x` is not on the simplex, the Hessian's shape does not fit or it is not symmetric.
+
+    Source: softmax2025talk, corollary of the theorem on local analysis (the printed bound lacks d and is
+        wrong next to a vertex; the bound here is a corrected one).
+
+    Example:
+        >>> float(corollary_bound([0.8, 0.2], jnp.eye(2))).__round__(6)
+        1.0
+    """
+    x, tangent_hessian = _require_local(x, hessian)
+    smallest, largest = _extremes(tangent_hessian)
+    n, weights = x.size, jnp.diag(softmax_jacobian(x))
+    # x (1 - x) at the largest coordinate is d (1 - d), at the smallest e (1 - e).
+    large = jnp.minimum(weights[jnp.argmax(x)], (n - 1) / n**2)
+    bound = smallest / largest * _ratio(large, weights[jnp.argmin(x)]) ** 2
+    return jnp.where(smallest == 0, 0, bound)
 
 
 def kkt_residual(
@@ -163,14 +230,19 @@ def kkt_residual(
         [0.0, 1.0]
     """
     x = require_simplex("x", x)
-    gradient = jnp.asarray(gradient, x.dtype)
-    if gradient.shape != x.shape:
-        raise ValueError(f"gradient must have shape {x.shape}, got shape {gradient.shape}")
+    gradient = _require_gradient(gradient, x)
     support = ~(x <= jnp.asarray(support_above, x.dtype))
     mean = jnp.sum(x * gradient)
     stationarity = jnp.max(jnp.where(support, jnp.abs(gradient - mean), 0))
     violation = jnp.max(jnp.where(support, 0, jnp.maximum(mean - gradient, 0)))
     return stationarity, violation
+
+
+def _require_gradient(gradient: ArrayLike, x: Array) -> Array:
+    gradient = jnp.asarray(gradient, x.dtype)
+    if gradient.shape != x.shape:
+        raise ValueError(f"gradient must have shape {x.shape}, got shape {gradient.shape}")
+    return gradient
 
 
 def _require_local(x: ArrayLike, hessian: ArrayLike) -> tuple[Array, Array]:
@@ -197,6 +269,11 @@ def _extremes(tangent_hessian: Array) -> tuple[Array, Array]:
     smallest = jnp.where(jnp.min(sizes) <= slack, 0, jnp.min(sizes))  # NaN stays
     indefinite = (values[0] < -slack) & (values[-1] > slack)
     return jnp.where(indefinite, jnp.nan, smallest), jnp.where(indefinite, jnp.nan, largest)
+
+
+def _ratio(large: Array, small: Array) -> Array:
+    """The quotient; 1 where both are zero."""
+    return jnp.where((large == 0) & (small == 0), 1, large / small)
 
 
 def _spectral_norm(matrix: Array) -> Array:

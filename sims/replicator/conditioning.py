@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dynamics import replicator
+from dynamics.replicator.local import attention_field, corollary_bound
 from sims import plotting
 from sims.claims import Check, Claim, Preset
 from sims.compare import convergence_order
@@ -60,12 +61,6 @@ def loss_gradient(hessian: jax.Array, minimum: jax.Array, x: jax.Array) -> jax.A
     return hessian @ (x - minimum) + _MULTIPLIER
 
 
-def attention_field(hessian: jax.Array, minimum: jax.Array, x: jax.Array) -> jax.Array:
-    """The softmax flow in x, -J(x)^2 g(x)."""
-    gradient = loss_gradient(hessian, minimum, x)
-    return -replicator.softmax_jacobian_product(x, replicator.softmax_jacobian_product(x, gradient))
-
-
 def random_minima(
     rng: np.random.Generator, n: int, count: int, log10_ratio: float, log10_spread: float
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -100,12 +95,14 @@ class Local(NamedTuple):
     """Proved lower bound on it."""
     upper: Any
     """Proved upper bound on it."""
+    corollary: Any
+    """Proved lower bound in the smallest and the largest entry."""
     matrix: Any
     """Linearization of the flow on the tangent space, by automatic differentiation."""
     indefinite: Any
     """The same with the Hessian made negative off the tangent space."""
     residual: Any
-    """KKT residual at the minimum and at each vertex, shape (1 + n,)."""
+    """KKT residual at each vertex, shape (n,)."""
     speed: Any
     """Largest |J g| at a vertex."""
 
@@ -117,49 +114,50 @@ def local_analysis(x: jax.Array, hessian: jax.Array) -> Local:
     n = x.size
     # Lowered along the vector of ones by more than the largest eigenvalue.
     lowered = hessian - 2 * jnp.trace(hessian) / n
-    matrix, indefinite = jax.vmap(lambda h: replicator.linearize(Partial(attention_field, h, x), x))(
-        jnp.stack([hessian, lowered])
-    )
-    points = jnp.concatenate([x[None, :], jnp.eye(n, dtype=x.dtype)])
-    gradients = jax.vmap(Partial(loss_gradient, hessian, x))(points)
+
+    def linearized(hessian):
+        return replicator.linearize(lambda y: attention_field(y, loss_gradient(hessian, x, y)), x)
+
+    matrix, indefinite = jax.vmap(linearized)(jnp.stack([hessian, lowered]))
+    vertices = jnp.eye(n, dtype=x.dtype)
+    gradients = jax.vmap(Partial(loss_gradient, hessian, x))(vertices)
     return Local(
         replicator.condition_number(x, hessian),
         *replicator.condition_bounds(x, hessian),
+        corollary_bound(x, hessian),
         matrix,
         indefinite,
-        residual=jnp.maximum(*jax.vmap(replicator.kkt_residual)(points, gradients)),
-        speed=jnp.max(jnp.abs(replicator.softmax_jacobian_product(points, gradients)[1:])),
+        residual=jnp.maximum(*jax.vmap(replicator.kkt_residual)(vertices, gradients)),
+        speed=jnp.max(jnp.abs(replicator.softmax_jacobian_product(vertices, gradients))),
     )
 
 
 def linearization(x: np.ndarray, hessian: np.ndarray) -> np.ndarray:
     """The formula -J^2 H on the tangent space, shape (count, n - 1, n - 1)."""
     basis = np.asarray(replicator.tangent_basis(x.shape[1]))
-    jacobian = x[:, :, None] * (np.eye(x.shape[1])[None] - x[:, None, :])
+    jacobian = np.asarray(jax.vmap(replicator.softmax_jacobian)(jnp.asarray(x)))
     return -basis.T @ jacobian @ jacobian @ hessian @ basis
-
-
-def corollary_bound(x: np.ndarray, spread: np.ndarray | float) -> np.ndarray:
-    """Bound with x_min = e and x_max = 1 - d: (mu/L) [min(d (1 - d), (n - 1) / n^2) / (e (1 - e))]^2."""
-    n = x.shape[1]
-    e, d = x.min(axis=1), 1 - x.max(axis=1)
-    return (np.minimum(d * (1 - d), (n - 1) / n**2) / (e * (1 - e))) ** 2 / spread
 
 
 @jax.jit
 @jax.vmap
-def _decay(x, hessian, slowest, direction):
-    """A flow from a point next to a minimum: its rate of decay, and the KKT residual where it rests."""
-    start = x + 1e-3 * direction / jnp.max(jnp.abs(direction / x))
-    # Slopes are taken after two time constants, when faster modes are gone; after thirty it is at rest.
-    ts = jnp.array([0.0, 2.0, 6.0, 30.0]) / slowest
+def _decay(x, hessian, slowest, direction, far):
+    """Flows from next to a minimum and from far: the decay of the first, the KKT residuals at rest."""
+    near = x + 1e-3 * direction / jnp.max(jnp.abs(direction / x))
+    # Slopes are taken after two time constants, when faster modes are gone; after sixty it is at rest.
+    ts = jnp.array([0.0, 2.0, 6.0, 60.0]) / slowest
     gradient = Partial(loss_gradient, hessian, x)
-    path = replicator.softmax_flow(gradient, jnp.log(start), ts, rtol=1e-13, atol=1e-14, throw=False)
-    attention = jax.nn.softmax(path.ys, axis=1)
-    distance = jnp.linalg.norm(attention - x[None, :], axis=1)
+
+    def flow(start):
+        path = replicator.softmax_flow(gradient, jnp.log(start), ts, rtol=1e-13, atol=1e-14, throw=False)
+        return jax.nn.softmax(path.ys, axis=1)
+
+    attention = jax.vmap(flow)(jnp.stack([near, far]))
+    distance = jnp.linalg.norm(attention[0] - x[None, :], axis=1)
     rate = jnp.log(distance[1] / distance[2]) / (ts[2] - ts[1])
-    rest = jnp.max(jnp.stack(replicator.kkt_residual(attention[-1], gradient(attention[-1]))))
-    return rate, rest
+    rest = attention[:, -1]
+    residuals = jax.vmap(replicator.kkt_residual)(rest, jax.vmap(gradient)(rest))
+    return rate, jnp.max(jnp.stack(residuals))
 
 
 def run(config: Config, context: Context) -> Result:
@@ -167,7 +165,7 @@ def run(config: Config, context: Context) -> Result:
     rng = np.random.default_rng(context.seed)
     sizes = range(2, config.max_tokens + 1)
     epsilons = np.logspace(*config.log10_epsilon, 25)
-    columns, kappas = [], []
+    columns, kappas, bounds = [], [], []
     for index, n in enumerate(sizes):
         context.progress(f"minima with {n} tokens", 0.8 * index / len(sizes))
         x, hessian = random_minima(rng, n, config.instances, config.log10_ratio, config.log10_spread)
@@ -178,9 +176,16 @@ def run(config: Config, context: Context) -> Result:
         both = jax.tree.map(np.asarray, both)
         columns.append(_columns(x, hessian, jax.tree.map(lambda leaf: leaf[: config.instances], both)))
         kappas.append(np.split(both.kappa[config.instances :], 2))
+        bounds.append(both.corollary[config.instances + len(epsilons) :])
     minima = {name: np.concatenate([column[name] for column in columns]) for name in columns[0]}
     vertex, pair = np.stack(kappas, axis=1)
-    families = {"tokens": np.array(sizes), "epsilon": epsilons, "vertex": vertex, "pair": pair}
+    families = {
+        "tokens": np.array(sizes),
+        "epsilon": epsilons,
+        "vertex": vertex,
+        "pair": pair,
+        "pair_bound": np.stack(bounds),
+    }
 
     context.progress("flows next to a minimum", 0.8)
     x, hessian = random_minima(rng, 3, config.flows, 0.7, 0.5)
@@ -189,7 +194,8 @@ def run(config: Config, context: Context) -> Result:
     lanes, slow = np.arange(config.flows), np.argmax(values, axis=1)
     slowest = -values[lanes, slow]
     directions = vectors[lanes, :, slow] @ np.asarray(replicator.tangent_basis(3)).T
-    rate, rest = (np.asarray(leaf) for leaf in _decay(x, hessian, slowest, directions))
+    far, _ = random_minima(rng, 3, config.flows, 1.0, 0.0)
+    rate, rest = (np.asarray(leaf) for leaf in _decay(x, hessian, slowest, directions, far))
 
     claims = (
         _lower_bound(minima),
@@ -198,7 +204,7 @@ def run(config: Config, context: Context) -> Result:
         _kkt(minima, rest),
     )
     dims = {f"minima/{name}": ("minimum",) for name in minima}
-    dims |= {f"family/{name}": ("tokens", "epsilon") for name in ("vertex", "pair")}
+    dims |= {f"family/{name}": ("tokens", "epsilon") for name in ("vertex", "pair", "pair_bound")}
     flow = {"rate": rate, "slowest": slowest}
     return Result({"minima": minima, "family": families, "flow": flow}, claims, dims)
 
@@ -217,13 +223,12 @@ def _columns(x: np.ndarray, hessian: np.ndarray, local: Local) -> dict[str, np.n
         "kappa": local.kappa,
         "lower": local.lower,
         "upper": local.upper,
-        "corollary": corollary_bound(x, spread),
+        "corollary": local.corollary,
         "linearization_error": error,
         "imaginary": np.max(np.abs(values.imag / values.real), axis=1),
         "abscissa": values.real.max(axis=1),
         "abscissa_lowered": lowered_values.real.max(axis=1),
-        "residual": local.residual[:, 0],
-        "vertex_residual": local.residual[:, 1:].min(axis=1),
+        "vertex_residual": local.residual.min(axis=1),
         "vertex_speed": local.speed,
     }
 
@@ -267,7 +272,6 @@ def _corollary(minima: dict[str, np.ndarray], family: dict[str, np.ndarray]) -> 
     # The weakest reading of the printed bound: the largest entry is only known to be at least 1 / n.
     over_printed = vertex * (n * epsilons[None, :]) ** 2
     exact = (n * (1 - (n - 1) * epsilons[None, :])) ** 2
-    bounds = np.stack([corollary_bound(two_large(size, epsilons), 1.0) for size in family["tokens"][1:]])
     slopes = np.array([convergence_order(epsilons[small], kappa[small]).slope for kappa in pair])
     obeyed = _count(minima["kappa"] >= minima["corollary"] * (1 - _ROUNDING))
     return Claim(
@@ -301,7 +305,7 @@ def _corollary(minima: dict[str, np.ndarray], family: dict[str, np.ndarray]) -> 
                 "two large tokens: smallest kappa over the corrected bound",
                 "at least",
                 1.0,
-                np.min(pair / bounds),
+                np.min(pair / family["pair_bound"][1:]),
                 _ROUNDING,
             ),
             Check("random minima above the corrected bound", "all of", minima["kappa"].size, obeyed),
@@ -326,12 +330,11 @@ def _stability(minima: dict[str, np.ndarray], rate_ratio: np.ndarray) -> Claim:
         "softmax2025talk, theorem",
         "stated",
         [
-            # Two routes to one matrix: J g = 0 is rounded to 1e-16, and next to a vertex the Jacobian is of
-            # size 1e-4 and the matrix of size 1e-8.
+            # Two routes to one matrix: rounding, as every entry of J is exact to full relative precision.
             Check(
                 "distance of the linearization from -J^2 H, relative",
                 "at most",
-                1e-8,
+                1e-12,
                 minima["linearization_error"].max(),
             ),
             # Two equal real eigenvalues become a complex pair at the square root of rounding, 1e-8.
@@ -373,10 +376,8 @@ def _kkt(minima: dict[str, np.ndarray], rest: np.ndarray) -> Claim:
         "softmax2025talk, theorem",
         "stated",
         [
-            # Rounding of gradients of size up to 1e2.
-            Check("KKT residual at the random minima", "at most", 1e-12, minima["residual"].max()),
-            # The solver damps an error of 1e-3 by exp(-30) and adds rounding of its own.
-            Check("KKT residual where flows come to rest", "at most", 1e-12, rest.max()),
+            # The flow damps every error by exp(-60), and the solver adds rounding of its own.
+            Check("KKT residual where flows from near and far rest", "at most", 1e-12, rest.max()),
             # x_i (g_i - <x, g>) has an exact zero in every product.
             Check("largest |J g| at a vertex", "equals", 0.0, minima["vertex_speed"].max()),
             # With the minimum inside, convexity leaves no vertex a KKT point.

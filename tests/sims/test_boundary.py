@@ -8,7 +8,7 @@ import pytest
 
 from models.training import train
 from sims.replicator._boundary_training import decaying, one_of
-from sims.replicator.boundary import PRESETS, _best
+from sims.replicator.boundary import PRESETS, Config, _adam_claim, _best
 
 
 def loss(params):
@@ -43,3 +43,26 @@ def test_the_best_rate_reaches_the_target_first_or_else_ends_lowest():
     best = _best(config, {"loss": losses, "rate": rates})
     assert best["rate"].ravel().tolist() == [2.0, 2.0]
     np.testing.assert_array_equal(best["loss"][:, 0, 0], [runs[0][1], runs[1][1]])
+
+
+@pytest.mark.parametrize("slow_adam", [False, True])
+def test_adam_is_less_affected_only_where_its_own_slowdown_is_the_smaller_one(slow_adam):
+    config = PRESETS["quick"]
+
+    def losses(*records):
+        """Runs from the local start, one for each ratio, that are at the target after so many records."""
+        after = np.array(records)[None, :, None, None]
+        return {"loss": np.where(np.arange(100) < after, 1.0, 0.0).repeat(2, axis=2)}
+
+    # At the large ratio Adam is ten times as fast either way.
+    claim = _adam_claim(config, {"gd": losses(20, 80), "adam": losses(1 if slow_adam else 4, 8)})
+    assert [check.holds for check in claim.checks] == [True, True, not slow_adam]
+    assert claim.checks[2].measured == pytest.approx(2.0 if slow_adam else 0.5)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"sign_rates": (1e-3,)}, {"sign_rates": (1e-3, 1e-3)}, {"wide_rates": (0.1, 0.2)}]
+)
+def test_a_configuration_that_cannot_run_is_refused(wrong):
+    with pytest.raises(ValueError, match=rf"{next(iter(wrong))} must be .*, got \("):
+        Config(**wrong)
