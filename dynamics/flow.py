@@ -130,6 +130,8 @@ def integrate(
     for name, tolerance in (("rtol", rtol), ("atol", atol)):
         if np.shape(tolerance) or not (is_traced(tolerance) or float(np.asarray(tolerance)) >= 0):
             raise ValueError(f"{name} must be a number >= 0, got {tolerance}")
+    if not (solver is None or isinstance(solver, diffrax.AbstractSolver)):
+        raise ValueError(f"solver must be a diffrax solver, such as diffrax.Kvaerno5(), got {solver!r}")
     if not isinstance(max_steps, (int, np.integer)) or max_steps < 1:
         raise ValueError(f"max_steps must be a positive integer, got {max_steps!r}")
 
@@ -137,18 +139,25 @@ def integrate(
     rtol, atol = (jnp.asarray(tolerance, dtype) for tolerance in (rtol, atol))
     solver = diffrax.Dopri8() if solver is None else solver
     adjoint = diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint
-    trajectory, ended, reached = _solve(field, y0, ts, args, solver, rtol, atol, max_steps, adjoint)
+    trajectory, ended, reached, exhausted = _solve(
+        field, y0, ts, args, solver, rtol, atol, int(max_steps), adjoint
+    )
 
     if not throw:
         return trajectory
     knobs = "raise max_steps, loosen rtol and atol, or pass a stiff solver such as diffrax.Kvaerno5()"
     if is_traced(trajectory.ok):
-        ys = eqx.error_if(trajectory.ys, ~trajectory.ok, f"integrate: the solve failed; {knobs}")
+        message = f"integrate: a bad start, or the solver gave up; throw=False tells where, or {knobs}"
+        ys = eqx.error_if(trajectory.ys, ~trajectory.ok, message)
         return Trajectory(trajectory.ts, ys, trajectory.ok)
     if not bool(trajectory.ok):
         last = float(ts[max(int(reached) - 1, 0)])
-        if not bool(ended):
+        if bool(exhausted):
             cause = f"the solver gave up after t = {last:g} (limit: {max_steps} steps); {knobs}"
+        elif not bool(ended):
+            cause = (
+                f"no step can be taken after t = {last:g}: the field is not finite, or the solution blows up"
+            )
         else:
             cause = f"the solution is not finite after t = {last:g}"
         raise RuntimeError(f"integrate: {cause}")
@@ -197,7 +206,8 @@ def _solve(field, y0, ts, args, solver, rtol, atol, max_steps, adjoint):
     ys = jax.tree.map(
         lambda leaf: jnp.where(jnp.expand_dims(saved, range(1, leaf.ndim)), leaf, jnp.nan), solution.ys
     )
-    return Trajectory(ts, ys, ended & all_finite(ys)), ended, jnp.sum(saved)
+    exhausted = solution.result == diffrax.RESULTS.max_steps_reached
+    return Trajectory(ts, ys, ended & all_finite(ys)), ended, jnp.sum(saved), exhausted
 
 
 def gradient_flow(loss: Callable[..., Array]) -> VectorField:

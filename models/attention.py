@@ -201,6 +201,18 @@ class PromptAttention(nnx.Module):
         return prompt_attention(self.prompt[...], self.value[...], tokens, weights)
 
 
+def attention_function(model: PromptAttention) -> Callable[[PyTree, Any], Any]:
+    """The attention of a model as a pure function of its trained parameters and the tokens.
+
+    Example:
+        >>> model = PromptAttention([0.0], [1.0])
+        >>> attention_function(model)(as_function(model)[1], [[2.0], [4.0]]).tolist()
+        [0.5, 0.5]
+    """
+    structure, _, frozen = nnx.split(model, nnx.Param, ...)
+    return jax.tree_util.Partial(_attend, structure, frozen)
+
+
 def as_function(model: nnx.Module) -> tuple[Callable[[PyTree, Any], Any], PyTree]:
     """A model as a pure function `predict(params, inputs)` and its trained parameters.
 
@@ -214,6 +226,10 @@ def as_function(model: nnx.Module) -> tuple[Callable[[PyTree, Any], Any], PyTree
     """
     structure, params, frozen = nnx.split(model, nnx.Param, ...)
     return jax.tree_util.Partial(_predict, structure, frozen), params
+
+
+def _attend(structure, frozen, params, inputs):
+    return nnx.merge(structure, params, frozen).attention(inputs)
 
 
 def _predict(structure, frozen, params, inputs):

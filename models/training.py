@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from dynamics.flow import ArrayLike, Trajectory, all_finite
+from dynamics.flow import ArrayLike, Trajectory, all_finite, is_traced
 
 Observe = Callable[[Any], Any]
 
@@ -75,17 +75,23 @@ def train(
         >>> path.ys.tolist()
         [1.0, 0.5, 0.25]
     """
-    params = _require_run(params, steps, every, batches, key, time_step)
+    params = _require_run(params, optimizer, steps, every, batches, key, time_step)
+    steps, every = int(steps), int(every)
     observe = _identity if observe is None else observe
-    return _train(loss, params, optimizer, steps, observe, every, batches, key, jnp.asarray(time_step))
+    last, ys, ok = _train(loss, params, optimizer, steps, observe, every, batches, key)
+    return last, Trajectory(_times(record_steps(steps, every), time_step, params), ys, ok)
 
 
-def _require_run(params, steps, every, batches, key, time_step) -> PyTree:
+def _require_run(params, optimizer, steps, every, batches, key, time_step) -> PyTree:
     """Check what the two drivers share; return the parameters as arrays."""
     params = jax.tree.map(jnp.asarray, params)
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(params)}
     if not dtypes or not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes):
         raise ValueError(f"params must be floating arrays, got {sorted(map(str, dtypes)) or 'none'}")
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise ValueError(
+            f"optimizer must be an Optax transformation such as optax.sgd(0.1), got {optimizer!r}"
+        )
     if not isinstance(steps, (int, np.integer)) or steps < 0:
         raise ValueError(f"steps must be an integer >= 0, got {steps!r}")
     if not isinstance(every, (int, np.integer)) or every < 1:
@@ -102,13 +108,12 @@ def _require_run(params, steps, every, batches, key, time_step) -> PyTree:
 
 
 @eqx.filter_jit
-def _train(loss, params, optimizer, steps, observe, every, batches, key, time_step):
+def _train(loss, params, optimizer, steps, observe, every, batches, key):
     state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
     first = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], observe(params))
     state, rest = _advance(state, loss, optimizer, steps, observe, every, batches, key)
     ys = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, rest)
-    ts = _times(record_steps(steps, every), time_step, params)
-    return state.params, Trajectory(ts, ys, all_finite(ys) & all_finite(state.params))
+    return state.params, ys, all_finite(ys) & all_finite(state.params)
 
 
 def record_steps(steps: int, every: int) -> np.ndarray:
@@ -117,9 +122,13 @@ def record_steps(steps: int, every: int) -> np.ndarray:
     return marks if marks[-1] == steps else np.append(marks, steps)
 
 
-def _times(marks: np.ndarray, time_step: Array, params: PyTree) -> Array:
-    dtype = jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).dtype
-    return jnp.asarray(marks, dtype) * time_step.astype(dtype)
+def _times(marks: np.ndarray, time_step: ArrayLike, params: PyTree) -> Array:
+    """Times of the records, in the parameters' precision but in no less than 32-bit."""
+    precision = jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).dtype
+    dtype = jnp.float32 if jnp.finfo(precision).bits < 32 else precision
+    if is_traced(time_step):
+        return jnp.asarray(marks, dtype) * jnp.asarray(time_step).astype(dtype)
+    return jnp.asarray(marks * float(np.asarray(time_step)), dtype)
 
 
 def _advance(state, loss, optimizer, steps, observe, every, batches, key):
@@ -199,9 +208,10 @@ def train_in_chunks(
         >>> path.ys.tolist()
         [1.0, 0.5, 0.25, 0.125, 0.0625]
     """
-    params = _require_run(params, steps, every, batches, key, time_step)
+    params = _require_run(params, optimizer, steps, every, batches, key, time_step)
     if not isinstance(chunk, (int, np.integer)) or chunk < 1 or chunk % every:
         raise ValueError(f"chunk must be a positive multiple of every = {every}, got {chunk!r}")
+    steps, every, chunk = int(steps), int(every), int(chunk)
     observe = _identity if observe is None else observe
     state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
     first = jax.tree.map(np.asarray, observe(params))
@@ -229,7 +239,7 @@ def train_in_chunks(
         if store is not None:
             store.close()
     ys = jax.tree.map(jnp.asarray, records)
-    ts = _times(marks, jnp.asarray(time_step), params)
+    ts = _times(marks, time_step, params)
     return state.params, Trajectory(ts, ys, all_finite(ys) & all_finite(state.params))
 
 

@@ -143,12 +143,12 @@ def execute(
             flags = _flags(chosen, sim.PRESETS[options.preset]) + ([] if options.x64 else ["--no-x64"])
             saved = results.to_saved(name, chosen, context, result, seconds, shlex.join(flags))
             if out is not None:
-                report("saving and drawing", 1.0)
-                results.save(saved, out)
+                report("drawing and saving", 1.0)
+                # The record comes last: where it lies, figure and arrays are whole and belong to it.
                 with plotting.style():
-                    figure = sim.figure(saved)
-                    results.write_whole(out / f"{name}.png", figure.savefig)
-        verdicts = [claim.at(options.preset) for claim in saved.claims]
+                    results.write_whole(out / f"{name}.png", sim.figure(saved).savefig)
+                results.save(saved, out)
+        verdicts = saved.verdicts
         failing = verdicts.count("fails")
         state = f"[red]{failing} fail[/red]" if failing else "none fails"
         console.print(f"{name}: {seconds:.1f} s, {len(verdicts)} claims, {state}", highlight=False)
@@ -204,8 +204,7 @@ def claims_table(done: Sequence[Saved]) -> Table:
     for heading in ("claim", "verdict", "statement and checks"):
         table.add_column(heading, overflow="fold")
     for saved in done:
-        for claim in saved.claims:
-            verdict = claim.at(saved.record["preset"])
+        for claim, verdict in zip(saved.claims, saved.verdicts, strict=True):
             colour = "red" if verdict == "fails" else "yellow" if verdict.startswith("needs") else "green"
             marks = (f"  {'✓' if check.holds else '✗'} {check}" for check in claim.checks)
             text = "\n".join([claim.statement, *marks])
@@ -216,7 +215,8 @@ def claims_table(done: Sequence[Saved]) -> Table:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 1 when a claim fails in `verify`, 2 for a mistake."""
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    console = Console(soft_wrap=False)
+    # A file has no width: room for the statements of the claims.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     try:
         if command in ("-h", "--help"):
             print(HELP, end="")
@@ -231,6 +231,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         first_flag = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
         names, flags = rest[:first_flag], rest[first_flag:]
         wants_help = "-h" in flags or "--help" in flags
+        late = sorted({*available(), "all"} & set(flags))
+        if late:
+            raise UsageError(f"names come before options: python -m sims {command} {late[0]} ...")
         if not names and command == "run" and not wants_help:
             raise UsageError("run needs a name (`python -m sims list` shows all; `all` runs all)")
         chosen = resolve(names)
@@ -275,7 +278,7 @@ def _run(command: str, names: list[str], options: Options, config: Any, console:
         out = Path("figures") / options.preset
     done = execute(names, options, config, out=out, console=console)
     console.print(claims_table(done))
-    verdicts = [claim.at(options.preset) for saved in done for claim in saved.claims]
+    verdicts = [verdict for saved in done for verdict in saved.verdicts]
     print(f"{len(verdicts)} claims: " + ", ".join(f"{n} {v}" for v, n in _tally(verdicts)))
     if out is not None:
         from sims.ledger import write_page

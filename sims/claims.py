@@ -62,15 +62,16 @@ class Claim:
 
     Attributes:
         id: `<theory>.<experiment>/<name>`.
-        statement: what is claimed, in one sentence; for `qualified` it ends with the condition.
+        statement: what is claimed, in one sentence.
         source: a key of references.bib and the place, such as "tian2024joma, Theorem 2".
-        form: `stated`: checked as printed. `corrected`: the printed form fails (its checks come first,
-            `printed` of them, and at least one must fail) and the corrected one holds. `qualified`: true
-            under `condition`, with checks on both sides of it. `quoted`: quoted, never tested.
+        form: `stated`: checked as printed, or as derived where the source says so. `corrected`: the printed
+            form fails (its checks come first, `printed` of them, and at least one must fail) and the
+            corrected one holds. `qualified`: true under `condition`, with checks on both sides of it.
+            `quoted`: quoted, never tested.
         checks: the checks.
         condition: for `qualified`: the condition, as in "holds if <condition>".
         printed: for `corrected`: how many of the first checks are of the printed form.
-        preset: the smallest preset at which the tolerances bind.
+        preset: the smallest preset at which the tolerances bind. They are meant for 64-bit.
     """
 
     id: str
@@ -86,6 +87,10 @@ class Claim:
         object.__setattr__(self, "checks", tuple(self.checks))
         if self.form not in get_args(Form):
             raise ValueError(f"form must be one of {get_args(Form)}, got {self.form!r}")
+        if self.preset not in get_args(Preset):
+            raise ValueError(f"preset must be one of {get_args(Preset)}, got {self.preset!r}")
+        if self.printed < 1:
+            raise ValueError(f"printed must be >= 1, got {self.printed}")
         least = {"stated": 1, "corrected": self.printed + 1, "qualified": 2, "quoted": 0}[self.form]
         if len(self.checks) < least:
             raise ValueError(f"checks must be >= {least} for a {self.form} claim, got {len(self.checks)}")
@@ -107,12 +112,12 @@ class Claim:
             return "fails"
         return f"holds if {self.condition}" if self.form == "qualified" else "holds"
 
-    def at(self, preset: Preset) -> str:
-        """The verdict as seen from a run at a preset: a claim that wants a larger one says so."""
+    def at(self, preset: Preset, x64: bool = True) -> str:
+        """The verdict as seen from a run: a claim that wants a larger preset, or 64-bit, says so."""
         order = get_args(Preset)
         if self.form != "quoted" and order.index(preset) < order.index(self.preset):
             return f"needs --preset {self.preset}"
-        return self.verdict
+        return "needs --x64" if self.verdict == "fails" and not x64 else self.verdict
 
 
 def to_json(claim: Claim) -> dict[str, Any]:

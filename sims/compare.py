@@ -128,6 +128,13 @@ def fit_line(x: ArrayLike, y: ArrayLike) -> Fit:
     return Fit(float(line.slope), float(line.stderr), float(line.intercept), float(line.rvalue**2))
 
 
+def require_sweeps(config: Any, *names: str) -> None:
+    """Raise `ValueError` unless these fields of a configuration have the two numbers that a slope takes."""
+    for name in names:
+        if len(getattr(config, name)) < 2:
+            raise ValueError(f"{name} must be at least two numbers, got {getattr(config, name)}")
+
+
 def convergence_order(scales: ArrayLike, errors: ArrayLike) -> Fit:
     """Order at which errors fall with a scale (a learning rate, 1/T, ...): the log-log slope.
 

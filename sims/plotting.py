@@ -5,7 +5,7 @@ Functions draw on an Axes and return it. Nothing here opens a window or keeps gl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,23 @@ def new_figure(
     """A figure of panels, each `width` by `height` inches, and its array of Axes (rows, columns)."""
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def gap_panel(ax: Axes, scales: np.ndarray, gaps: Mapping[str, np.ndarray], xlabel: str, ylabel: str) -> Axes:
+    """Draw gaps to a theory over a scale, such as the learning rate, beside the line of slope one.
+
+    The first of the gaps is the one that the line goes through; the last is drawn in grey.
+    """
+    markers, last = ("o", "s", "D", "v"), len(gaps) - 1
+    for index, (label, gap) in enumerate(gaps.items()):
+        color = "0.45" if index == last > 1 else f"C{2 * index}"
+        ax.loglog(scales, gap, markers[index], color=color, label=label)
+    reference_slope(ax, scales, next(iter(gaps.values())), 1, "slope 1")
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high * (high / low) ** 0.5)  # room for the legend
+    ax.legend(loc="upper left")
+    return ax
 
 
 def reference_slope(ax: Axes, x: np.ndarray, y: np.ndarray, slope: float, label: str) -> Axes:

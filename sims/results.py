@@ -7,6 +7,8 @@ import math
 import os
 import subprocess
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -78,6 +80,11 @@ class Saved:
         """The claims."""
         return tuple(from_json(claim) for claim in self.record["claims"])
 
+    @property
+    def verdicts(self) -> tuple[str, ...]:
+        """The verdict on each claim, as seen from this run's preset and precision."""
+        return tuple(claim.at(self.record["preset"], self.record["x64"]) for claim in self.claims)
+
     def __getitem__(self, path: str) -> np.ndarray:
         return self.arrays[path]
 
@@ -121,10 +128,12 @@ def _to_numpy(leaf: Any) -> np.ndarray:
 
 
 def save(saved: Saved, out: Path) -> None:
-    """Write `<out>/<name>.npz` and `<out>/<name>.json`, each whole or not at all."""
-    write_whole(
-        out / f"{saved.name}.npz", lambda path: np.savez_compressed(path, allow_pickle=False, **saved.arrays)
-    )
+    """Write `<out>/<name>.npz` and then `<out>/<name>.json`, each whole or not at all."""
+    objects = sorted(path for path, array in saved.arrays.items() if array.dtype.hasobject)
+    if objects:
+        raise ValueError(f"data must hold numbers, got objects in {objects}")
+    arrays: dict[str, Any] = dict(saved.arrays)
+    write_whole(out / f"{saved.name}.npz", lambda path: np.savez_compressed(path, **arrays))
     write_whole(out / f"{saved.name}.json", lambda path: path.write_text(_dumps(saved.record) + "\n"))
 
 
@@ -133,10 +142,14 @@ def load(out: str | Path, name: str) -> Saved:
 
     Raises:
         FileNotFoundError: nothing was saved there under this name.
+        ValueError: what lies there is broken or something else.
     """
-    record = json.loads((Path(out) / f"{name}.json").read_text())
-    with np.load(Path(out) / f"{name}.npz") as arrays:
-        return Saved(name, dict(arrays), record)
+    record, data = Path(out) / f"{name}.json", Path(out) / f"{name}.npz"
+    try:
+        with np.load(data) as arrays:
+            return Saved(name, dict(arrays), json.loads(record.read_text()))
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{data} and {record.name} are no result that can be read: {error}") from error
 
 
 def to_xarray(saved: Saved):

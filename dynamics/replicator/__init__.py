@@ -25,8 +25,10 @@ from dynamics.replicator.games import rock_paper_scissors as rock_paper_scissors
 from dynamics.replicator.games import stability as stability
 from dynamics.replicator.games import stag_hunt as stag_hunt
 from dynamics.replicator.games import zeeman as zeeman
+from dynamics.replicator.local import attention_field as attention_field
 from dynamics.replicator.local import condition_bounds as condition_bounds
 from dynamics.replicator.local import condition_number as condition_number
+from dynamics.replicator.local import corollary_bound as corollary_bound
 from dynamics.replicator.local import kkt_residual as kkt_residual
 from dynamics.replicator.local import linearize as linearize
 from dynamics.replicator.local import softmax_jacobian as softmax_jacobian

@@ -15,6 +15,7 @@ import optimistix
 from jaxtyping import Array, Float
 
 from dynamics.flow import ArrayLike, Trajectory, as_inexact, integrate, is_traced
+from dynamics.replicator.population import require_values
 
 # From a point of the simplex (n,) to the gradient of the loss there, (n,).
 Gradient = Callable[[Array], Array]
@@ -233,14 +234,14 @@ def overparametrized_rate(sigma: ArrayLike, lipschitz: ArrayLike, residual: Arra
 
 def _require_logits(gradient: Gradient, z0: ArrayLike, ndim: int) -> Array:
     z0 = as_inexact(z0)
+    if not jnp.issubdtype(z0.dtype, jnp.floating):
+        raise ValueError(f"z0 must be real, got dtype {z0.dtype}")
     wanted = "(n,)" if ndim == 1 else "(N, n)"
     if z0.ndim != ndim or z0.size == 0:
         raise ValueError(f"z0 must have shape {wanted}, got shape {z0.shape}")
     if not callable(gradient):
         raise ValueError(f"gradient must be a function of the attention, got {type(gradient).__name__}")
-    shape = jax.eval_shape(gradient, z0).shape
-    if shape != z0.shape:
-        raise ValueError(f"gradient must return shape {z0.shape}, got shape {shape}")
+    require_values("gradient", gradient, jax.ShapeDtypeStruct(z0.shape, z0.dtype))
     if not is_traced(z0) and not bool(jnp.all(jnp.isfinite(z0))):
         raise ValueError(f"z0 must be finite, got {z0.tolist()}")
     return z0

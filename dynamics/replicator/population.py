@@ -234,6 +234,8 @@ def constant_fitness_solution(fitness: ArrayLike, x0: ArrayLike, ts: ArrayLike) 
     fitness, ts = jnp.asarray(fitness, x0.dtype), jnp.asarray(ts, x0.dtype)
     if fitness.shape != x0.shape:
         raise ValueError(f"fitness must have shape {x0.shape}, got shape {fitness.shape}")
+    if not is_traced(fitness) and not bool(jnp.all(jnp.isfinite(fitness))):
+        raise ValueError(f"fitness must be finite, got {fitness.tolist()}")
     return jax.nn.log_softmax(jnp.log(x0)[None, :] + ts[:, None] * fitness[None, :], axis=1)
 
 
@@ -245,12 +247,23 @@ def require_simplex(name: str, x: ArrayLike) -> Float[Array, " n"]:
     x = as_inexact(x)
     if x.ndim != 1 or x.size == 0:
         raise ValueError(f"{name} must have shape (n,), got shape {x.shape}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name} must be real, got dtype {x.dtype}")
     good = jnp.all(x >= 0) & (jnp.abs(jnp.sum(x) - 1) <= _slack(x.dtype))
     if not is_traced(x) and not bool(good):
         raise ValueError(
             f"{name} must be a point of the simplex (no negative entry, sum one), got {x.tolist()}"
         )
     return jnp.where(good, x, jnp.nan)
+
+
+def require_values(name: str, function: Callable[[Any], Any], like: Any) -> None:
+    """Raise `ValueError` unless a function of the shares returns real numbers of the same shape."""
+    returned = jax.eval_shape(lambda x: jnp.asarray(function(x)), like)
+    if returned.shape != like.shape:
+        raise ValueError(f"{name} must return shape {like.shape}, got shape {returned.shape}")
+    if jnp.issubdtype(returned.dtype, jnp.complexfloating):
+        raise ValueError(f"{name} must return real numbers, got dtype {returned.dtype}")
 
 
 def _slack(dtype: Any) -> float:
@@ -262,6 +275,8 @@ def _require_matrix(name: str, matrix: Any, shape: tuple[int, int], dtype: Any) 
     matrix = as_inexact(matrix)
     if matrix.shape != shape:
         raise ValueError(f"{name} must have shape {shape}, got shape {matrix.shape}")
+    if not jnp.issubdtype(matrix.dtype, jnp.floating):
+        raise ValueError(f"{name} must be real, got dtype {matrix.dtype}")
     if not is_traced(matrix) and not np.all(np.isfinite(np.asarray(matrix))):
         raise ValueError(f"{name} must be finite, got NaN or infinity")
     return matrix.astype(dtype)
@@ -270,9 +285,7 @@ def _require_matrix(name: str, matrix: Any, shape: tuple[int, int], dtype: Any) 
 def _require_fitness(fitness: Fitness, size: int, dtype: Any) -> Any:
     if not callable(fitness):
         return _require_matrix("fitness", fitness, (size, size), dtype)
-    shape = jax.eval_shape(fitness, jax.ShapeDtypeStruct((size,), dtype)).shape
-    if shape != (size,):
-        raise ValueError(f"fitness must return shape ({size},), got shape {shape}")
+    require_values("fitness", fitness, jax.ShapeDtypeStruct((size,), dtype))
     return fitness
 
 
@@ -320,6 +333,7 @@ def _mutator_field(t, x, args):
 def _discrete_step(log_x, fitness, background):
     # Fitness of absent strategies is not looked at: it may be negative.
     growth = jnp.where(jnp.isneginf(log_x), 1, fitness + background)
+    growth = jnp.where(growth > 0, growth, jnp.nan)
     return jax.nn.log_softmax(log_x + jnp.log(growth))
 
 
@@ -335,7 +349,7 @@ def _iterate(step, fitness, x0, steps, name, rate, time_step) -> Trajectory:
     if np.shape(rate) != () or not (is_traced(rate) or np.isfinite(float(rate))):
         raise ValueError(f"{name} must be a finite number, got {rate}")
     rate, time_step = jnp.asarray(rate, x0.dtype), jnp.asarray(time_step, x0.dtype)
-    return _scan(step, fitness, x0, steps, rate, time_step)
+    return _scan(step, fitness, x0, int(steps), rate, time_step)
 
 
 @eqx.filter_jit

@@ -152,7 +152,7 @@ def run(config: Config, context: Context) -> Result:
     claims = (
         _zero_sum(closed),
         _time_average(closed_ts, closed, average_error),
-        _cycle(cycle, ok),
+        _cycle(cycle_ts, cycle, ok),
         _eigenvalues(),
         _hawk_dove(),
         _fisher(symmetric, ascent),
@@ -285,8 +285,11 @@ def _time_average(ts: np.ndarray, log_x: np.ndarray, error: np.ndarray) -> Claim
     )
 
 
-def _cycle(log_x: np.ndarray, ok: np.ndarray) -> Claim:
-    mass = _sup(np.sum(np.exp(log_x), axis=1) - 1)
+def _cycle(ts: np.ndarray, log_x: np.ndarray, ok: np.ndarray) -> Claim:
+    leaders = np.argmax(log_x, axis=1)
+    switches = np.flatnonzero(np.diff(leaders)) + 1
+    sojourns = np.diff(ts[switches])
+    in_order = np.diff(leaders)[switches - 1] % 3 == np.diff(leaders)[switches[0] - 1] % 3
     return Claim(
         "replicator.games/heteroclinic",
         "Where losing costs more than winning pays, rock-paper-scissors approaches the cycle of its corners",
@@ -294,8 +297,21 @@ def _cycle(log_x: np.ndarray, ok: np.ndarray) -> Claim:
         "stated",
         [
             Check("trajectories of all games that stay finite", "all of", ok.size, int(np.sum(ok))),
-            # Shares are a softmax: rounding only.
-            Check("largest deviation of the shares' sum from one", "at most", 1e-14, mass),
+            Check(
+                "switches of the largest share in the order of the cycle",
+                "all of",
+                in_order.size,
+                in_order.sum(),
+            ),
+            # A share falls at the rate of the loss and returns at that of the win, 2 to 1. The way between
+            # two corners takes a time of order one, of a sojourn of two hundred.
+            Check(
+                "last sojourn at a corner over the one before",
+                "equals",
+                2.0,
+                sojourns[-1] / sojourns[-2],
+                0.1,
+            ),
             Check(
                 "log10 of the smallest share on the way", "at most", -150, float(np.min(log_x)) / np.log(10)
             ),

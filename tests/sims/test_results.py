@@ -77,7 +77,7 @@ def test_json_is_strict(tmp_path):
 
 
 def test_nothing_saved():
-    with pytest.raises(FileNotFoundError, match=r"toy\.run\.json"):
+    with pytest.raises(FileNotFoundError, match=r"toy\.run\.npz"):
         load("nowhere", "toy.run")
 
 

@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamics.replicator import (
+    attention_field,
     condition_bounds,
     condition_number,
+    corollary_bound,
     kkt_residual,
     linearize,
     replicator_field,
@@ -262,3 +264,19 @@ def test_stationary_points_and_vertices():
 def test_bad_input_is_told(call, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         call()
+
+
+def test_attention_field_is_the_jacobian_twice_and_the_corollary_bounds_from_below():
+    x = jnp.array([0.2, 0.3, 0.5])
+    gradient = jnp.array([1.0, -2.0, 0.5])
+    twice = softmax_jacobian(x) @ (softmax_jacobian(x) @ gradient)
+    np.testing.assert_allclose(attention_field(x, gradient, 3.0), -3 * twice, rtol=1e-14)
+    hessian = jnp.diag(jnp.array([1.0, 2.0, 4.0]))
+    for point in ([0.5, 0.5 - 1e-4, 1e-4], [0.9, 0.1 - 1e-6, 1e-6], [1 / 3, 1 / 3, 1 / 3]):
+        assert corollary_bound(point, hessian) <= condition_number(point, hessian)
+    assert corollary_bound([0.5, 0.5 - 1e-4, 1e-4], hessian) > 1e5
+
+
+def test_at_a_vertex_the_condition_number_is_infinite_and_the_bounds_are_no_nan():
+    lower, upper = condition_bounds([1.0, 0.0], jnp.eye(2))
+    assert (lower, upper, condition_number([1.0, 0.0], jnp.eye(2))) == (1, np.inf, np.inf)

@@ -1,0 +1,39 @@
+"""Losses of networks as functions of parameters and data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from jax.tree_util import Partial
+from jaxtyping import Array, PyTree
+
+
+def squared_error(params: PyTree, data: Any) -> Array:
+    r"""Half the squared error, (1/2) sum_i |f(X_i) - y_i|^2, of data = (f, X, y) with outputs f(params, X).
+
+    It takes its data where `dynamics.flow.gradient_flow` hands them on; for `models.training.train`, `bind`
+    them first.
+
+    Example:
+        >>> squared_error(2.0, (lambda params, x: params * x, jnp.array([1.0]), jnp.array([1.0]))).tolist()
+        0.5
+    """
+    predict, inputs, targets = data
+    return jnp.sum(optax.losses.l2_loss(predict(params, inputs), targets))
+
+
+def bind(loss: Callable[[Any, Any], Array], data: Any) -> Partial:
+    """The loss as a function of the parameters alone; other data of the same shapes compile nothing anew.
+
+    Example:
+        >>> float(bind(lambda params, data: params * data, 3.0)(2.0))
+        6.0
+    """
+    return Partial(_of_params, Partial(loss), data)
+
+
+def _of_params(loss: Callable[[Any, Any], Array], data: Any, params: Any) -> Array:
+    return loss(params, data)
