@@ -143,11 +143,12 @@ def execute(
             flags = _flags(chosen, sim.PRESETS[options.preset]) + ([] if options.x64 else ["--no-x64"])
             saved = results.to_saved(name, chosen, context, result, seconds, shlex.join(flags))
             if out is not None:
-                report("drawing and saving", 1.0)
-                # The record comes last: where it lies, figure and arrays are whole and belong to it.
+                report("saving and drawing", 1.0)
+                # An older figure must not stand beside new numbers, should drawing fail.
+                (out / f"{name}.png").unlink(missing_ok=True)
+                results.save(saved, out)
                 with plotting.style():
                     results.write_whole(out / f"{name}.png", sim.figure(saved).savefig)
-                results.save(saved, out)
         verdicts = saved.verdicts
         failing = verdicts.count("fails")
         state = f"[red]{failing} fail[/red]" if failing else "none fails"

@@ -128,10 +128,14 @@ def _to_numpy(leaf: Any) -> np.ndarray:
 
 
 def save(saved: Saved, out: Path) -> None:
-    """Write `<out>/<name>.npz` and then `<out>/<name>.json`, each whole or not at all."""
+    """Write `<out>/<name>.npz` and then `<out>/<name>.json`, each whole or not at all.
+
+    An older record goes first: where there is one, the arrays beside it are its own.
+    """
     objects = sorted(path for path, array in saved.arrays.items() if array.dtype.hasobject)
     if objects:
         raise ValueError(f"data must hold numbers, got objects in {objects}")
+    (out / f"{saved.name}.json").unlink(missing_ok=True)
     arrays: dict[str, Any] = dict(saved.arrays)
     write_whole(out / f"{saved.name}.npz", lambda path: np.savez_compressed(path, **arrays))
     write_whole(out / f"{saved.name}.json", lambda path: path.write_text(_dumps(saved.record) + "\n"))

@@ -122,3 +122,15 @@ def test_json_round_trip():
 def test_text_of_a_check():
     assert str(Check("slope", "slope", 1, 1.01234, 0.05)) == "slope: 1.012 (slope 1 ± 0.05)"
     assert str(Check("gap", "at most", 1e-6, 2.5e-9)) == "gap: 2.5e-09 (at most 1e-06)"
+
+
+def test_a_claim_that_fails_in_32_bit_asks_for_64():
+    claim = Claim("a.b/c", "x", "s, t", "stated", [Check("gap", "at most", 1.0, 2.0)])
+    assert claim.at("quick") == "fails"
+    assert claim.at("quick", x64=False) == "needs --x64"
+
+
+@pytest.mark.parametrize(("field", "value"), [("preset", "bogus"), ("printed", 0)])
+def test_fields_out_of_range(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be"):
+        Claim("a.b/c", "x", "s, t", "stated", [Check("gap", "at most", 1.0, 2.0)], **{field: value})

@@ -127,17 +127,25 @@ def test_xarray_has_the_names_and_netcdf_keeps_them(tmp_path):
     assert json.loads(dataset.attrs["record"])["name"] == "toy.run"
 
 
-def test_the_page_shows_what_is_saved_and_passes_over_the_rest(tmp_path):
+def test_the_page_shows_what_is_saved_and_passes_over_the_rest(tmp_path, capsys):
     saved = make({"x": np.ones(2)}, flags="--steps 7")
     save(saved, tmp_path)
+    for name in ("toy.run", "broken"):
+        (tmp_path / f"{name}.png").touch()
     (tmp_path / "other.json").write_text("{}")  # of another program
+    (tmp_path / "broken.json").write_text("{}")
+    (tmp_path / "broken.npz").write_text("no archive")
     (tmp_path / ".toy.run.half.json").write_text('{"name": ')  # left by a run that was killed
     page = write_page(tmp_path)
     assert page == tmp_path / "README.md"
     text = page.read_text(encoding="utf-8")
     assert text == render([saved])
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: {tmp_path / 'broken.json'} is left out of the page: ")
+    with pytest.raises(ValueError, match="no result that can be read"):
+        load(tmp_path, "broken")
     assert "| [`toy.run/gap`](#toyrun) | someone2024, Lemma 2 | fails |" in text
-    assert "`python -m sims run toy.run --preset standard --seed 3 --steps 7` (1 s, 64-bit, jax " in text
+    assert "`python -m sims run toy.run --preset standard --seed 3 --steps 7` (64-bit, jax " in text
     assert "![toy.run](toy.run.png)" in text
     assert r"- **fails** — The gap \|a\| < b\*c closes to \<a, b> (someone2024, Lemma 2)" in text
     assert r"  - ✓ gap \|a\|: 0.25 (at most inf)" in text
