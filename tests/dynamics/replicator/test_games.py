@@ -232,6 +232,7 @@ def test_interior_ess_is_negative_definiteness_on_the_tangent_space(seed):
     assert is_ess(payoff, x) == bool(np.sort(top)[-2] < 0 if top[-1] < 1e-9 else False)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:nashpy")
 def test_symmetric_equilibria_are_those_of_nashpy():
     nashpy = pytest.importorskip("nashpy")
     rng = np.random.default_rng(3)
