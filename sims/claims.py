@@ -53,7 +53,8 @@ class Check:
 
     def __str__(self) -> str:
         spread = f" ± {self.tolerance:.3g}" if self.tolerance else ""
-        return f"{self.label}: {self.measured:.4g} ({self.relation} {self.predicted:.4g}{spread})"
+        form = ".0f" if self.relation == "all of" else ".4g"
+        return f"{self.label}: {self.measured:{form}} ({self.relation} {self.predicted:{form}}{spread})"
 
 
 @dataclass(frozen=True)
