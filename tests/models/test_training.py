@@ -290,3 +290,22 @@ def test_bad_rates_are_named(change, message):
     arguments = {"substeps": (1, 2), "horizon": 1.0, "points": 2, **change}
     with pytest.raises(ValueError, match=message):
         train_at_rates(quadratic, np.ones(2), **arguments)
+
+
+@pytest.mark.parametrize(("axis", "converges"), [(1 / (1 - 0.5), True), (1.0, False)])
+def test_heavy_ball_follows_the_flow_at_the_longer_time_step(axis, converges):
+    rates, decay, momentum, horizon = (0.1, 0.02, 0.004), jnp.array([0.5, 1.0]), 0.5, 4.0
+    gaps = []
+    for rate in rates:
+        steps = round(horizon * (1 - momentum) / rate)
+        _, path = train(
+            lambda y: 0.5 * jnp.sum(decay * y**2),
+            jnp.ones(2),
+            optax.sgd(rate, momentum=momentum),
+            steps=steps,
+            every=steps // 5,
+            time_step=axis * rate,
+        )
+        gaps.append(np.max(np.abs(path.ys - np.exp(-path.ts[:, None] * decay[None, :]))))
+    order = convergence_order(rates, gaps).slope
+    assert (order == pytest.approx(1.0, abs=0.1)) if converges else order < 0.2
