@@ -18,7 +18,8 @@ def squared_error(params: PyTree, data: Any) -> Array:
     them first.
 
     Example:
-        >>> squared_error(2.0, (lambda params, x: params * x, jnp.array([1.0]), jnp.array([1.0]))).tolist()
+        >>> double = lambda params, x: params * x
+        >>> float(squared_error(2.0, (double, jnp.array([1.0]), jnp.array([1.0]))))
         0.5
     """
     predict, inputs, targets = data
@@ -29,7 +30,7 @@ def bind(loss: Callable[[Any, Any], Array], data: Any) -> Partial:
     """The loss as a function of the parameters alone; other data of the same shapes compile nothing anew.
 
     Example:
-        >>> float(bind(lambda params, data: params * data, 3.0)(2.0))
+        >>> float(bind(lambda params, data: params * data, jnp.array(3.0))(jnp.array(2.0)))
         6.0
     """
     return Partial(_of_params, Partial(loss), data)
