@@ -70,6 +70,21 @@ def require_times(ts: ArrayLike, dtype: Any) -> Float[Array, " T"]:
     return times
 
 
+def require_number(name: str, value: ArrayLike, dtype: Any, *, at_least: int | float | None = None) -> Array:
+    """One finite number as an array of the given dtype, or `ValueError`; a bound is checked as well.
+
+    A traced value cannot be looked at: the caller sees to it that a bad one gives `ok=False` or NaN.
+    """
+    number = jnp.asarray(value, dtype)
+    bound = "" if at_least is None else f" >= {at_least:g}"
+    bad = number.ndim != 0
+    if not bad and not is_traced(number):
+        bad = not np.isfinite(float(number)) or (at_least is not None and float(number) < at_least)
+    if bad:
+        raise ValueError(f"{name} must be a finite number{bound}, got {value}")
+    return number
+
+
 def _brief(values: np.ndarray) -> str:
     return np.array2string(values, threshold=6, edgeitems=3, precision=4)
 

@@ -26,6 +26,32 @@ def squared_error(params: PyTree, data: Any) -> Array:
     return jnp.sum(optax.losses.l2_loss(predict(params, inputs), targets))
 
 
+def cross_entropy(params: PyTree, data: Any) -> Array:
+    r"""Mean cross-entropy of logits f(params, X) against labels y, of data = (f, X, y); in nats.
+
+    It takes its data like `squared_error`; `on_batches` is for batches that change.
+
+    Example:
+        >>> constant = lambda params, x: jnp.stack([params, 0 * params])[None]
+        >>> round(float(cross_entropy(0.0, (constant, None, jnp.array([0])))), 6)
+        0.693147
+    """
+    predict, inputs, labels = data
+    logits = predict(params, inputs)
+    return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+def on_batches(loss: Callable[[Any, Any], Array], predict: Callable[[PyTree, Any], Array]) -> Partial:
+    """The loss as a function of the parameters and a batch (X, y), as `models.training.train` calls it.
+
+    Example:
+        >>> double = lambda params, x: params * x
+        >>> float(on_batches(squared_error, double)(2.0, (jnp.array([1.0]), jnp.array([1.0]))))
+        0.5
+    """
+    return Partial(_of_batch, Partial(loss), Partial(predict))
+
+
 def bind(loss: Callable[[Any, Any], Array], data: Any) -> Partial:
     """The loss as a function of the parameters alone; other data of the same shapes compile nothing anew.
 
@@ -38,3 +64,7 @@ def bind(loss: Callable[[Any, Any], Array], data: Any) -> Partial:
 
 def _of_params(loss: Callable[[Any, Any], Array], data: Any, params: Any) -> Array:
     return loss(params, data)
+
+
+def _of_batch(loss: Callable[[Any, Any], Array], predict: Any, params: Any, batch: Any) -> Array:
+    return loss(params, (predict, *batch))

@@ -290,6 +290,23 @@ def sgd_until(learning_rate: ArrayLike, steps: ArrayLike, momentum: float | None
     return optax.sgd(lambda count: jnp.where(count < last, rate, 0), momentum=momentum)
 
 
+def scale_by_name(**scales: ArrayLike) -> optax.GradientTransformation:
+    """Multiply the updates of each named parameter by a number, which may be traced.
+
+    In front of an optimizer with learning rate 1 the numbers are learning rates of their own.
+
+    Example:
+        >>> transform = scale_by_name(a=2.0, b=3.0)
+        >>> transform.update({"a": jnp.array(1.0), "b": jnp.array(1.0)}, transform.init({}))[0]["b"].tolist()
+        3.0
+    """
+
+    def scale(path, update):
+        return jnp.asarray(scales[path[0].key]).astype(update.dtype) * update
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
+
+
 def train_at_rates(
     loss: Callable[..., Array],
     params: PyTree,
@@ -298,6 +315,7 @@ def train_at_rates(
     horizon: float,
     points: int,
     observe: Observe | None = None,
+    precondition: optax.GradientTransformation | None = None,
 ) -> tuple[Array, Trajectory]:
     """Gradient descent at several learning rates to the same time, recorded at the same times.
 
@@ -312,6 +330,7 @@ def train_at_rates(
         horizon: time at which all lanes end.
         points: number of records after the first.
         observe: what is recorded; the parameters where None.
+        precondition: transformation of the gradients in front of gradient descent, such as `scale_by_name`.
 
     Returns:
         The learning rates (L,) and a `Trajectory` with `ts` (L, points + 1) and leaves (L, points + 1, ...).
@@ -333,13 +352,15 @@ def train_at_rates(
     dtype = jnp.result_type(*jax.tree.leaves(params))
     counts = jnp.asarray(substeps)
     rates = jnp.asarray(horizon / (points * np.asarray(substeps)), dtype)
-    return rates, _train_lanes(loss, params, counts, rates, points, points * max(substeps), observe)
+    precondition = optax.identity() if precondition is None else precondition
+    steps = points * max(substeps)
+    return rates, _train_lanes(loss, params, counts, rates, points, steps, observe, precondition)
 
 
 @eqx.filter_jit
-def _train_lanes(loss, params, counts, rates, points, steps, observe):
+def _train_lanes(loss, params, counts, rates, points, steps, observe, precondition):
     def lane(count, rate):
-        optimizer = sgd_until(rate, points * count)
+        optimizer = optax.chain(precondition, sgd_until(rate, points * count))
         _, path = train(loss, params, optimizer, steps=steps, observe=observe, time_step=rate)
         keep = jnp.arange(points + 1) * count
         return jax.tree.map(lambda leaf: leaf[keep], (path.ts, path.ys)), path.ok

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optimistix
 from jaxtyping import Array, Float
 
-from dynamics.flow import ArrayLike, Trajectory, as_inexact, integrate, is_traced
+from dynamics.flow import ArrayLike, Trajectory, as_inexact, integrate, is_traced, require_number
 from dynamics.replicator.population import require_values
 
 # From a point of the simplex (n,) to the gradient of the loss there, (n,).
@@ -66,7 +66,7 @@ def softmax_flow(
         -0.49007307
     """
     z0 = _require_logits(gradient, z0, ndim=1)
-    key_scale = _require_number("key_scale", key_scale, z0.dtype)
+    key_scale = require_number("key_scale", key_scale, z0.dtype)
     return integrate(_softmax_field, z0, ts, (gradient, key_scale), **options)
 
 
@@ -100,7 +100,7 @@ def natural_gradient_flow(
         -1.0
     """
     z0 = _require_logits(gradient, z0, ndim=1)
-    scale = _require_number("scale", scale, z0.dtype)
+    scale = require_number("scale", scale, z0.dtype)
     return integrate(_natural_gradient_field, z0, ts, (gradient, scale), **options)
 
 
@@ -245,13 +245,6 @@ def _require_logits(gradient: Gradient, z0: ArrayLike, ndim: int) -> Array:
     if not is_traced(z0) and not bool(jnp.all(jnp.isfinite(z0))):
         raise ValueError(f"z0 must be finite, got {z0.tolist()}")
     return z0
-
-
-def _require_number(name: str, value: ArrayLike, dtype: Any) -> Array:
-    value = jnp.asarray(value, dtype)
-    if value.ndim != 0 or not (is_traced(value) or bool(jnp.isfinite(value))):
-        raise ValueError(f"{name} must be a finite number, got {value}")
-    return value
 
 
 def _softmax_field(t, z, args):

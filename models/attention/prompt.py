@@ -1,4 +1,4 @@
-"""One-layer attention models and what is measured on them."""
+"""Prompt attention: one layer that is read out by a trained prompt, and what is measured on it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.flatten_util import ravel_pytree
 from jax.scipy.special import logsumexp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 from dynamics.flow import ArrayLike, as_inexact
-
-
-class Frozen(nnx.Variable):
-    """A variable of a model that is not trained."""
+from models.attention.functional import Frozen
 
 
 def attention_logits(prompt: ArrayLike, tokens: ArrayLike, key_weights: ArrayLike | None = None) -> Array:
@@ -205,6 +201,7 @@ def attention_function(model: PromptAttention) -> Callable[[PyTree, Any], Any]:
     """The attention of a model as a pure function of its trained parameters and the tokens.
 
     Example:
+        >>> from models.attention import as_function
         >>> model = PromptAttention([0.0], [1.0])
         >>> attention_function(model)(as_function(model)[1], [[2.0], [4.0]]).tolist()
         [0.5, 0.5]
@@ -213,27 +210,8 @@ def attention_function(model: PromptAttention) -> Callable[[PyTree, Any], Any]:
     return jax.tree_util.Partial(_attend, structure, frozen)
 
 
-def as_function(model: nnx.Module) -> tuple[Callable[[PyTree, Any], Any], PyTree]:
-    """A model as a pure function `predict(params, inputs)` and its trained parameters.
-
-    The function is a pytree that carries the frozen variables: another model of the same structure gives
-    an equal function, which compiles nothing anew where it is passed to `eqx.filter_jit`.
-
-    Example:
-        >>> predict, params = as_function(PromptAttention([0.0], [1.0], train_value=False))
-        >>> float(predict(params, [[2.0], [4.0]])), [leaf.shape for leaf in jax.tree.leaves(params)]
-        (3.0, [(1,)])
-    """
-    structure, params, frozen = nnx.split(model, nnx.Param, ...)
-    return jax.tree_util.Partial(_predict, structure, frozen), params
-
-
 def _attend(structure, frozen, params, inputs):
     return nnx.merge(structure, params, frozen).attention(inputs)
-
-
-def _predict(structure, frozen, params, inputs):
-    return nnx.merge(structure, params, frozen)(inputs)
 
 
 def attention_log_ratio(prompt: ArrayLike, keys: ArrayLike) -> Array:
@@ -280,37 +258,3 @@ def log_mean_ratio(log_ratios: ArrayLike, axis: int = -1) -> Array:
     """
     log_ratios = as_inexact(log_ratios)
     return logsumexp(log_ratios, axis=axis) - jnp.log(log_ratios.shape[axis]).astype(log_ratios.dtype)
-
-
-def gauss_newton_spectrum(
-    predict: Callable[[PyTree, Any], Array], params: PyTree, tokens: ArrayLike
-) -> Float[Array, " P"]:
-    r"""Eigenvalues of the Gauss-Newton matrix G^T G / N, where G = d f / d params.
-
-    For (1/2N) sum_i |f_i - y_i|^2 this is the Hessian at an exact fit, and its spectrum says how fast
-    gradient descent closes each direction. Squared singular values of G: nothing is squared before they
-    are taken, so that condition numbers up to the square of 1/epsilon survive.
-
-    Args:
-        predict: `predict(params, tokens)`, the outputs of all samples, for instance from `as_function`.
-        params: the trained parameters, a pytree of P numbers in all.
-        tokens: the samples, leading axis N.
-
-    Returns:
-        Eigenvalues in descending order, shape (P,); zeros where there are fewer outputs than parameters.
-
-    Example:
-        >>> linear = lambda params, tokens: tokens @ params
-        >>> gauss_newton_spectrum(linear, jnp.zeros(2), jnp.diag(jnp.array([2.0, 4.0]))).tolist()
-        [8.0, 2.0]
-    """
-    tokens = jnp.asarray(tokens)
-    flat, unravel = ravel_pytree(params)
-
-    def outputs(flat):
-        return predict(unravel(flat), tokens).reshape(-1)
-
-    rows = jax.eval_shape(outputs, flat).size
-    jacobian = jax.jacfwd if flat.size <= rows else jax.jacrev
-    singular = jnp.linalg.svd(jacobian(outputs)(flat), compute_uv=False)
-    return jnp.pad(singular**2 / len(tokens), (0, flat.size - singular.size))

@@ -1,0 +1,372 @@
+"""The flows of decoder and attention: the full one, and its two reductions for a fast decoder."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dynamics.flow import ArrayLike, Trajectory, as_inexact, integrate, require_number
+from dynamics.scan_snap.classes import SequenceClasses, context_distribution, distinct_tokens
+
+
+class Weights(NamedTuple):
+    """The state of the model, and the `ys` of its trajectories.
+
+    Attributes:
+        Y: decoder [context token, next token], shape (M, M).
+        Z: attention logits [query, context token], shape (M, M).
+    """
+
+    Y: Array
+    Z: Array
+
+
+def population_flow(
+    classes: SequenceClasses,
+    ts: ArrayLike,
+    *,
+    learning_rate_Y: ArrayLike,
+    learning_rate_Z: ArrayLike,
+    Y0: ArrayLike | None = None,
+    Z0: ArrayLike | None = None,
+    **options: Any,
+) -> Trajectory:
+    r"""Gradient flow of the one-layer model on infinitely long sequences: no approximation beyond that.
+
+    With c_n the `context_distribution`, f_n = c_n / |c_n| and g_n = e_n - softmax(Y^T f_n), where e_n is the
+    one-hot next token of class n,
+
+        Y'   = (learning_rate_Y / K) sum_n f_n g_n^T
+        z_m' = (learning_rate_Z / K) sum_{n: psi(n) = m} f_n * (I - f_n f_n^T) Y g_n.
+
+    The sums of Y over next tokens and of each row of Z are conserved. Where classes share no context token,
+    or all have the same P, zero logits stay zero.
+
+    Source: tian2023scan, Lemma 2.
+
+    Args:
+        classes: K sequence classes over a vocabulary of M tokens.
+        ts: times that increase strictly, shape (T,): learning rates are per unit of time.
+        learning_rate_Y: learning rate of the decoder, a number >= 0.
+        learning_rate_Z: learning rate of attention, a number >= 0.
+        Y0: decoder at ts[0], shape (M, M); zero where None.
+        Z0: attention logits at ts[0], shape (M, M); zero where None.
+        **options: options of `dynamics.flow.integrate`, such as `rtol`, `throw`.
+
+    Returns:
+        A `Trajectory` with `ys.Y` (T, M, M) [context token, next token] and `ys.Z` (T, M, M)
+        [query, context token].
+
+    Raises:
+        ValueError: a learning rate is negative, a start has the wrong shape, or a number is not finite.
+        RuntimeError: the solve failed.
+
+    Example:
+        >>> classes = SequenceClasses([[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]], query=[1, 2], next_token=[1, 2])
+        >>> path = population_flow(classes, [0.0, 9.0], learning_rate_Y=1.0, learning_rate_Z=1.0)
+        >>> jnp.sign(path.ys.Z[-1]).tolist()  # the common token 0 is suppressed, the distinct ones grow
+        [[0.0, 0.0, 0.0], [-1.0, 1.0, 0.0], [-1.0, 0.0, 1.0]]
+    """
+    dtype, rates = _require_rates(classes, learning_rate_Y, learning_rate_Z)
+    start = Weights(_require_start("Y0", Y0, classes, dtype), _require_start("Z0", Z0, classes, dtype))
+    return integrate(_population_flow_field, _guard(start, rates), ts, (classes, rates), **options)
+
+
+def fast_decoder_flow(
+    classes: SequenceClasses,
+    ts: ArrayLike,
+    *,
+    learning_rate_Y: ArrayLike,
+    learning_rate_Z: ArrayLike,
+    Z0: ArrayLike | None = None,
+    **options: Any,
+) -> Trajectory:
+    r"""Reduced flow for a decoder that learns faster than attention, from Y(0) = 0; Gram matrix kept exact.
+
+    The decoder stays in the span of what is attended to now, Y = F^T A with rows f_n of F, and
+
+        A' = (learning_rate_Y / K) (E - softmax(F F^T A)),   E the one-hot next tokens,
+
+    with z' as in `population_flow`. Only dF/dt in Y' is dropped: the relative error of Z falls linearly with
+    learning_rate_Z / learning_rate_Y. It is the theory to draw beside a trained network.
+
+    Source: tian2023scan, section 4 (before its Theorem 1 replaces F F^T by the identity).
+
+    Args:
+        classes: K sequence classes over a vocabulary of M tokens.
+        ts: times that increase strictly, shape (T,).
+        learning_rate_Y: learning rate of the decoder, a number >= 0.
+        learning_rate_Z: learning rate of attention, a number >= 0.
+        Z0: attention logits at ts[0], shape (M, M); zero where None.
+        **options: options of `dynamics.flow.integrate`.
+
+    Returns:
+        A `Trajectory` with `ys.Y` and `ys.Z` as in `population_flow`.
+
+    Raises:
+        ValueError: a learning rate is negative, the start has the wrong shape, or a number is not finite.
+        RuntimeError: the solve failed.
+
+    Example:
+        >>> classes = SequenceClasses([[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]], query=[1, 2], next_token=[1, 2])
+        >>> fast_decoder_flow(classes, [0.0, 9.0], learning_rate_Y=1.0, learning_rate_Z=0.1).ys.Z.shape
+        (2, 3, 3)
+    """
+    dtype, rates = _require_rates(classes, learning_rate_Y, learning_rate_Z)
+    A0 = jnp.zeros((classes.num_classes, classes.vocab_size), dtype)
+    start = (A0, _require_start("Z0", Z0, classes, dtype))
+    path = integrate(_fast_decoder_field, _guard(start, rates), ts, (classes, rates), **options)
+    return _with_decoder(path, classes)
+
+
+def weak_correlation_flow(
+    classes: SequenceClasses,
+    ts: ArrayLike,
+    *,
+    learning_rate_Y: ArrayLike,
+    learning_rate_Z: ArrayLike,
+    Z0: ArrayLike | None = None,
+    **options: Any,
+) -> Trajectory:
+    r"""Reduced flow for a fast decoder and classes that hardly overlap, from Y(0) = 0: F F^T replaced by I.
+
+    Every class then learns alone, a_n = M h(t) (e_n - 1/M) with the `decoder_margin` h, and
+
+        z_m' = (learning_rate_Z / K) kappa sum_{n: psi(n) = m} sum_{n' != n} f_n * (f_n <f_n, f_n'> - f_n'),
+        kappa = M h / (M - 1 + exp(M h)).
+
+    It is quantitative only where <f_n, f_n'> is below about 0.01 (`class_overlap`); beyond that it shows the
+    signs and the shape, and overestimates what attention does.
+
+    Source: tian2023scan, Theorem 1 and section 5 (kappa is its gamma times M / (M - 1)^2).
+
+    Args:
+        classes: K sequence classes over a vocabulary of M tokens.
+        ts: times that increase strictly, shape (T,); h starts from zero at ts[0].
+        learning_rate_Y: learning rate of the decoder, a number >= 0.
+        learning_rate_Z: learning rate of attention, a number >= 0.
+        Z0: attention logits at ts[0], shape (M, M); zero where None.
+        **options: options of `dynamics.flow.integrate`.
+
+    Returns:
+        A `Trajectory` with `ys.Y` and `ys.Z` as in `population_flow`.
+
+    Raises:
+        ValueError: a learning rate is negative, the start has the wrong shape, or a number is not finite.
+        RuntimeError: the solve failed.
+
+    Example:
+        >>> classes = SequenceClasses([[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]], query=[1, 2], next_token=[1, 2])
+        >>> weak_correlation_flow(classes, [0.0, 9.0], learning_rate_Y=1.0, learning_rate_Z=0.1).ys.Z.shape
+        (2, 3, 3)
+    """
+    dtype, rates = _require_rates(classes, learning_rate_Y, learning_rate_Z)
+    start = (jnp.zeros((), dtype), _require_start("Z0", Z0, classes, dtype))
+    path = integrate(_weak_correlation_field, _guard(start, rates), ts, (classes, rates), **options)
+    # A = u (E - 1/M) with u = M h.
+    u, Z = path.ys
+    A = u[:, None, None] * (_one_hot(classes, dtype) - 1 / classes.vocab_size)[None]
+    return _with_decoder(Trajectory(path.ts, (A, Z), path.ok), classes)
+
+
+def attended_features(
+    Z: Float[Array, "M M"], counts: Float[Array, "B M"], query: Int[Array, " B"]
+) -> Float[Array, "B M"]:
+    r"""What attention hands to the decoder, f = b / |b| with b_l proportional to N_l exp(z_ml).
+
+    Source: tian2023scan, section 2 and Lemma 1.
+
+    Args:
+        Z: attention logits [query, context token].
+        counts: how often each token occurs in each context, or probabilities; not negative.
+        query: last tokens m.
+
+    Returns:
+        f of unit length, a row per sequence; zero for an empty context.
+
+    Example:
+        >>> f = attended_features(jnp.zeros((2, 2)), jnp.array([[3.0, 4.0]]), jnp.array([0]))
+        >>> [round(float(entry), 6) for entry in f[0]]
+        [0.6, 0.8]
+    """
+    empty = jnp.all(counts == 0, axis=-1, keepdims=True)
+    b = jax.nn.softmax(jnp.where(empty, 0, jnp.log(counts) + Z[query]), axis=-1)
+    return jnp.where(empty, 0, b / jnp.linalg.norm(b, axis=-1, keepdims=True))
+
+
+def loss_gradient(
+    Y: Float[Array, "M M"],
+    Z: Float[Array, "M M"],
+    counts: Float[Array, "B M"],
+    query: Int[Array, " B"],
+    next_token: Int[Array, " B"],
+) -> Weights:
+    r"""Gradient of the mean cross-entropy of B sequences in Y and Z, written out.
+
+    For one sequence, with f the `attended_features` and g = e_next - softmax(Y^T f),
+
+        dL/dY = -f g^T,   dL/dz_m = -f * (I - f f^T) Y g.
+
+    Source: tian2023scan, Lemma 1.
+
+    Args:
+        Y: decoder [context token, next token].
+        Z: attention logits [query, context token].
+        counts: how often each token occurs in each context, or probabilities.
+        query: last tokens.
+        next_token: next tokens.
+
+    Returns:
+        The gradient as `Weights`.
+
+    Example:
+        >>> zeros = jnp.zeros((2, 2))
+        >>> loss_gradient(zeros, zeros, jnp.eye(2)[:1], jnp.array([1]), jnp.array([0])).Y[0].tolist()
+        [-0.5, 0.5]
+    """
+    f = attended_features(Z, counts, query)
+    g = jax.nn.one_hot(next_token, len(Y), dtype=Y.dtype) - jax.nn.softmax(f @ Y, axis=-1)
+    dz = -_pull(f, g @ Y.T) / len(f)
+    return Weights(-f.T @ g / len(f), jnp.zeros_like(Z).at[query].add(dz))
+
+
+def population_field(weights: Weights, classes: SequenceClasses) -> Weights:
+    r"""The direction of `population_flow` at unit learning rates: minus `loss_gradient` with counts P.
+
+    Example:
+        >>> classes = SequenceClasses([[1.0, 0.0]], query=[1], next_token=[0])
+        >>> population_field(Weights(jnp.zeros((2, 2)), jnp.zeros((2, 2))), classes).Y[0].tolist()
+        [0.5, -0.5]
+    """
+    gradient = loss_gradient(*weights, classes.P.astype(weights.Z.dtype), classes.query, classes.next_token)
+    return jax.tree.map(jnp.negative, gradient)
+
+
+def growth_rate(weights: Weights, classes: SequenceClasses) -> Float[Array, " K"]:
+    r"""xi_n of every class: the growth factor of attention is B_n(t) = learning_rate_Z * integral of xi_n.
+
+    xi_n = z'_l / (learning_rate_Z f_nl^2) at the most probable distinct token l, where z' is what class n
+    contributes. In the two reduced flows it is the same at every distinct token, and
+    xi_n = (kappa / K) sum_{n' != n} <f_n, f_n'> in `weak_correlation_flow`.
+
+    Source: tian2023scan, Theorem 3.
+
+    Args:
+        weights: decoder and attention logits.
+        classes: the sequence classes.
+
+    Returns:
+        xi, shape (K,); 0 for a class that has no distinct token.
+
+    Example:
+        >>> classes = SequenceClasses([[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]], query=[1, 2], next_token=[1, 2])
+        >>> growth_rate(Weights(jnp.zeros((3, 3)), jnp.zeros((3, 3))), classes).tolist()
+        [0.0, 0.0]
+    """
+    Y, Z = weights
+    f = _features(Z, classes)
+    g = _one_hot(classes, f.dtype) - jax.nn.softmax(f @ Y, axis=-1)
+    distinct = distinct_tokens(classes)
+    likeliest = jnp.argmax(jnp.where(distinct, classes.P, -1), axis=-1)[:, None]
+    f_l, dz_l = (jnp.take_along_axis(a, likeliest, axis=-1)[:, 0] for a in (f, _pull(f, g @ Y.T)))
+    xi = dz_l / (classes.num_classes * f_l**2)
+    return jnp.where(jnp.any(distinct, axis=-1), xi, 0)
+
+
+def row_sums(weights: Weights) -> Weights:
+    r"""What every one of these flows conserves: sum_j Y_lj over next tokens, and sum_l z_ml over the context.
+
+    Gradient descent conserves it to rounding as well, with momentum and on sampled sequences.
+
+    Source: tian2023scan, Lemma 1 (derived here from it).
+
+    Args:
+        weights: decoder and attention logits, shapes (..., M, M).
+
+    Returns:
+        The sums, shapes (..., M).
+
+    Example:
+        >>> row_sums(Weights(jnp.eye(2), jnp.ones((2, 2)))).Z.tolist()
+        [2.0, 2.0]
+    """
+    return Weights(jnp.sum(weights.Y, axis=-1), jnp.sum(weights.Z, axis=-1))
+
+
+def _pull(f: Array, v: Array) -> Array:
+    """The pull on attention logits, f * (I - f f^T) v for rows f and v."""
+    return f * (v - f * jnp.sum(f * v, axis=-1, keepdims=True))
+
+
+def _features(Z: Array, classes: SequenceClasses) -> Array:
+    """f_n = c_n / |c_n|, shape (K, M)."""
+    c = context_distribution(Z, classes)
+    return c / jnp.linalg.norm(c, axis=-1, keepdims=True)
+
+
+def _one_hot(classes: SequenceClasses, dtype: Any) -> Array:
+    return jax.nn.one_hot(classes.next_token, classes.vocab_size, dtype=dtype)
+
+
+def _population_flow_field(t, weights, args):
+    classes, (rate_Y, rate_Z) = args
+    direction = population_field(weights, classes)
+    return Weights(rate_Y * direction.Y, rate_Z * direction.Z)
+
+
+def _fast_decoder_field(t, state, args):
+    (A, Z), (classes, (rate_Y, rate_Z)) = state, args
+    f = _features(Z, classes)
+    g = _one_hot(classes, A.dtype) - jax.nn.softmax(f @ f.T @ A, axis=-1)
+    # Y g_n = F^T A g_n.
+    dz = _pull(f, g @ A.T @ f)
+    return rate_Y / len(A) * g, rate_Z / len(A) * jnp.zeros_like(Z).at[classes.query].add(dz)
+
+
+def _weak_correlation_field(t, state, args):
+    # u = M h is a state of its own: u' = (M / K) learning_rate_Y / (M - 1 + e^u).
+    (u, Z), (classes, (rate_Y, rate_Z)) = state, args
+    M, K = classes.vocab_size, classes.num_classes
+    f = _features(Z, classes)
+    others = jnp.sum(f, axis=0, keepdims=True) - f
+    # exp(u) may overflow in a step that the solver tries and rejects; 1 / infinity is the right limit.
+    slowed = 1 / (M - 1 + jnp.exp(u))
+    dz = -_pull(f, others)
+    return M / K * rate_Y * slowed, rate_Z / K * u * slowed * jnp.zeros_like(Z).at[classes.query].add(dz)
+
+
+@eqx.filter_jit
+def _with_decoder(path: Trajectory, classes: SequenceClasses) -> Trajectory:
+    """A trajectory of (A, Z) as one of (Y, Z), Y = F^T A."""
+    A, Z = path.ys
+    Y = jax.vmap(lambda A, Z: _features(Z, classes).T @ A)(A, Z)
+    return Trajectory(path.ts, Weights(Y, Z), path.ok)
+
+
+def _require_rates(classes: SequenceClasses, rate_Y: ArrayLike, rate_Z: ArrayLike) -> tuple[Any, tuple]:
+    dtype = classes.P.dtype
+    rates = (
+        require_number("learning_rate_Y", rate_Y, dtype, at_least=0),
+        require_number("learning_rate_Z", rate_Z, dtype, at_least=0),
+    )
+    return dtype, rates
+
+
+def _require_start(name: str, start: ArrayLike | None, classes: SequenceClasses, dtype: Any) -> Array:
+    M = classes.vocab_size
+    if start is None:
+        return jnp.zeros((M, M), dtype)
+    start = as_inexact(start).astype(dtype)
+    if start.shape != (M, M):
+        raise ValueError(f"{name} must have shape ({M}, {M}), got shape {start.shape}")
+    return start
+
+
+def _guard(start: Any, rates: tuple) -> Any:
+    """A traced learning rate below zero becomes a start that is not finite, which `integrate` flags."""
+    good = (rates[0] >= 0) & (rates[1] >= 0)
+    return jax.tree.map(lambda leaf: jnp.where(good, leaf, jnp.nan), start)
