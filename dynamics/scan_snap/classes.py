@@ -8,7 +8,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import entr
 from jaxtyping import Array, Bool, Float
 
 from dynamics.flow import ArrayLike, as_inexact, is_traced
@@ -181,8 +180,11 @@ def distinct_entropy(Z: ArrayLike, classes: SequenceClasses) -> Float[Array, " K
     distinct = distinct_tokens(classes)
     has_distinct = jnp.any(distinct, axis=-1, keepdims=True)
     # Where a class has none, any tokens do: their entropy is thrown away, but must not be NaN.
-    share = jax.nn.softmax(log_context_weights(Z, classes), axis=-1, where=distinct | ~has_distinct)
-    return jnp.where(has_distinct[:, 0], jnp.sum(entr(share), axis=-1), 0)
+    kept = (classes.P > 0) & (distinct | ~has_distinct)
+    log_share = jax.nn.log_softmax(jnp.where(kept, log_context_weights(Z, classes), 0), axis=-1, where=kept)
+    log_share = jnp.where(kept, log_share, 0)
+    entropy = -jnp.sum(jnp.exp(log_share) * log_share, axis=-1)
+    return jnp.where(has_distinct[:, 0], entropy, 0)
 
 
 def class_overlap(Z: ArrayLike, classes: SequenceClasses) -> Float[Array, "K K"]:

@@ -44,7 +44,8 @@ def population_flow(
         z_m' = (learning_rate_Z / K) sum_{n: psi(n) = m} f_n * (I - f_n f_n^T) Y g_n.
 
     The sums of Y over next tokens and of each row of Z are conserved. Where classes share no context token,
-    or all have the same P, zero logits stay zero.
+    or all have the same P, zero logits are at rest; in the second case they are a saddle if the queries
+    differ, since different attention could tell the classes apart, and rounding grows.
 
     Source: tian2023scan, Lemma 2.
 
