@@ -34,9 +34,9 @@ NEXT_PER_QUERY = 2
 class Config:
     """Vocabularies and training; the learning rates are those of the recorded grid."""
 
-    queries: tuple[int, ...] = (1, 5)
+    queries: tuple[int, ...] = (3, 5)
     """Numbers of last tokens, each of 1, 3, 5 and 10: what was recorded. Every one is a vocabulary."""
-    seeds: int = 3
+    seeds: int = 4
     """Runs per cell of the grid, with their own starts and samples."""
     length: int = 128
     """Tokens per sequence T, the last token included."""
@@ -177,7 +177,6 @@ def _recorded_grid(entropy, mean, std) -> Claim:
             ),
             Check("mean difference in nats", "equals", 0.0, np.mean(difference), 0.05),
         ],
-        preset="standard",
     )
 
 
@@ -201,7 +200,6 @@ def _sparser(entropy) -> Claim:
             Check("the same in the population flow", "at most", 0.02, fall["flow"]),
         ],
         condition="momentum overshoots with large steps; in the flow only the ratio counts",
-        preset="standard",
     )
 
 
@@ -228,7 +226,6 @@ def _denser(entropy, queries) -> Claim:
             ),
         ],
         condition="learning_rate_Y >= 2 learning_rate_Z",
-        preset="standard",
     )
 
 
