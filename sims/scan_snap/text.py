@@ -478,8 +478,9 @@ def _scatter(ax: Axes, saved: Saved, index: int) -> Axes:
         used = np.isfinite(score[rows])
         found = saved[f"correlation/fitted_{kind}"][index, 3]
         label = f"query of {name}: rank correlation {found:.2f}"
-        points = score[rows][used], z[rows][used]
-        ax.plot(*points, ".", color=color, markersize=size, markeredgewidth=0, alpha=0.6, label=label)
+        # Some thousand points are all that can be told apart.
+        points = [values[rows][used][:: 1 + np.count_nonzero(used) // 1500] for values in (score, z)]
+        ax.plot(*points, ".", color=color, markersize=size, markeredgewidth=0, label=label)
     ax.set_yscale("symlog", linthresh=1e-2)
     ax.set(xlabel="TF-IDF, weighted: log of P(l | n) over its mean", ylabel="attention logit z at the end")
     ticks = (-1, -0.1, -0.01, 0, 0.01, 0.1, 1)
