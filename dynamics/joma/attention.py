@@ -1,0 +1,204 @@
+"""Attention maps of JoMA and what joint training of MLP and attention conserves."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dynamics.flow import ArrayLike, as_inexact, is_traced, require_number
+
+Kind = Literal["linear", "exp", "softmax"]
+
+
+def attend(z: ArrayLike, x: ArrayLike, kind: Kind, temperature: ArrayLike = 1.0) -> Array:
+    r"""Attention b over the tokens of a context x with logits z.
+
+    linear: b = x * z / temperature; exp: b = x * exp(z / temperature); softmax: that over its sum.
+
+    Source: tian2024joma, section 3.
+
+    Args:
+        z: attention logits, shape (M,) or the shape of `x`.
+        x: how often each token occurs, shape (..., M), not negative.
+        kind: "linear", "exp" or "softmax".
+        temperature: a positive number.
+
+    Returns:
+        b, the shape of `x`. Softmax is over the tokens that occur, and zero where none does.
+
+    Raises:
+        ValueError: the kind is unknown, the shapes do not fit, or the temperature is not positive.
+
+    Example:
+        >>> attend([1000.0, 1000.0, 9999.0], [1.0, 3.0, 0.0], "softmax").tolist()
+        [0.25, 0.75, 0.0]
+    """
+    z, x = as_inexact(z), as_inexact(x)
+    _require_kind(kind)
+    if x.ndim < 1 or z.shape not in (x.shape[-1:], x.shape):
+        raise ValueError(f"z must have shape {x.shape[-1:]} or {x.shape}, got shape {z.shape}")
+    dtype = jnp.promote_types(z.dtype, x.dtype)
+    temperature = require_number("temperature", temperature, dtype)
+    if not is_traced(temperature) and not bool(temperature > 0):
+        raise ValueError(f"temperature must be a positive number, got {temperature}")
+    x = x.astype(dtype)
+    z = jnp.broadcast_to(z.astype(dtype), x.shape) / temperature
+    if kind == "linear":
+        return x * z
+    if kind == "exp":
+        return x * jnp.exp(z)
+    occurs = x > 0
+    # Tokens that do not occur have no say in the scale: what occurs must not underflow beside them.
+    top = jnp.max(z, axis=-1, keepdims=True, where=occurs, initial=-jnp.inf)
+    weights = x * jnp.exp(jnp.where(occurs, z - jax.lax.stop_gradient(top), 0))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return weights / jnp.where(total > 0, total, 1)
+
+
+def invariant(
+    V: ArrayLike,
+    z: ArrayLike,
+    kind: Kind,
+    *,
+    learning_rate_w: ArrayLike = 1.0,
+    learning_rate_z: ArrayLike = 1.0,
+    mean_attention: ArrayLike | None = None,
+) -> Float[Array, " M"]:
+    r"""What training of hidden weights V and attention logits z leaves constant, token by token.
+
+        linear:  z^2 / learning_rate_z - sum_k v_k^2 / learning_rate_w
+        exp:     z / learning_rate_z - (1/2) sum_k v_k^2 / learning_rate_w
+        softmax: the same + (1/2) |V|^2 mean_attention / learning_rate_w
+
+    The first two are exact along the gradient flow, for any data, activation, loss and upper layers; gradient
+    descent breaks them at first order in the learning rate. The third also needs that attention does not
+    correlate with the upstream gradient, and that its mean stays; elsewhere it gives the direction of z, not
+    its size. The printed forms have equal learning rates.
+
+    Source: tian2024joma, Theorem 1, weighted by the learning rates.
+
+    Args:
+        V: hidden weights seen through the embeddings, V = U_C^T W, shape (M, K).
+        z: attention logits of the query, shape (M,).
+        kind: "linear", "exp" or "softmax".
+        learning_rate_w: learning rate of the hidden weights, positive.
+        learning_rate_z: learning rate of the attention logits, positive.
+        mean_attention: mean of b over the query's samples, shape (M,); for "softmax" only.
+
+    Returns:
+        The conserved vector, shape (M,).
+
+    Raises:
+        ValueError: the kind is unknown, the shapes do not fit, a rate is not positive, or `mean_attention` is
+            missing for "softmax" or given elsewhere.
+
+    Example:
+        >>> invariant([[2.0], [0.0]], [2.0, 1.0], "exp").tolist()
+        [0.0, 1.0]
+    """
+    V, z = as_inexact(V), as_inexact(z)
+    _require_kind(kind)
+    if V.ndim != 2 or z.shape != V.shape[:1]:
+        raise ValueError(f"V and z must have shapes (M, K) and (M,), got shapes {V.shape} and {z.shape}")
+    if (mean_attention is None) == (kind == "softmax"):
+        raise ValueError("mean_attention must be given for softmax attention, and only there")
+    dtype = jnp.promote_types(V.dtype, z.dtype)
+    rates = []
+    for name, rate in (("learning_rate_w", learning_rate_w), ("learning_rate_z", learning_rate_z)):
+        rate = require_number(name, rate, dtype)
+        if not is_traced(rate) and not bool(rate > 0):
+            raise ValueError(f"{name} must be a positive number, got {rate}")
+        rates.append(rate)
+    rate_w, rate_z = rates
+    square = jnp.sum(V.astype(dtype) ** 2, axis=-1)
+    z = z.astype(dtype)
+    if kind == "linear":
+        return z**2 / rate_z - square / rate_w
+    conserved = z / rate_z - square / (2 * rate_w)
+    if mean_attention is None:
+        return conserved
+    mean_attention = as_inexact(mean_attention).astype(dtype)
+    if mean_attention.shape != z.shape:
+        raise ValueError(f"mean_attention must have shape {z.shape}, got shape {mean_attention.shape}")
+    return conserved + jnp.sum(square) * mean_attention / (2 * rate_w)
+
+
+def softmax_logits(
+    V: ArrayLike, mean_attention: ArrayLike, z0: ArrayLike, rate_ratio: ArrayLike = 1.0
+) -> Float[Array, "T M"]:
+    r"""Softmax attention logits from the hidden weights alone, with a mean attention that moves.
+
+        z' = (learning_rate_z / learning_rate_w) sum_k (v_k * v_k' - mean_attention(t) <v_k, v_k'>)
+
+    summed along a recorded path by the trapezoidal rule. With a constant mean it is `invariant`. It is exact
+    where every sample of the query has the same attention.
+
+    Source: tian2024joma, proof of Theorem 1 (before the mean attention is taken to be constant).
+
+    Args:
+        V: hidden weights along the path, shape (T, M, K).
+        mean_attention: mean of b over the query's samples along the path, shape (T, M).
+        z0: logits at its start, shape (M,).
+        rate_ratio: learning_rate_z / learning_rate_w.
+
+    Returns:
+        Logits along the path, shape (T, M).
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Example:
+        >>> V = jnp.array([[[0.0], [0.0]], [[2.0], [0.0]]])
+        >>> softmax_logits(V, jnp.full((2, 2), 0.5), jnp.zeros(2))[-1].tolist()
+        [1.0, -1.0]
+    """
+    V, mean, z0 = as_inexact(V), as_inexact(mean_attention), as_inexact(z0)
+    if V.ndim != 3 or mean.shape != V.shape[:2] or z0.shape != V.shape[1:2]:
+        shapes = f"{V.shape}, {mean.shape} and {z0.shape}"
+        raise ValueError(f"V, mean_attention and z0 must be (T, M, K), (T, M) and (M,), got shapes {shapes}")
+    rate_ratio = require_number("rate_ratio", rate_ratio, V.dtype)
+    half_square = jnp.sum(V**2, axis=-1) / 2
+    grown = jnp.diff(half_square, axis=0)
+    midway = (mean[1:] + mean[:-1]) / 2
+    steps = rate_ratio * (grown - midway * jnp.sum(grown, axis=1, keepdims=True))
+    return jnp.concatenate([z0[None], z0[None] + jnp.cumsum(steps, axis=0)])
+
+
+def saliency(gradient: ArrayLike, x: ArrayLike) -> Array:
+    r"""Saliency Delta_l = E[g x_l] of every token: what drives its hidden weight before attention acts.
+
+    For one-hot averaged x it is E[g | l, m] P[l | m]: discriminative times frequent. Common tokens, whose
+    upstream gradients cancel, have none.
+
+    Source: tian2024joma, section 4.
+
+    Args:
+        gradient: upstream gradient (of the negative loss) of each sample, shape (S,), or (S, K) for K hidden
+            nodes.
+        x: contexts of the samples, shape (S, M).
+
+    Returns:
+        Delta, shape (M,) or (M, K).
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Example:
+        >>> saliency([1.0, -1.0], [[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]]).tolist()
+        [0.0, 0.25, -0.25]
+    """
+    gradient, x = as_inexact(gradient), as_inexact(x)
+    if x.ndim != 2 or gradient.ndim not in (1, 2) or len(gradient) != len(x) or not len(x):
+        raise ValueError(
+            f"gradient and x must have shapes (S,) or (S, K), and (S, M), got {gradient.shape} and {x.shape}"
+        )
+    dtype = jnp.promote_types(gradient.dtype, x.dtype)
+    return x.astype(dtype).T @ gradient.astype(dtype) / len(x)
+
+
+def _require_kind(kind: str) -> None:
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind must be one of {get_args(Kind)}, got {kind!r}")

@@ -1,0 +1,181 @@
+"""Attention folded into the MLP: the modified-MLP flow for linear activation, to its blow-up and beyond."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import erfinv
+from jaxtyping import Array, Float
+
+from dynamics.flow import ArrayLike, Trajectory, as_inexact, integrate, is_traced
+
+
+class Rescaled(NamedTuple):
+    """The `ys` of `rescaled_mlp_flow`.
+
+    Attributes:
+        V: hidden weights.
+        t: the time of the flow itself.
+    """
+
+    V: Array
+    t: Array
+
+
+def modified_mlp_flow(V0: ArrayLike, delta: ArrayLike, ts: ArrayLike, **options: Any) -> Trajectory:
+    r"""Flow of the hidden weights with exp attention folded in: V' = exp(|row|^2 / 2) delta, row by row.
+
+    It is what a linear activation, a stationary upstream gradient and attention logits z = |row|^2 / 2 (the
+    `invariant` from zero start) give. The row with the largest |delta| goes to infinity in finite time.
+
+    Source: tian2024joma, Theorem 2 and its extension to several hidden nodes.
+
+    Args:
+        V0: hidden weights at ts[0], shape (M,) or, for K hidden nodes, (M, K).
+        delta: saliency, the shape of `V0`.
+        ts: times that increase strictly, shape (T,), below the blow-up time (`blow_up_time` from zero start).
+        **options: options of `dynamics.flow.integrate`; `throw=False` gives ok=False beyond the blow-up.
+
+    Returns:
+        A `Trajectory` with `ys` = V, shape (T, *V0.shape).
+
+    Raises:
+        ValueError: the shapes do not fit, or a number is not finite.
+        RuntimeError: the solve failed: a time lies beyond the blow-up.
+
+    Example:
+        >>> path = modified_mlp_flow([0.0, 0.0], [1.0, 0.5], [0.0, 1.0])
+        >>> path.ys[-1].round(5).tolist() == modified_mlp_solution(1.0, [1.0, 0.5]).round(5).tolist()
+        True
+    """
+    V0, delta = _require_delta(V0, delta)
+    return integrate(_modified_mlp_field, V0, ts, delta, **options)
+
+
+def rescaled_mlp_flow(V0: ArrayLike, delta: ArrayLike, taus: ArrayLike, **options: Any) -> Trajectory:
+    r"""`modified_mlp_flow` in a time that never blows up: dtau = exp(max |row|^2 / 2) dt.
+
+        dV/dtau = exp((|row|^2 - max |row|^2) / 2) delta,   dt/dtau = exp(-max |row|^2 / 2)
+
+    The orbit is the same; t tends to the blow-up time while the winning row grows linearly in tau.
+
+    Source: tian2024joma, Theorem 2 (the change of time is derived here).
+
+    Args:
+        V0: hidden weights at taus[0], shape (M,) or (M, K).
+        delta: saliency, the shape of `V0`.
+        taus: rescaled times that increase strictly, shape (T,).
+        **options: options of `dynamics.flow.integrate`.
+
+    Returns:
+        A `Trajectory` over tau with `ys.V` (T, *V0.shape) and the flow's own time `ys.t` (T,), from 0.
+
+    Raises:
+        ValueError: the shapes do not fit, or a number is not finite.
+        RuntimeError: the solve failed.
+
+    Example:
+        >>> path = rescaled_mlp_flow([0.0, 0.0], [1.0, 0.5], [0.0, 100.0])
+        >>> bool(path.ys.V[-1, 0] > 99), abs(float(path.ys.t[-1] - blow_up_time([1.0, 0.5]))) < 1e-6
+        (True, True)
+    """
+    V0, delta = _require_delta(V0, delta)
+    return integrate(_rescaled_field, Rescaled(V0, jnp.zeros((), V0.dtype)), taus, delta, **options)
+
+
+def modified_mlp_solution(t: ArrayLike, delta: ArrayLike) -> Array:
+    r"""`modified_mlp_flow` from zero start in closed form, for one hidden node.
+
+        v_l(t) = sqrt(2) erfinv(sqrt(2 / pi) delta_l t)
+
+    At any time erf(v_l / sqrt(2)) / delta_l is the same for all l. The printed theorem has erf(v / 2), which
+    belongs to exp(v^2 / 4). Past the blow-up time the winners stay at infinity, the others
+    at their limits sqrt(2) erfinv(delta_l / max |delta|).
+
+    Source: tian2024joma, Theorem 2, corrected.
+
+    Args:
+        t: times >= 0, any shape.
+        delta: saliency, shape (M,).
+
+    Returns:
+        v, shape (*t.shape, M).
+
+    Raises:
+        ValueError: `t` is negative, or `delta` is not a vector of finite numbers.
+
+    Example:
+        >>> modified_mlp_solution(9.0, [1.0, 0.5, 0.0]).round(5).tolist()
+        [inf, 0.67449, 0.0]
+    """
+    t, delta = as_inexact(t), as_inexact(delta)
+    if delta.ndim != 1 or delta.size == 0 or not _is_finite(delta):
+        raise ValueError(f"delta must be finite numbers of shape (M,), got {delta}")
+    if not is_traced(t) and not bool(jnp.all(t >= 0)):
+        raise ValueError(f"t must be >= 0, got {t}")
+    dtype = jnp.promote_types(t.dtype, delta.dtype)
+    largest = jnp.max(jnp.abs(delta))
+    # As a share of the largest: the winner's argument is exactly one from the blow-up time on.
+    share = delta / jnp.where(largest > 0, largest, 1)
+    progress = jnp.minimum(t.astype(dtype) / blow_up_time(delta), 1)
+    return jnp.sqrt(2.0).astype(dtype) * erfinv(progress[..., None] * share.astype(dtype))
+
+
+def blow_up_time(delta: ArrayLike) -> Float[Array, ""]:
+    r"""Time at which `modified_mlp_flow` from zero start goes to infinity: sqrt(pi / 2) / max |delta_l|.
+
+    Source: tian2024joma, Theorem 2 (derived here; rows stay parallel to those of delta).
+
+    Args:
+        delta: saliency, shape (M,) or (M, K).
+
+    Returns:
+        The time, a scalar; infinite where delta is zero.
+
+    Raises:
+        ValueError: `delta` has another shape.
+
+    Example:
+        >>> round(float(blow_up_time([1.0, -2.0])), 6)
+        0.626657
+    """
+    delta = as_inexact(delta)
+    if delta.ndim not in (1, 2) or delta.size == 0:
+        raise ValueError(f"delta must have shape (M,) or (M, K), got shape {delta.shape}")
+    rows = delta[:, None] if delta.ndim == 1 else delta
+    return jnp.sqrt(jnp.pi / 2).astype(delta.dtype) / jnp.max(jnp.linalg.norm(rows, axis=-1))
+
+
+def _modified_mlp_field(t, V, delta):
+    return _by_row(jnp.exp(_row_squares(V) / 2), delta)
+
+
+def _rescaled_field(tau, state, delta):
+    exponent = _row_squares(state.V) / 2
+    largest = jnp.max(exponent)
+    return Rescaled(_by_row(jnp.exp(exponent - largest), delta), jnp.exp(-largest))
+
+
+def _row_squares(V: Array) -> Array:
+    return V**2 if V.ndim == 1 else jnp.sum(V**2, axis=-1)
+
+
+def _by_row(factor: Array, delta: Array) -> Array:
+    return factor * delta if delta.ndim == 1 else factor[:, None] * delta
+
+
+def _is_finite(x: Array) -> bool:
+    return is_traced(x) or bool(np.all(np.isfinite(np.asarray(x))))
+
+
+def _require_delta(V0: ArrayLike, delta: ArrayLike) -> tuple[Array, Array]:
+    V0, delta = as_inexact(V0), as_inexact(delta)
+    if V0.ndim not in (1, 2) or V0.shape != delta.shape:
+        raise ValueError(
+            f"V0 and delta must have one shape, (M,) or (M, K), got shapes {V0.shape} and {delta.shape}"
+        )
+    if not _is_finite(delta):
+        raise ValueError("delta must be finite, got NaN or infinity")
+    return V0, delta.astype(V0.dtype)
