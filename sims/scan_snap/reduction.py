@@ -57,11 +57,15 @@ PRESETS: dict[Preset, Config] = {
 }
 
 
-def one_common_token(overlap: float) -> SequenceClasses:
-    """Two classes with one common token, of cosine w^2 / (w^2 + |d|^2) with d the weights of their own."""
-    own = np.linalg.norm(np.linspace(0.1, 1.0, DISTINCT))
+def one_common_token(
+    overlap: float, num_classes: int = 2, num_distinct: int = DISTINCT, vocab_size: int = VOCABULARY
+) -> SequenceClasses:
+    """Classes with one common token, of cosine w^2 / (w^2 + |d|^2) with d the weights of their own."""
+    own = np.linalg.norm(np.linspace(0.1, 1.0, num_distinct))
     weight = float(own * np.sqrt(overlap / (1 - overlap)))
-    return synthetic_classes(2, num_common=1, common_weight=weight, vocab_size=VOCABULARY)
+    return synthetic_classes(
+        num_classes, num_common=1, num_distinct=num_distinct, common_weight=weight, vocab_size=vocab_size
+    )
 
 
 def unequal_common_tokens() -> SequenceClasses:
@@ -82,6 +86,16 @@ def ranked_tokens(classes: SequenceClasses) -> np.ndarray:
     """Ten tokens of each class, (K, 10): the distinct ones by their probability, then the others."""
     order = np.asarray(classes.P + 2 * scan_snap.distinct_tokens(classes))
     return np.argsort(-order, axis=1)[:, :DISTINCT]
+
+
+def weak_growth_rate(ts: np.ndarray, overlap: np.ndarray, num_classes: int, vocab_size: int) -> np.ndarray:
+    """Growth rate xi_n = (kappa / K) sum_{n' != n} <f_n, f_n'> of the weak-correlation flow, (..., T, K).
+
+    The times (T,) are those of learning_rate_Y = 1, and the sums over the other classes are `overlap`.
+    """
+    u = vocab_size * np.asarray(scan_snap.decoder_margin(ts, 1.0, num_classes, vocab_size))
+    kappa = u / (vocab_size - 1 + np.exp(u))
+    return kappa[:, None] / num_classes * overlap
 
 
 @eqx.filter_jit
@@ -151,11 +165,8 @@ def run(config: Config, context: Context) -> Result:
         if not bool(jnp.all(path.ok)):
             raise RuntimeError(f"the {NAMES[name]} was not solved at every ratio")
         solved[name] = jax.tree.map(np.asarray, _measure(path, classes, jnp.asarray(tokens)))
-    # xi of the weak-correlation flow is (kappa / K) sum_{n' != n} <f_n, f_n'>.
-    K, M = figure4.num_classes, figure4.vocab_size
-    u = M * np.asarray(scan_snap.decoder_margin(ts, 1.0, K, M))
-    kappa = u / (M - 1 + np.exp(u))
-    solved["weak"]["growth_rate"] = kappa[:, None] / K * solved["weak"]["overlap"]
+    sizes = (figure4.num_classes, figure4.vocab_size)
+    solved["weak"]["growth_rate"] = weak_growth_rate(ts, solved["weak"]["overlap"], *sizes)
 
     count = len(moving)
     z = {name: paths["z"] for name, paths in solved.items()}
