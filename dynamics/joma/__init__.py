@@ -1,5 +1,6 @@
 """JoMA: joint dynamics of MLP and attention, its invariants and the reduced flows that follow."""
 
+from dynamics.joma.attention import Kind as Kind
 from dynamics.joma.attention import attend as attend
 from dynamics.joma.attention import invariant as invariant
 from dynamics.joma.attention import saliency as saliency

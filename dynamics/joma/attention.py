@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -199,6 +199,6 @@ def saliency(gradient: ArrayLike, x: ArrayLike) -> Array:
     return x.astype(dtype).T @ gradient.astype(dtype) / len(x)
 
 
-def _require_kind(kind: str) -> None:
+def _require_kind(kind: Any) -> None:
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be one of {get_args(Kind)}, got {kind!r}")

@@ -3,6 +3,10 @@
 from models.attention.functional import Frozen as Frozen
 from models.attention.functional import as_function as as_function
 from models.attention.functional import gauss_newton_spectrum as gauss_newton_spectrum
+from models.attention.joma import JomaBlock as JomaBlock
+from models.attention.joma import JomaInputs as JomaInputs
+from models.attention.joma import JomaState as JomaState
+from models.attention.joma import joma_observer as joma_observer
 from models.attention.prompt import PromptAttention as PromptAttention
 from models.attention.prompt import attention_function as attention_function
 from models.attention.prompt import attention_log_ratio as attention_log_ratio
