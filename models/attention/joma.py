@@ -43,8 +43,8 @@ class JomaState(NamedTuple):
 class JomaBlock(nnx.Module):
     r"""One attention layer, a residual, a hidden layer: h = phi(W^T (U_C b + u_q)), b = attend(z_q, x).
 
-    Trained are the hidden weights W, the attention logits z, and whatever the layers above hold. The embeddings
-    are frozen.
+    Trained are the hidden weights W, the attention logits z, and whatever the layers above hold; the
+    embeddings are frozen.
 
     Source: tian2024joma, section 3.
 
@@ -104,7 +104,8 @@ class JomaBlock(nnx.Module):
             raise ValueError("z must not be zero for linear attention, a saddle: start from one, got zeros")
         self.embedding, self.query_embedding = Frozen(embedding), Frozen(query_embedding)
         self.W, self.z = nnx.Param(W), nnx.Param(z)
-        self.kind, self.activation, self.temperature, self.head = kind, activation, temperature, head
+        self.kind: Kind = kind
+        self.activation, self.temperature, self.head = activation, temperature, head
 
     @classmethod
     def standard(
