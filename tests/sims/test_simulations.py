@@ -1,4 +1,4 @@
-"""Every simulation as a whole: its claims at the quick preset, its figure, and what it saves."""
+"""Every simulation as a whole: its claims, its figure, and what it saves."""
 
 import io
 
@@ -10,11 +10,12 @@ from sims import results
 from sims.__main__ import Options, available, execute
 
 
+@pytest.mark.parametrize("preset", ["quick", pytest.param("standard", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", available())
-def test_every_claim_stands_at_the_quick_preset(name, tmp_path):
-    (saved,) = execute([name], Options(), out=tmp_path, console=Console(file=io.StringIO()))
+def test_every_claim_stands(name, preset, tmp_path):
+    (saved,) = execute([name], Options(preset=preset), out=tmp_path, console=Console(file=io.StringIO()))
     assert saved.claims
-    failing = [str(claim) for claim in saved.claims if claim.at("quick") == "fails"]
+    failing = [str(claim) for claim in saved.claims if claim.at(preset) == "fails"]
     assert not failing, failing
     assert all(claim.id.startswith(f"{name}/") for claim in saved.claims)
     again = results.load(tmp_path, name)
