@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from dynamics.flow import ArrayLike, as_inexact, is_traced, require_number
 Kind = Literal["linear", "exp", "softmax"]
 
 
-def attend(z: ArrayLike, x: ArrayLike, kind: Kind, temperature: ArrayLike = 1.0) -> Array:
+def attend(z: ArrayLike, x: ArrayLike, kind: Kind | str, temperature: ArrayLike = 1.0) -> Array:
     r"""Attention b over the tokens of a context x with logits z.
 
     linear: b = x * z / temperature; exp: b = x * exp(z / temperature); softmax: that over its sum.
@@ -61,7 +61,7 @@ def attend(z: ArrayLike, x: ArrayLike, kind: Kind, temperature: ArrayLike = 1.0)
 def invariant(
     V: ArrayLike,
     z: ArrayLike,
-    kind: Kind,
+    kind: Kind | str,
     *,
     learning_rate_w: ArrayLike = 1.0,
     learning_rate_z: ArrayLike = 1.0,
@@ -199,6 +199,6 @@ def saliency(gradient: ArrayLike, x: ArrayLike) -> Array:
     return x.astype(dtype).T @ gradient.astype(dtype) / len(x)
 
 
-def _require_kind(kind: Any) -> None:
+def _require_kind(kind: str) -> None:
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be one of {get_args(Kind)}, got {kind!r}")

@@ -141,7 +141,7 @@ def weak_correlation_flow(
         kappa = M h / (M - 1 + exp(M h)).
 
     It is quantitative only where <f_n, f_n'> is below about 0.01 (`class_overlap`); beyond that it shows the
-    signs and the shape, and overestimates what attention does.
+    signs, but not the size: far too little where classes overlap much.
 
     Source: tian2023scan, Theorem 1 and section 5 (kappa is its gamma times M / (M - 1)^2).
 
@@ -251,8 +251,8 @@ def growth_rate(weights: Weights, classes: SequenceClasses) -> Float[Array, " K"
     r"""xi_n of every class: the growth factor of attention is B_n(t) = learning_rate_Z * integral of xi_n.
 
     xi_n = z'_l / (learning_rate_Z f_nl^2) at the most probable distinct token l, where z' is what class n
-    contributes. In the two reduced flows it is the same at every distinct token, and
-    xi_n = (kappa / K) sum_{n' != n} <f_n, f_n'> in `weak_correlation_flow`.
+    contributes to the `population_field`. Along `fast_decoder_flow` it is the same at every distinct token.
+    (`weak_correlation_flow` has a rate of its own, (kappa / K) sum_{n' != n} <f_n, f_n'>.)
 
     Source: tian2023scan, Theorem 3.
 

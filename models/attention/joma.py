@@ -69,7 +69,7 @@ class JomaBlock(nnx.Module):
         W: ArrayLike,
         z: ArrayLike,
         *,
-        kind: Kind,
+        kind: Kind | str,
         activation: Callable[[Array], Array] = jax.nn.relu,
         temperature: int | float = 1.0,
         head: Callable[[Array], Array] | None = None,
@@ -104,8 +104,7 @@ class JomaBlock(nnx.Module):
             raise ValueError("z must not be zero for linear attention, a saddle: start from one, got zeros")
         self.embedding, self.query_embedding = Frozen(embedding), Frozen(query_embedding)
         self.W, self.z = nnx.Param(W), nnx.Param(z)
-        self.kind: Kind = kind
-        self.activation, self.temperature, self.head = activation, temperature, head
+        self.kind, self.activation, self.temperature, self.head = kind, activation, temperature, head
 
     @classmethod
     def standard(
@@ -114,7 +113,7 @@ class JomaBlock(nnx.Module):
         tokens: int,
         hidden: int,
         *,
-        kind: Kind,
+        kind: Kind | str,
         queries: int = 1,
         dim: int | None = None,
         scale: float = 0.01,

@@ -1,0 +1,352 @@
+"""JoMA in theory against oracles: attention, invariants, modified MLP, mixtures, saturation."""
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.integrate import quad, solve_ivp
+from scipy.special import erf, erfinv
+from scipy.stats import norm
+
+from dynamics import joma
+from dynamics.flow import Trajectory, integrate
+from dynamics.spectra import entropy, stable_rank
+from tests.helpers import count_compilations
+
+DELTA = jnp.array([1.0, 0.9, 0.5, 0.1, -0.3, 0.0])
+ACTIVATIONS = {"identity": lambda s: s, "relu": jax.nn.relu, "square": lambda s: s**2 / 2, "tanh": jnp.tanh}
+
+
+def block_loss(params, args):
+    """A whole network above the block in the theory's coordinates: hidden activations, a head, a loss."""
+    V, z, head = params
+    x, bias, labels, kind, activation, squared = args
+    # The part of the pre-activation that the residual gives does not depend on V or z.
+    hidden = activation(joma.attend(z, x, kind) @ V + bias)
+    logits = jnp.tanh(hidden @ head)
+    if squared:
+        return jnp.mean(jnp.sum((logits - labels) ** 2, axis=-1))
+    return -jnp.mean(jnp.sum(labels * jax.nn.log_softmax(logits), axis=-1))
+
+
+def draw(seed, samples, tokens, hidden, classes=3):
+    generator = np.random.default_rng(seed)
+    x = jnp.asarray(generator.dirichlet(np.ones(tokens), samples) * tokens)
+    labels = jnp.asarray(np.eye(classes)[generator.integers(0, classes, samples)])
+    V, head = (jnp.asarray(generator.normal(size=shape)) for shape in ((tokens, hidden), (hidden, classes)))
+    bias = jnp.asarray(generator.normal(size=(1, hidden)))
+    return x, bias, labels, V, head
+
+
+@pytest.mark.parametrize("kind", ["linear", "exp"])
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    name=st.sampled_from(sorted(ACTIVATIONS)),
+    squared=st.booleans(),
+    hidden=st.sampled_from([1, 3]),
+    log_ratio=st.floats(-2, 2),
+)
+def test_invariants_are_constant_along_the_gradient_flow(kind, seed, name, squared, hidden, log_ratio):
+    x, bias, labels, V, head = draw(seed, 5, 4, hidden)
+    z = jnp.asarray(np.random.default_rng(seed).normal(size=4)) + float(kind == "linear")
+    rate_w, rate_z = 0.7, 0.7 * np.exp(log_ratio)
+    gradient = jax.grad(block_loss)((V, z, head), (x, bias, labels, kind, ACTIVATIONS[name], squared))
+
+    # The rate of change along the flow, exactly: a directional derivative.
+    def rate_of(**rates):
+        return jax.jvp(
+            lambda V, z: joma.invariant(V, z, kind, **rates),
+            (V, z),
+            (-rate_w * gradient[0], -rate_z * gradient[1]),
+        )[1]
+
+    np.testing.assert_allclose(rate_of(learning_rate_w=rate_w, learning_rate_z=rate_z), 0, atol=1e-13)
+    if abs(log_ratio) > 0.1 and float(jnp.max(jnp.abs(gradient[1]))) > 1e-3:
+        assert float(jnp.max(jnp.abs(rate_of()))) > 1e-5
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+def test_softmax_invariant_with_one_context(rate):
+    x, bias, labels, V, head = draw(0, 5, 4, 3)
+    x = jnp.broadcast_to(x[:1], x.shape)
+    z = jnp.array([0.3, -0.2, 0.1, 0.0])
+    grad_V, grad_z, _ = jax.grad(block_loss)((V, z, head), (x, bias, labels, "softmax", jnp.tanh, True))
+    b = joma.attend(z, x[0], "softmax")
+    # z' = sum_k (v_k v_k' - b <v_k, v_k'>), at each moment.
+    grown = jnp.sum(V * grad_V, axis=1)
+    np.testing.assert_allclose(rate * grad_z, rate * (grown - b * jnp.sum(grown)), atol=1e-14)
+    # With the mean attention held fixed the invariant moves by that alone.
+    tangent = jax.jvp(
+        lambda V, z: joma.invariant(V, z, "softmax", learning_rate_z=rate, mean_attention=b),
+        (V, z),
+        (grad_V, rate * grad_z),
+    )[1]
+    np.testing.assert_allclose(tangent, 0, atol=1e-13)
+
+
+def test_softmax_logits_follow_a_moving_mean():
+    ts = np.linspace(0, 1, 2001)
+    V = jnp.asarray(np.stack([np.sin(ts), ts**2, 1 + ts], axis=1)[:, :, None])
+    mean = np.stack([ts / 2, np.full_like(ts, 0.3), 0.7 - ts / 2], axis=1)
+    z = joma.softmax_logits(V, mean, jnp.zeros(3), rate_ratio=2.0)
+    grown = np.array([np.cos(1) * 0, 0, 0])
+    half = [lambda t: np.sin(t) * np.cos(t), lambda t: 2 * t**3, lambda t: 1 + t]
+    total = lambda t: sum(f(t) for f in half)  # noqa: E731
+    means = [lambda t: t / 2, lambda t: 0.3, lambda t: 0.7 - t / 2]
+    grown = [
+        2 * quad(lambda t, f=f, b=b: f(t) - b(t) * total(t), 0, 1)[0]
+        for f, b in zip(half, means, strict=True)
+    ]
+    np.testing.assert_allclose(z[-1], grown, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["linear", "exp", "softmax"])
+def test_attention_maps(kind):
+    z, x = np.array([0.5, -1.0, 2.0]), np.array([[1.0, 2.0, 0.0], [0.0, 0.0, 3.0]])
+    expected = {"linear": x * z / 2, "exp": x * np.exp(z / 2)}
+    weights = expected["exp"]
+    expected["softmax"] = weights / weights.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(joma.attend(z, x, kind, temperature=2.0), expected[kind], rtol=1e-14)
+    np.testing.assert_allclose(joma.attend(np.stack([z, z]), x, kind, 2.0), expected[kind], rtol=1e-14)
+
+
+def test_softmax_attention_neither_overflows_nor_divides_by_zero():
+    z = jnp.array([-3000.0, -3001.0, 3000.0])
+    x = jnp.array([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    b = joma.attend(z, x, "softmax")
+    np.testing.assert_allclose(b, [[1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1)), 0], [0, 0, 0]], rtol=1e-12)
+    pull = jax.grad(lambda z: joma.attend(z, x, "softmax")[:, 0].sum())(z)
+    np.testing.assert_allclose(pull, [0.19661193, -0.19661193, 0], atol=1e-8)
+
+
+def test_modified_mlp_flow_is_its_closed_form():
+    end = float(joma.blow_up_time(DELTA))
+    assert end == pytest.approx(np.sqrt(np.pi / 2))
+    ts = jnp.array([0.0, 0.3, 0.9, 0.999]) * end
+    path = joma.modified_mlp_flow(jnp.zeros(6), DELTA, ts)
+    np.testing.assert_allclose(path.ys, joma.modified_mlp_solution(ts, DELTA), atol=1e-7)
+    # The corrected ratio is common to all tokens, the printed one is not.
+    at = path.ys[2, :5]
+    assert np.ptp(erf(at / np.sqrt(2)) / DELTA[:5]) < 1e-7
+    assert np.ptp(erf(at / 2) / DELTA[:5]) > 1e-2
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=5), st.floats(0, 3))
+def test_solution_past_the_blow_up(delta, t):
+    delta = np.array(delta)
+    v = np.asarray(joma.modified_mlp_solution(t, delta))
+    largest = np.max(np.abs(delta))
+    if largest == 0:
+        assert np.all(v == 0)
+        assert np.isinf(joma.blow_up_time(delta))
+    elif t < np.sqrt(np.pi / 2) / largest * (1 - 1e-9):
+        np.testing.assert_allclose(
+            v, np.sqrt(2) * erfinv(np.sqrt(2 / np.pi) * delta * t), rtol=1e-6, atol=1e-9
+        )
+    elif t > np.sqrt(np.pi / 2) / largest:
+        winners = np.abs(delta) == largest
+        np.testing.assert_array_equal(v[winners], np.sign(delta[winners]) * np.inf)
+        limits = np.sqrt(2) * erfinv(delta[~winners] / largest)
+        np.testing.assert_allclose(v[~winners], limits, rtol=1e-6, atol=1e-9)
+
+
+def test_ties_share_the_win_and_zero_saliency_stays():
+    v = joma.modified_mlp_solution(jnp.array([0.5, 9.0]), jnp.array([2.0, -2.0, 0.0, 1.0]))
+    assert v.shape == (2, 4)
+    assert v[1].tolist()[:3] == [np.inf, -np.inf, 0.0]
+    path = joma.modified_mlp_flow(jnp.zeros(3), jnp.zeros(3), [0.0, 1e6])
+    assert np.all(np.asarray(path.ys) == 0)
+
+
+def test_beyond_the_blow_up_the_flow_says_so():
+    with pytest.raises(RuntimeError, match="blows up"):
+        joma.modified_mlp_flow(jnp.zeros(2), jnp.array([1.0, 0.5]), [0.0, 1.3])
+    path = joma.modified_mlp_flow(jnp.zeros(2), jnp.array([1.0, 0.5]), [0.0, 1.0, 1.3], throw=False)
+    assert not bool(path.ok)
+    assert np.isnan(path.ys[-1]).all()
+
+
+def test_hidden_nodes_stay_parallel_to_their_saliency():
+    delta = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)))
+    ts = jnp.array([0.0, 0.5, 0.9]) * joma.blow_up_time(delta)
+    lengths = jnp.linalg.norm(delta, axis=1)
+    path = joma.modified_mlp_flow(jnp.zeros((5, 3)), delta, ts)
+    expected = joma.modified_mlp_solution(ts, lengths)[:, :, None] * (delta / lengths[:, None])[None]
+    np.testing.assert_allclose(path.ys, expected, atol=1e-7)
+
+
+def test_rescaled_flow_goes_through_the_blow_up_on_the_same_orbit():
+    delta = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)))
+    path = joma.rescaled_mlp_flow(jnp.zeros((5, 3)), delta, jnp.array([0.0, 0.5, 1.0, 30.0]))
+    direct = joma.modified_mlp_flow(jnp.zeros((5, 3)), delta, path.ys.t[:3])
+    np.testing.assert_allclose(path.ys.V[:3], direct.ys, atol=1e-7)
+    assert float(jnp.max(jnp.sum(path.ys.V[-1] ** 2, axis=1))) > 1000  # exp of half of it overflows
+    assert float(path.ys.t[-1]) == pytest.approx(float(joma.blow_up_time(delta)), rel=1e-7)
+    assert float(stable_rank(path.ys.V[-1])) < float(stable_rank(path.ys.V[1]))
+
+
+@given(st.floats(-3, 3), st.floats(0.01, 5), st.floats(0.1, 3))
+def test_moments_of_a_gaussian_cluster(r, length, scale):
+    u = r / (scale * length)
+    cases = {
+        "relu": (norm.cdf(u), scale * norm.pdf(u) / length),
+        "identity": (1.0, 0.0),
+        "square": (r, scale**2),
+    }
+    for name, expected in cases.items():
+        found = joma.gaussian_moments(r, length, ACTIVATIONS[name], scale)
+        np.testing.assert_allclose(found, expected, atol=1e-11 * max(1, scale / length))
+
+
+def test_moments_against_quadrature():
+    density = lambda u: norm.pdf(u, scale=0.7)  # noqa: E731
+    slope = lambda u: 1 / np.cosh(0.4 + 1.3 * u) ** 2  # noqa: E731
+    gain = quad(lambda u: slope(u) * density(u), -8, 8, epsabs=1e-13)[0]
+    stretch = quad(lambda u: slope(u) * u * density(u), -8, 8, epsabs=1e-13)[0] / 1.3
+    np.testing.assert_allclose(joma.gaussian_moments(0.4, 1.3, jnp.tanh, 0.7), (gain, stretch), atol=1e-11)
+
+
+def test_mixture_field_is_the_mean_over_samples():
+    generator = np.random.default_rng(0)
+    centers, weights, v, scale = (
+        generator.normal(size=(3, 4)),
+        np.array([0.5, -0.3, 0.2]),
+        generator.normal(size=4),
+        0.6,
+    )
+    field = joma.isotropic_mixture_field(v, centers, weights, 0.1, jax.nn.relu, scale)
+    noise = scale * generator.normal(size=(200_000, 4))
+    terms = sum(
+        a * ((c + noise) * ((c + noise) @ v + 0.1 > 0)[:, None])
+        for a, c in zip(weights, centers, strict=True)
+    )
+    errors = terms.std(axis=0) / np.sqrt(len(noise))
+    assert np.all(np.abs(terms.mean(axis=0) - field) < 5 * errors)
+
+
+def test_mixture_field_at_zero_weight():
+    centers, weights = jnp.array([[1.0, 2.0], [3.0, -1.0]]), jnp.array([1.0, 2.0])
+    field = joma.isotropic_mixture_field(jnp.zeros(2), centers, weights, jnp.array([0.0, 1.0]), jnp.tanh, 1.0)
+    expected = centers[0] + 2 * centers[1] / np.cosh(1.0) ** 2
+    np.testing.assert_allclose(field, expected, rtol=1e-12)
+    slope = jax.jacfwd(lambda v: joma.isotropic_mixture_field(v, centers, weights, 0.0, jnp.tanh, 1.0))(
+        jnp.zeros(2)
+    )
+    assert np.all(np.isfinite(slope))
+
+
+def test_saturating_flow_against_its_log_residual():
+    mu, ts = jnp.array([0.0, 0.5, 1.0, 2.0, 3.7]), jnp.array([0.0, 0.1, 1.0, 4.0])
+    s = joma.log_residual_flow(mu, ts).ys
+    v = joma.saturating_flow(jnp.zeros(5), mu, ts).ys
+    np.testing.assert_allclose(v, mu[None] * -np.expm1(-np.asarray(s)), atol=1e-6)
+    np.testing.assert_allclose(s[:, 0], ts, rtol=1e-9)
+    oracle = solve_ivp(lambda t, v: (2 - v) * np.exp(v**2 / 2), (0, 1), [0.05], rtol=1e-10, atol=1e-12).y[
+        0, -1
+    ]
+    found = joma.saturating_flow([0.05], [2.0], [0.0, 1.0], solver=diffrax.Dopri8()).ys[-1, 0]
+    assert float(found) == pytest.approx(oracle, abs=1e-7)
+
+
+def test_a_component_that_should_vanish_does():
+    path = joma.saturating_flow([2.0, -1.0], [0.0, 0.0], [0.0, 20.0])
+    assert np.all(np.abs(path.ys[-1]) < 1e-7)
+
+
+def test_log_residual_has_its_late_law():
+    mu, t = jnp.array([0.5, 1.0, 1.5, 2.0]), 20.0
+    s = joma.log_residual_flow(mu, [0.0, t], rtol=1e-11, atol=1e-12).ys[-1]
+    np.testing.assert_allclose(s, jnp.exp(mu**2 / 2) * (t - joma.onset_delay(mu)), rtol=1e-9)
+    # Recorded: 22.468, 32.094, 59.123, 141.438.
+    np.testing.assert_allclose(s, [22.468, 32.094, 59.123, 141.438], atol=1e-3)
+    slow, fast = (joma.log_residual_flow(mu, [0.0, t]).ys[-1] for t in (100.0, 1000.0))
+    for later, bound in ((slow, 1e-2), (fast, 1e-3)):
+        ratio = later / later[1] / joma.rate_ratio(mu, 1.0)
+        np.testing.assert_allclose(ratio, 1, atol=bound)
+
+
+@pytest.mark.parametrize("mu", [0.0, 1e-6, 7.0])
+def test_onset_delay_against_quadrature(mu):
+    def integrand(x):
+        return np.exp(-((mu * np.expm1(-x)) ** 2) / 2) - np.exp(-(mu**2) / 2)
+
+    expected = quad(integrand, 0, 60, epsabs=1e-13, limit=200)[0]
+    assert float(joma.onset_delay(mu)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_entropy_dips_and_recovers():
+    mu, ts = jnp.array([1.0, 2.0, 3.0]), jnp.linspace(0.0, 200.0, 20001)
+    v = joma.saturating_flow(jnp.full(3, 0.05), mu, ts, rtol=1e-7).ys
+    over_time = entropy(jax.nn.softmax(v**2 / 2, axis=-1))
+    # Recorded: 1.0986 at the start, 0.1721 at the dip, 0.3487 at the end.
+    np.testing.assert_allclose(
+        [over_time[0], over_time.min(), over_time[-1]], [1.0986, 0.1721, 0.3487], atol=2e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: joma.attend([1.0], [1.0], "cosine"), "kind must be one of"),
+        (
+            lambda: joma.attend([1.0, 2.0], [1.0], "exp"),
+            r"z must have shape \(1,\) or \(1,\), got shape \(2,\)",
+        ),
+        (lambda: joma.attend([1.0], [1.0], "exp", 0.0), "temperature must be a positive number"),
+        (lambda: joma.invariant([[1.0]], [1.0, 2.0], "exp"), r"V and z must have shapes \(M, K\) and \(M,\)"),
+        (
+            lambda: joma.invariant([[1.0]], [1.0], "exp", learning_rate_w=0.0),
+            "learning_rate_w must be a positive",
+        ),
+        (lambda: joma.invariant([[1.0]], [1.0], "softmax"), "mean_attention must be given for softmax"),
+        (lambda: joma.invariant([[1.0]], [1.0], "exp", mean_attention=[1.0]), "mean_attention must be given"),
+        (lambda: joma.modified_mlp_flow([0.0], [1.0, 2.0], [0.0, 1.0]), "V0 and delta must have one shape"),
+        (lambda: joma.modified_mlp_flow([0.0], [np.nan], [0.0, 1.0]), "delta must be finite"),
+        (lambda: joma.modified_mlp_solution(-1.0, [1.0]), "t must be >= 0"),
+        (lambda: joma.modified_mlp_solution(1.0, [[1.0]]), "delta must be finite numbers of shape"),
+        (lambda: joma.blow_up_time(1.0), "delta must have shape"),
+        (lambda: joma.saturating_flow([0.0], [1.0, 2.0], [0.0, 1.0]), "v0 and mu must have one shape"),
+        (lambda: joma.log_residual_flow([np.inf], [0.0, 1.0]), "mu must be finite"),
+        (lambda: joma.gaussian_moments(0.0, 1.0, jnp.tanh, 0.0), "scale must be a positive number"),
+        (
+            lambda: joma.isotropic_mixture_field([1.0], [[1.0, 2.0]], [1.0], 0.0, jnp.tanh, 1.0),
+            "v, centers and weights must have shapes",
+        ),
+        (lambda: joma.saliency([1.0], [[1.0], [2.0]]), "gradient and x must have shapes"),
+    ],
+)
+def test_bad_input_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_saliency_is_the_mean_over_samples():
+    generator = np.random.default_rng(0)
+    g, x = generator.normal(size=(7, 2)), generator.uniform(size=(7, 3))
+    np.testing.assert_allclose(joma.saliency(g, x), np.mean(x[:, :, None] * g[:, None, :], axis=0))
+    np.testing.assert_allclose(joma.saliency(g[:, 0], x), joma.saliency(g, x)[:, 0])
+
+
+def test_other_numbers_compile_nothing():
+    for call in (
+        lambda shift: joma.modified_mlp_flow(jnp.zeros(2), jnp.array([1.0, shift]), [0.0, 1.0]),
+        lambda shift: joma.saturating_flow(jnp.zeros(2), jnp.array([1.0, shift]), [0.0, 1.0]),
+        lambda shift: joma.log_residual_flow(jnp.array([1.0, shift]), [0.0, 1.0]),
+    ):
+        call(0.5)
+        with count_compilations() as names:
+            call(0.25)
+        assert not names, names
+
+
+def test_mixture_field_integrates():
+    def field(t, v, args):
+        return joma.isotropic_mixture_field(v, *args, 0.0, jnp.tanh, 0.5)
+
+    args = (jnp.eye(2), jnp.array([1.0, 0.5]))
+    path = integrate(field, jnp.array([0.1, 0.0]), [0.0, 1.0], args)
+    assert isinstance(path, Trajectory)
+    assert bool(path.ok)
