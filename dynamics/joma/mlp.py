@@ -11,9 +11,8 @@ from jaxtyping import Array, Float
 
 from dynamics.flow import ArrayLike, Trajectory, as_inexact, integrate, is_traced
 
-
 # Near the blow-up a step is long in v, and what is interpolated inside it is worse than its ends.
-_TIGHT = {"rtol": 1e-10, "atol": 1e-12}
+_TIGHT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12, "max_steps": 10_000}
 
 
 class Rescaled(NamedTuple):

@@ -162,7 +162,7 @@ def test_ties_share_the_win_and_zero_saliency_stays():
 
 
 def test_beyond_the_blow_up_the_flow_says_so():
-    with pytest.raises(RuntimeError, match="blows up"):
+    with pytest.raises(RuntimeError, match="blows up|gave up after t = 0"):
         joma.modified_mlp_flow(jnp.zeros(2), jnp.array([1.0, 0.5]), [0.0, 1.3])
     path = joma.modified_mlp_flow(jnp.zeros(2), jnp.array([1.0, 0.5]), [0.0, 1.0, 1.3], throw=False)
     assert not bool(path.ok)
@@ -219,10 +219,8 @@ def test_mixture_field_is_the_mean_over_samples():
     )
     field = joma.isotropic_mixture_field(v, centers, weights, 0.1, jax.nn.relu, scale)
     noise = scale * generator.normal(size=(200_000, 4))
-    terms = sum(
-        a * ((c + noise) * ((c + noise) @ v + 0.1 > 0)[:, None])
-        for a, c in zip(weights, centers, strict=True)
-    )
+    x = centers[:, None, :] + noise
+    terms = np.sum(weights[:, None, None] * x * (x @ v + 0.1 > 0)[:, :, None], axis=0)
     errors = terms.std(axis=0) / np.sqrt(len(noise))
     assert np.all(np.abs(terms.mean(axis=0) - field) < 5 * errors)
 
@@ -344,7 +342,8 @@ def test_other_numbers_compile_nothing():
 
 def test_mixture_field_integrates():
     def field(t, v, args):
-        return joma.isotropic_mixture_field(v, *args, 0.0, jnp.tanh, 0.5)
+        centers, weights = args
+        return joma.isotropic_mixture_field(v, centers, weights, 0.0, jnp.tanh, 0.5)
 
     args = (jnp.eye(2), jnp.array([1.0, 0.5]))
     path = integrate(field, jnp.array([0.1, 0.0]), [0.0, 1.0], args)
