@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -87,8 +87,8 @@ class JomaBlock(nnx.Module):
             head: the layers above, such as an nnx.Linear or nnx.Sequential.
 
         Raises:
-            ValueError: the shapes do not fit; or attention is linear and the logits of a query are all zero,
-                where it sees nothing and, from zero hidden weights, learns nothing.
+            ValueError: the shapes do not fit, or the kind is unknown; or attention is linear and the logits of a
+                query are all zero, where it sees nothing and, from zero hidden weights, learns nothing.
         """
         embedding, query_embedding, W, z = map(as_inexact, (embedding, query_embedding, W, z))
         if any(array.ndim != 2 for array in (embedding, query_embedding, W, z)) or (
@@ -100,6 +100,8 @@ class JomaBlock(nnx.Module):
                 "embedding, query_embedding, W and z must have shapes (d, M), (d, Q), (d, K) and (Q, M), "
                 f"got {shapes}"
             )
+        if kind not in get_args(Kind):
+            raise ValueError(f"kind must be one of {get_args(Kind)}, got {kind!r}")
         if kind == "linear" and not is_traced(z) and not np.all(np.any(np.asarray(z) != 0, axis=1)):
             raise ValueError("z must not be zero for linear attention, a saddle: start from one, got zeros")
         self.embedding, self.query_embedding = Frozen(embedding), Frozen(query_embedding)

@@ -162,7 +162,7 @@ def test_ties_share_the_win_and_zero_saliency_stays():
 
 
 def test_beyond_the_blow_up_the_flow_says_so():
-    with pytest.raises(RuntimeError, match="blows up|gave up after t = 0"):
+    with pytest.raises(RuntimeError, match=r"blows up|gave up after t = 0"):
         joma.modified_mlp_flow(jnp.zeros(2), jnp.array([1.0, 0.5]), [0.0, 1.3])
     path = joma.modified_mlp_flow(jnp.zeros(2), jnp.array([1.0, 0.5]), [0.0, 1.0, 1.3], throw=False)
     assert not bool(path.ok)
