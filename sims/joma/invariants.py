@@ -22,7 +22,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dynamics import joma
-from dynamics.flow import Trajectory
 from models.attention import JomaBlock, JomaInputs, as_function, joma_observer
 from models.data.teachers import nearly_orthogonal_keys
 from models.losses import bind, cross_entropy, squared_error
@@ -77,14 +76,15 @@ _STANDARD = replace(
     tokens=12,
     hidden=8,
     samples=60,
-    substeps=(1, 2, 5, 10, 20),
+    points=200,
+    substeps=(1, 2, 5, 10),
     ratios=(1.0, 0.2, 3.0),
     coherences=(0.001, 0.003, 0.01, 0.03, 0.1),
 )
 PRESETS: dict[Preset, Config] = {
     "quick": _QUICK,
     "standard": _STANDARD,
-    "paper": replace(_STANDARD, horizon=20.0, points=400),
+    "paper": replace(_STANDARD, horizon=20.0, points=800),
 }
 
 
@@ -108,17 +108,11 @@ class Lane(NamedTuple):
     ratio: Any = 1.0
 
 
-class Seen(NamedTuple):
-    """Hidden weights seen through the embeddings, attention logits of the query, and its mean attention."""
-
-    V: Any
-    z: Any
-    mean: Any
-
-
 @eqx.filter_jit
-def _train(key: jax.Array, lanes: Lane, kind: joma.Kind, config: Config) -> tuple[jax.Array, Trajectory]:
-    """Learning rates (L,), and training of every lane at each of them; leaves (lane, L, T, ...)."""
+def _train(
+    key: jax.Array, lanes: Lane, kind: joma.Kind, config: Config
+) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+    """Learning rates (L,), what `_measure` finds, (lane, L), and whether all of it is finite."""
     key_weights, key_head, key_labels = jax.random.split(key, 3)
     M, K, C, dtype = config.tokens, config.hidden, config.classes, lanes.x.dtype
     labels = jax.random.randint(key_labels, (config.samples,), 0, C)
@@ -144,58 +138,44 @@ def _train(key: jax.Array, lanes: Lane, kind: joma.Kind, config: Config) -> tupl
             errors = squared_error(params, (predict, inputs, jax.nn.one_hot(labels, C, dtype=dtype)))
             return jnp.where(lane.loss == 0, cross_entropy(params, data), errors / config.samples)
 
-        def observe(params):
-            V, z = joma_observer(block)(params)
-            return Seen(V, z[0], jnp.mean(joma.attend(z[0], lane.x, kind), axis=0))
-
-        return train_at_rates(
+        rates, path = train_at_rates(
             bind(loss, (predict, inputs, labels)),
             params,
             config.substeps,
             horizon=config.horizon,
             points=config.points,
-            observe=observe,
+            observe=joma_observer(block),
             precondition=scale_by_name(W=1.0, z=lane.ratio, head=1.0),
         )
+        return rates, jax.vmap(lambda V, z: _measure(V, z[:, 0], lane, kind))(*path.ys), path.ok
 
-    rates, paths = jax.vmap(one)(lanes)
-    return rates[0], paths
-
-
-@eqx.filter_jit
-def _drifts(path: Trajectory, ratios: jax.Array, kind: joma.Kind) -> dict[str, jax.Array]:
-    """Largest drift of both forms of the invariant over the largest change of their z, (lane, L)."""
-
-    def drift(seen, ratio):
-        weighted = jax.vmap(lambda s: joma.invariant(s.V, s.z, kind, learning_rate_z=ratio))(seen)
-        change = _largest(seen.z**2 if kind == "linear" else seen.z) / ratio
-        return _largest(weighted) / change
-
-    over = jax.vmap(jax.vmap(drift, (0, None)))
-    return {"printed": over(path.ys, jnp.ones_like(ratios)), "weighted": over(path.ys, ratios)}
+    rates, measured, ok = jax.vmap(one)(lanes)
+    return rates[0], measured, jnp.all(ok)
 
 
-@eqx.filter_jit
-def _softmax_errors(path: Trajectory, ratios: jax.Array) -> dict[str, jax.Array]:
-    """Errors of softmax logits computed from V, over their largest change, and the correlation, (lane, L)."""
+def _measure(V: jax.Array, z: jax.Array, lane: Lane, kind: joma.Kind) -> dict[str, jax.Array]:
+    """Drifts of a path (T, M, K), (T, M) of weights and logits, over the largest change of the logits."""
 
-    def errors(seen, ratio):
-        change = _largest(seen.z)
-        moving = joma.softmax_logits(seen.V, seen.mean, seen.z[0], ratio)
-        still = joma.softmax_logits(seen.V, jnp.broadcast_to(seen.mean[0], seen.mean.shape), seen.z[0], ratio)
-        return {
-            "differential": jnp.max(jnp.abs(moving - seen.z)) / change,
-            "integral": jnp.max(jnp.abs(still - seen.z)) / change,
-            "correlation": jnp.corrcoef(still[-1], seen.z[-1])[0, 1],
-            "sum": _largest(jnp.sum(seen.z, axis=1)),
-        }
+    def largest(path):
+        return jnp.max(jnp.abs(path - path[:1]))
 
-    return jax.vmap(jax.vmap(errors, (0, None)))(path.ys, ratios)
+    def drift(ratio):
+        kept = jax.vmap(lambda V, z: joma.invariant(V, z, kind, learning_rate_z=ratio))(V, z)
+        return ratio * largest(kept) / largest(z**2 if kind == "linear" else z)
 
-
-def _largest(path: jax.Array) -> jax.Array:
-    """The largest change from the start."""
-    return jnp.max(jnp.abs(path - path[:1]))
+    if kind != "softmax":
+        return {"printed": drift(1.0), "weighted": drift(lane.ratio)}
+    mean = jax.vmap(lambda z: jnp.mean(joma.attend(z, lane.x, kind), axis=0))(z)
+    moving, still = (
+        joma.softmax_logits(V, mean, z[0], lane.ratio)
+        for mean in (mean, jnp.broadcast_to(mean[0], mean.shape))
+    )
+    return {
+        "differential": jnp.max(jnp.abs(moving - z)) / largest(z),
+        "integral": jnp.max(jnp.abs(still - z)) / largest(z),
+        "correlation": jnp.corrcoef(still[-1], z[-1])[0, 1],
+        "sum": largest(jnp.sum(z, axis=1)),
+    }
 
 
 @partial(jax.jit, static_argnames="config")
@@ -224,28 +204,20 @@ def run(config: Config, context: Context) -> Result:
     combinations = [Lane(x, embeddings[0], a, head, loss, ratio) for ratio, a, head, loss in choices]
     lanes = _stack(combinations + [Lane(x, U) for U in embeddings])
 
-    rates, drift, coherent = jnp.zeros(0), {}, {}
-    for index, kind in enumerate(EXACT):
-        context.progress(f"training {kind} attention", 0.1 + 0.3 * index)
-        rates, path = _train(key_train, lanes, kind, config)
-        _require_ok(path)
-        drifts = _drifts(path, lanes.ratio, kind)
-        n = len(combinations)
-        drift[kind] = {form: values[:n] for form, values in drifts.items()}
-        coherent[kind] = drifts["weighted"][n:]
+    context.progress("training linear attention", 0.1)
+    rates, linear, linear_ok = _train(key_train, lanes, "linear", config)
+    context.progress("training exp attention", 0.4)
+    _, exp, exp_ok = _train(key_train, lanes, "exp", config)
 
     context.progress("training softmax attention", 0.7)
-    choices = itertools.product(
-        (np.broadcast_to(x[:1], x.shape), x), config.ratios, range(len(ACTIVATIONS)), range(len(HEADS))
-    )
-    lanes = _stack(Lane(x, embeddings[0], a, head, 0, ratio) for x, ratio, a, head in choices)
-    _, path = _train(key_train, lanes, "softmax", config)
-    _require_ok(path)
-    softmax = {
-        name: jnp.reshape(error, (len(CONTEXTS), -1, len(config.substeps)))
-        for name, error in _softmax_errors(path, lanes.ratio).items()
-    }
+    one_and_random = (np.broadcast_to(x[:1], x.shape), x)
+    choices = itertools.product(one_and_random, config.ratios, range(len(ACTIVATIONS)), range(len(HEADS)))
+    softmax_lanes = _stack(Lane(x, embeddings[0], a, head, 0, ratio) for x, ratio, a, head in choices)
+    _, softmax, softmax_ok = _train(key_train, softmax_lanes, "softmax", config)
+    if not (linear_ok & exp_ok & softmax_ok):
+        raise RuntimeError("training diverged; lower the learning rates: raise points or substeps")
 
+    exact, n = {"linear": linear, "exp": exp}, len(combinations)
     data = {
         "rates": rates,
         "choice": {
@@ -253,30 +225,23 @@ def run(config: Config, context: Context) -> Result:
             for name in ("ratio", "activation", "head", "loss")
         },
         "coherences": np.array([0.0, *config.coherences]),
-        "drift": drift,
-        "coherent": coherent,
-        "softmax": softmax,
+        "drift": {kind: jax.tree.map(lambda values: values[:n], found) for kind, found in exact.items()},
+        "coherent": {kind: found["weighted"][n:] for kind, found in exact.items()},
+        "softmax": jax.tree.map(
+            lambda values: values.reshape(len(CONTEXTS), -1, len(config.substeps)), softmax
+        ),
     }
     data = jax.tree.map(np.asarray, data)
-    claims = (
-        *(_exact(kind, data) for kind in EXACT),
-        _softmax(data),
-        _orthogonal(data),
-    )
+    claims = (*(_exact(kind, data) for kind in EXACT), _softmax(data), _orthogonal(data))
     dims = {
         "rates": ("rate",),
         **{f"choice/{name}": ("combination",) for name in data["choice"]},
         "coherences": ("coherence",),
-        **{f"drift/{kind}/{form}": ("combination", "rate") for kind in EXACT for form in drift[kind]},
+        **{f"drift/{kind}/{form}": ("combination", "rate") for kind in EXACT for form in linear},
         **{f"coherent/{kind}": ("coherence", "rate") for kind in EXACT},
         **{f"softmax/{name}": ("context", "softmax_combination", "rate") for name in softmax},
     }
     return Result(data, claims, dims)
-
-
-def _require_ok(path: Trajectory) -> None:
-    if not bool(jnp.all(path.ok)):
-        raise RuntimeError("training diverged; lower the learning rates: raise points or substeps")
 
 
 def _orders(rates: np.ndarray, errors: np.ndarray) -> np.ndarray:
@@ -284,7 +249,8 @@ def _orders(rates: np.ndarray, errors: np.ndarray) -> np.ndarray:
 
 
 def _exact(kind: joma.Kind, data: dict[str, Any]) -> Claim:
-    rates, drift, unequal = data["rates"], data["drift"][kind], data["choice"]["ratio"] != 1
+    rates, drift, ratios = data["rates"], data["drift"][kind], data["choice"]["ratio"]
+    larger = rates[None] * np.maximum(ratios, 1)[:, None]
     orders = _orders(rates, drift["weighted"])
     quantity = "z^2 - sum_k v_k^2" if kind == "linear" else "z - (1/2) sum_k v_k^2"
     return Claim(
@@ -299,7 +265,7 @@ def _exact(kind: joma.Kind, data: dict[str, Any]) -> Claim:
                 "as printed, unequal rates: order of the drift in the learning rate, the nearest to 1",
                 "slope",
                 1.0,
-                _orders(rates, drift["printed"][unequal]).max(),
+                _orders(rates, drift["printed"][ratios != 1]).max(),
                 0.1,
             ),
             # The second order bends the line at the largest rate.
@@ -311,10 +277,10 @@ def _exact(kind: joma.Kind, data: dict[str, Any]) -> Claim:
             ),
             # Over a time of order one, with gradients below one, twice what other blocks showed.
             Check(
-                "weighted: largest drift over change of z, per learning rate",
+                "weighted: largest drift over change of z, per larger learning rate",
                 "at most",
                 0.1,
-                np.max(drift["weighted"] / rates),
+                np.max(drift["weighted"] / larger),
             ),
         ],
     )
@@ -417,8 +383,8 @@ def figure(saved: Saved) -> Figure:
             ax.plot([], [], "o", color=f"C{index}", label=label)
         ax.plot([], [], label="as printed, unequal rates", **plotting.PRINTED)
         plotting.reference_slope(ax, rates, np.median(weighted, axis=0), 1, "slope 1")
-        _room(ax)
-        ax.set(xlabel="learning rate", ylabel="drift / change of z")
+        _finish(ax, rates)
+        ax.set(ylabel="drift / change of z")
         ax.set_title(f"{kind.capitalize()} attention: z and W learn at any rates")
         ax.legend(fontsize=7.5, ncols=2, loc="upper left")
     linear.text(
@@ -437,8 +403,8 @@ def figure(saved: Saved) -> Figure:
     plotting.reference_slope(
         softmax, rates, np.median(saved["softmax/differential"][0], axis=0), 1, "slope 1"
     )
-    _room(softmax)
-    softmax.set(xlabel="learning rate", ylabel="error / change of z")
+    _finish(softmax, rates)
+    softmax.set(ylabel="error / change of z")
     softmax.set_title("Softmax attention: logits from V")
     softmax.legend(ncols=3, loc="upper left")
 
@@ -455,7 +421,10 @@ def figure(saved: Saved) -> Figure:
     return drawn
 
 
-def _room(ax: Axes) -> None:
-    """Room for the legend above the data."""
+def _finish(ax: Axes, rates: np.ndarray) -> None:
+    """The learning rates as ticks, and room for the legend above the data."""
+    ax.set_xticks(rates, [f"{rate:.3g}" for rate in rates])
+    ax.minorticks_off()
+    ax.set_xlabel("learning rate")
     low, high = ax.get_ylim()
     ax.set_ylim(low, high * (high / low) ** 0.3)
