@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import erfinv
 from jaxtyping import Array
 from matplotlib.figure import Figure
+from scipy.special import erfinv
 
 from dynamics import joma
 from dynamics.flow import Trajectory
@@ -115,7 +115,7 @@ def run(config: Config, context: Context) -> Result:
     # Shares of the blow-up time; the first are those of the network's records.
     left = np.geomspace(1 - HORIZON, 1e-8, 29)[1:]
     progress = np.append(np.linspace(0.0, HORIZON, config.points + 1), 1 - left)
-    sizes = jnp.append(jnp.sqrt(2.0) * erfinv(progress), jnp.asarray(SIZES))
+    sizes = jnp.asarray([*np.sqrt(2) * erfinv(progress), *SIZES])
 
     context.progress("following the flows", 0.0)
     flows, ranks = _flows(deltas, sizes)
