@@ -70,13 +70,16 @@ def require_times(ts: ArrayLike, dtype: Any) -> Float[Array, " T"]:
     return times
 
 
-def require_number(name: str, value: ArrayLike, dtype: Any, *, at_least: int | float | None = None) -> Array:
+def require_number(name: str, value: Any, dtype: Any, *, at_least: int | float | None = None) -> Array:
     """One finite number as an array of the given dtype, or `ValueError`; a bound is checked as well.
 
     A traced value cannot be looked at: the caller sees to it that a bad one gives `ok=False` or NaN.
     """
-    number = jnp.asarray(value, dtype)
     bound = "" if at_least is None else f" >= {at_least:g}"
+    real = isinstance(value, (int, float, np.ndarray, np.generic, jax.Array, Sequence))
+    if not real or jnp.iscomplexobj(value) or isinstance(value, str):
+        raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
+    number = jnp.asarray(value, dtype)
     bad = number.ndim != 0
     if not bad and not is_traced(number):
         bad = not np.isfinite(float(number)) or (at_least is not None and float(number) < at_least)

@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dynamics.flow import ArrayLike, as_inexact, is_traced
 
@@ -42,6 +42,8 @@ class SequenceClasses(eqx.Module):
 
     def __check_init__(self):
         P = self.P
+        if not jnp.issubdtype(P.dtype, jnp.floating):
+            raise ValueError(f"P must be real, got dtype {P.dtype}")
         if P.ndim != 2 or P.shape[0] < 1 or P.shape[1] < 2:
             raise ValueError(f"P must have shape (K, M) with K >= 1 and M >= 2, got shape {P.shape}")
         if not is_traced(P):
@@ -50,20 +52,19 @@ class SequenceClasses(eqx.Module):
                 raise ValueError("P must hold finite numbers >= 0, got a negative or infinite one or NaN")
             # Rounding of M numbers, and of probabilities that were written down with few digits.
             deviation = np.abs(values.sum(axis=1) - 1)
-            tolerance = 1e-6 + values.shape[1] * float(jnp.finfo(P.dtype).eps)
-            if np.any(deviation > tolerance):
+            if np.any(deviation > _sum_tolerance(P)):
                 row = int(np.argmax(deviation))
                 raise ValueError(f"P must have rows that sum to 1, got {values[row].sum():.6g} in row {row}")
         for name, tokens in (("query", self.query), ("next_token", self.next_token)):
             if tokens.shape != P.shape[:1]:
                 raise ValueError(f"{name} must have shape ({P.shape[0]},), got shape {tokens.shape}")
-            if not jnp.issubdtype(tokens.dtype, jnp.integer):
-                raise ValueError(f"{name} must hold integers, got dtype {tokens.dtype}")
-            if not is_traced(tokens):
-                values = np.asarray(tokens)
-                outside = values[(values < 0) | (values >= P.shape[1])]
-                if outside.size:
-                    raise ValueError(f"{name} must hold tokens 0 to {P.shape[1] - 1}, got {outside[0]}")
+            require_tokens(name, tokens, P.shape[1])
+
+    def are_valid(self) -> Bool[Array, ""]:
+        """Whether the values are what is required: for classes that were traced when they were made."""
+        sums = jnp.abs(jnp.sum(self.P, axis=1) - 1) <= _sum_tolerance(self.P)
+        inside = [(tokens >= 0) & (tokens < self.vocab_size) for tokens in (self.query, self.next_token)]
+        return jnp.all(self.P >= 0) & jnp.all(sums) & jnp.all(inside[0] & inside[1])
 
     @property
     def num_classes(self) -> int:
@@ -74,6 +75,23 @@ class SequenceClasses(eqx.Module):
     def vocab_size(self) -> int:
         """Size of the vocabulary M."""
         return self.P.shape[-1]
+
+
+def _sum_tolerance(P: Array) -> float:
+    return 1e-6 + P.shape[1] * float(jnp.finfo(P.dtype).eps)
+
+
+def require_tokens(name: str, tokens: ArrayLike, vocab_size: int) -> Int[Array, "..."]:
+    """Tokens as an array of integers, or `ValueError` unless they are 0 to vocab_size - 1 (if not traced)."""
+    tokens = jnp.asarray(tokens)
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"{name} must hold integers, got dtype {tokens.dtype}")
+    if not is_traced(tokens):
+        values = np.asarray(tokens)
+        outside = values[(values < 0) | (values >= vocab_size)]
+        if outside.size:
+            raise ValueError(f"{name} must hold tokens 0 to {vocab_size - 1}, got {outside[0]}")
+    return tokens
 
 
 def distinct_tokens(classes: SequenceClasses) -> Bool[Array, "K M"]:
@@ -152,7 +170,13 @@ def log_context_weights(Z: ArrayLike, classes: SequenceClasses) -> Float[Array, 
     if Z.shape != (M, M):
         raise ValueError(f"Z must have shape ({M}, {M}), got shape {Z.shape}")
     dtype = jnp.promote_types(Z.dtype, classes.P.dtype)
-    return jnp.log(classes.P).astype(dtype) + Z[classes.query].astype(dtype)
+    return log_counts(classes.P).astype(dtype) + Z[classes.query].astype(dtype)
+
+
+def log_counts(counts: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Logarithm of numbers >= 0 with a gradient of zero, rather than NaN, where they are zero."""
+    occurs = counts > 0
+    return jnp.where(occurs, jnp.log(jnp.where(occurs, counts, 1)), -jnp.inf)
 
 
 def distinct_entropy(Z: ArrayLike, classes: SequenceClasses) -> Float[Array, " K"]:
@@ -183,32 +207,5 @@ def distinct_entropy(Z: ArrayLike, classes: SequenceClasses) -> Float[Array, " K
     kept = (classes.P > 0) & (distinct | ~has_distinct)
     log_share = jax.nn.log_softmax(jnp.where(kept, log_context_weights(Z, classes), 0), axis=-1, where=kept)
     log_share = jnp.where(kept, log_share, 0)
-    entropy = -jnp.sum(jnp.exp(log_share) * log_share, axis=-1)
+    entropy = 0 - jnp.sum(jnp.exp(log_share) * log_share, axis=-1)
     return jnp.where(has_distinct[:, 0], entropy, 0)
-
-
-def class_overlap(Z: ArrayLike, classes: SequenceClasses) -> Float[Array, "K K"]:
-    r"""Cosines <f_n, f_n'> between what the classes attend to, f_n = c_n / |c_n|.
-
-    Off the diagonal they decide which reduced flow is good: `weak_correlation_flow` needs them below 0.01.
-
-    Source: tian2023scan, section 4.
-
-    Args:
-        Z: attention logits [query, context token], shape (M, M).
-        classes: the sequence classes.
-
-    Returns:
-        The Gram matrix F F^T, shape (K, K), ones on the diagonal.
-
-    Raises:
-        ValueError: `Z` has the wrong shape.
-
-    Example:
-        >>> classes = SequenceClasses([[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]], [1, 2], [1, 2])
-        >>> class_overlap(jnp.zeros((3, 3)), classes).round(6).tolist()
-        [[1.0, 0.5], [0.5, 1.0]]
-    """
-    c = context_distribution(Z, classes)
-    f = c / jnp.linalg.norm(c, axis=-1, keepdims=True)
-    return f @ f.T

@@ -7,12 +7,11 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optimistix as optx
 from jaxtyping import Array, Float
 
 from dynamics.flow import ArrayLike, as_inexact, is_traced, require_number
-from dynamics.scan_snap.classes import SequenceClasses, log_context_weights
+from dynamics.scan_snap.classes import SequenceClasses, log_context_weights, require_tokens
 
 
 def decoder_margin(
@@ -35,7 +34,8 @@ def decoder_margin(
         vocab_size: size of the vocabulary M, at least 2.
 
     Returns:
-        h, of the shape of `t`; NaN where a traced argument is out of range.
+        h, of the shape of `t`; NaN where a traced argument is out of range, or M learning_rate_Y t / K is
+        beyond the dtype.
 
     Raises:
         ValueError: an argument is out of range and can be looked at.
@@ -48,7 +48,7 @@ def decoder_margin(
     t, rate, K, M = _require_setting(t, learning_rate_Y, num_classes, vocab_size)
     drive = M * rate * t / K
     u = jax.vmap(_solve_margin, in_axes=(0, None))(drive.reshape(-1), M).reshape(drive.shape)
-    good = (t >= 0) & (rate >= 0) & (K >= 1) & (M >= 2)
+    good = (t >= 0) & (rate >= 0) & (K >= 1) & (M >= 2) & jnp.isfinite(drive)
     return jnp.where(good, u / M, jnp.nan)
 
 
@@ -60,7 +60,8 @@ def _solve_margin(drive: Array, M: Array) -> Array:
         drive, M = args
         return (M - 1) * u + jnp.expm1(u) - drive
 
-    # Both are above the root, and the excess is convex: Newton's method falls to the root monotonically.
+    # Both are above the root, and the excess is convex: Newton's method falls to the root monotonically, and
+    # then stays within rounding, which is not what the solver calls converged.
     upper = jnp.minimum(drive / M, jnp.log1p(drive))
     precision = jnp.finfo(drive.dtype)
     newton = optx.Newton(rtol=4 * float(precision.eps), atol=float(precision.tiny))
@@ -92,6 +93,7 @@ def crossover_time(learning_rate_Y: ArrayLike, num_classes: ArrayLike, vocab_siz
         8.67
     """
     _, rate, K, M = _require_setting(0.0, learning_rate_Y, num_classes, vocab_size)
+    _require_positive("learning_rate_Y", rate)
     return K / rate * ((M - 1) / M * jnp.log(M - 1) + (M - 2) / M)
 
 
@@ -137,9 +139,9 @@ def attention_growth(
     t, rate_Y, K, M = _require_setting(t, learning_rate_Y, num_classes, vocab_size)
     rate_Z, C0 = _require_growth(learning_rate_Z, C0, t.dtype)
     h = decoder_margin(t, rate_Y, K, M)
-    # h is proportional to learning_rate_Y where that is zero: nothing grows.
-    ratio = jnp.where(rate_Y > 0, rate_Z / jnp.where(rate_Y > 0, rate_Y, 1), 0)
-    return jnp.log1p(2 * K * (M - 1) ** 2 / C0 * ratio * h**2) / 4
+    # For a decoder that stands still h / learning_rate_Y has the limit t / (K M), and nothing grows.
+    per_rate = jnp.where(rate_Y > 0, h / jnp.where(rate_Y > 0, rate_Y, 1), t / (K * M))
+    return jnp.log1p(2 * K * (M - 1) ** 2 / C0 * rate_Z * h * per_rate) / 4
 
 
 def attention_growth_scanning(
@@ -180,8 +182,8 @@ def attention_growth_snapping(
 
         B = (1/4) ln(1 + 2 K (M - 1)^2 / (C0 M^2) (learning_rate_Z / learning_rate_Y) ln^2(M rate_Y t / K))
 
-    Source: tian2023scan, Theorem 4, corrected. Arguments, result and errors are those of `attention_growth`;
-    infinite at t = 0, where it does not apply.
+    Source: tian2023scan, Theorem 4, corrected. Arguments, result and errors are those of `attention_growth`,
+    but that learning_rate_Y must be positive. Infinite at t = 0, where it does not apply.
 
     Example:
         >>> rates = dict(learning_rate_Y=1.0, learning_rate_Z=1.0)
@@ -191,6 +193,7 @@ def attention_growth_snapping(
     """
     t, rate_Y, K, M = _require_setting(t, learning_rate_Y, num_classes, vocab_size)
     rate_Z, C0 = _require_growth(learning_rate_Z, C0, t.dtype)
+    _require_positive("learning_rate_Y", rate_Y)
     square = jnp.log(M * rate_Y * t / K) ** 2
     return jnp.log1p(2 * K * (1 - 1 / M) ** 2 / C0 * rate_Z / rate_Y * square) / 4
 
@@ -209,7 +212,7 @@ def attention_growth_printed(
         B = ln(C0 + 2 K (learning_rate_Z / learning_rate_Y) ln^2(M learning_rate_Y t / K))
 
     Source: tian2023scan, Theorem 4, as in the talks. Arguments, result and errors are those of
-    `attention_growth`.
+    `attention_growth_snapping`.
 
     Example:
         >>> rates = dict(learning_rate_Y=1.0, learning_rate_Z=1.0)
@@ -219,6 +222,7 @@ def attention_growth_printed(
     """
     t, rate_Y, K, M = _require_setting(t, learning_rate_Y, num_classes, vocab_size)
     rate_Z, C0 = _require_growth(learning_rate_Z, C0, t.dtype)
+    _require_positive("learning_rate_Y", rate_Y)
     return jnp.log(C0 + 2 * K * rate_Z / rate_Y * jnp.log(M * rate_Y * t / K) ** 2)
 
 
@@ -279,7 +283,8 @@ def log_relative_gain_closed_form(
         Z0: attention logits at the start, shape (M, M); zero where None.
 
     Returns:
-        ln(1 + r), shape (K,).
+        ln(1 + r), shape (K,). NaN where r(0) < 0 and the form promises less than nothing: take the token
+        that is more probable than the reference.
 
     Raises:
         ValueError: `Z` or `Z0` has the wrong shape, or a token lies outside of the vocabulary.
@@ -299,13 +304,9 @@ def log_relative_gain_closed_form(
 
 
 def _require_tokens(name: str, tokens: ArrayLike, classes: SequenceClasses) -> Array:
-    tokens = jnp.asarray(tokens)
-    if tokens.shape not in ((), (classes.num_classes,)) or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"{name} must be integers of shape () or ({classes.num_classes},), got {tokens}")
-    if not is_traced(tokens):
-        values = np.asarray(tokens)
-        if np.any((values < 0) | (values >= classes.vocab_size)):
-            raise ValueError(f"{name} must hold tokens 0 to {classes.vocab_size - 1}, got {tokens}")
+    tokens = require_tokens(name, tokens, classes.vocab_size)
+    if tokens.shape not in ((), (classes.num_classes,)):
+        raise ValueError(f"{name} must have shape () or ({classes.num_classes},), got shape {tokens.shape}")
     return jnp.broadcast_to(tokens, (classes.num_classes,))
 
 
@@ -323,6 +324,10 @@ def _require_setting(
 def _require_growth(learning_rate_Z: ArrayLike, C0: ArrayLike, dtype: Any) -> tuple[Array, Array]:
     rate = require_number("learning_rate_Z", learning_rate_Z, dtype, at_least=0)
     C0 = require_number("C0", C0, dtype)
-    if not is_traced(C0) and not bool(C0 > 0):
-        raise ValueError(f"C0 must be a positive number, got {C0}")
+    _require_positive("C0", C0)
     return rate, C0
+
+
+def _require_positive(name: str, value: Array) -> None:
+    if not is_traced(value) and not bool(value > 0):
+        raise ValueError(f"{name} must be a positive number, got {value}")

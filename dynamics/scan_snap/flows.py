@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dynamics.flow import ArrayLike, Trajectory, as_inexact, integrate, require_number
-from dynamics.scan_snap.classes import SequenceClasses, context_distribution, distinct_tokens
+from dynamics.flow import ArrayLike, Trajectory, as_inexact, integrate, is_traced, require_number
+from dynamics.scan_snap.classes import SequenceClasses, distinct_tokens, log_counts
+from dynamics.scan_snap.closed_forms import decoder_margin
 
 
 class Weights(NamedTuple):
@@ -44,8 +45,8 @@ def population_flow(
         z_m' = (learning_rate_Z / K) sum_{n: psi(n) = m} f_n * (I - f_n f_n^T) Y g_n.
 
     The sums of Y over next tokens and of each row of Z are conserved. Where classes share no context token,
-    or all have the same P, zero logits are at rest; in the second case they are a saddle if the queries
-    differ, since different attention could tell the classes apart, and rounding grows.
+    or all have the same P, zero logits are at rest from a zero decoder; in the second case they are a saddle
+    if the queries differ, since different attention could tell the classes apart, and rounding grows.
 
     Source: tian2023scan, Lemma 2.
 
@@ -74,7 +75,7 @@ def population_flow(
     """
     dtype, rates = _require_rates(classes, learning_rate_Y, learning_rate_Z)
     start = Weights(_require_start("Y0", Y0, classes, dtype), _require_start("Z0", Z0, classes, dtype))
-    return integrate(_population_flow_field, _guard(start, rates), ts, (classes, rates), **options)
+    return integrate(_population_flow_field, _guard(start, rates, classes), ts, (classes, rates), **options)
 
 
 def fast_decoder_flow(
@@ -120,7 +121,7 @@ def fast_decoder_flow(
     dtype, rates = _require_rates(classes, learning_rate_Y, learning_rate_Z)
     A0 = jnp.zeros((classes.num_classes, classes.vocab_size), dtype)
     start = (A0, _require_start("Z0", Z0, classes, dtype))
-    path = integrate(_fast_decoder_field, _guard(start, rates), ts, (classes, rates), **options)
+    path = integrate(_fast_decoder_field, _guard(start, rates, classes), ts, (classes, rates), **options)
     return _with_decoder(path, classes)
 
 
@@ -167,7 +168,7 @@ def weak_correlation_flow(
     """
     dtype, rates = _require_rates(classes, learning_rate_Y, learning_rate_Z)
     start = (jnp.zeros((), dtype), _require_start("Z0", Z0, classes, dtype))
-    path = integrate(_weak_correlation_field, _guard(start, rates), ts, (classes, rates), **options)
+    path = integrate(_weak_correlation_field, _guard(start, rates, classes), ts, (classes, rates), **options)
     # A = u (E - 1/M) with u = M h.
     u, Z = path.ys
     A = u[:, None, None] * (_one_hot(classes, dtype) - 1 / classes.vocab_size)[None]
@@ -195,7 +196,7 @@ def attended_features(
         [0.6, 0.8]
     """
     empty = jnp.all(counts == 0, axis=-1, keepdims=True)
-    b = jax.nn.softmax(jnp.where(empty, 0, jnp.log(counts) + Z[query]), axis=-1)
+    b = jax.nn.softmax(jnp.where(empty, 0, log_counts(counts) + Z[query]), axis=-1)
     return jnp.where(empty, 0, b / jnp.linalg.norm(b, axis=-1, keepdims=True))
 
 
@@ -252,7 +253,7 @@ def growth_rate(weights: Weights, classes: SequenceClasses) -> Float[Array, " K"
 
     xi_n = z'_l / (learning_rate_Z f_nl^2) at the most probable distinct token l, where z' is what class n
     contributes to the `population_field`. Along `fast_decoder_flow` it is the same at every distinct token.
-    (`weak_correlation_flow` has a rate of its own, (kappa / K) sum_{n' != n} <f_n, f_n'>.)
+    (`weak_correlation_flow` has a rate of its own, `weak_growth_rate`.)
 
     Source: tian2023scan, Theorem 3.
 
@@ -261,7 +262,7 @@ def growth_rate(weights: Weights, classes: SequenceClasses) -> Float[Array, " K"
         classes: the sequence classes.
 
     Returns:
-        xi, shape (K,); 0 for a class that has no distinct token.
+        xi, shape (K,); 0 for a class that has no distinct token, or whose attention has left it to rounding.
 
     Example:
         >>> classes = SequenceClasses([[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]], query=[1, 2], next_token=[1, 2])
@@ -271,11 +272,67 @@ def growth_rate(weights: Weights, classes: SequenceClasses) -> Float[Array, " K"
     Y, Z = weights
     f = _features(Z, classes)
     g = _one_hot(classes, f.dtype) - jax.nn.softmax(f @ Y, axis=-1)
+    v = g @ Y.T
     distinct = distinct_tokens(classes)
     likeliest = jnp.argmax(jnp.where(distinct, classes.P, -1), axis=-1)[:, None]
-    f_l, dz_l = (jnp.take_along_axis(a, likeliest, axis=-1)[:, 0] for a in (f, _pull(f, g @ Y.T)))
-    xi = dz_l / (classes.num_classes * f_l**2)
-    return jnp.where(jnp.any(distinct, axis=-1), xi, 0)
+    f_l, v_l = (jnp.take_along_axis(a, likeliest, axis=-1)[:, 0] for a in (f, v))
+    # z'_l = f_l (v_l - f_l <f, v>) / K.
+    attended = jnp.any(distinct, axis=-1) & (f_l > 0)
+    xi = v_l / jnp.where(attended, f_l, 1) - jnp.sum(f * v, axis=-1)
+    return jnp.where(attended, xi / classes.num_classes, 0)
+
+
+def class_overlap(Z: ArrayLike, classes: SequenceClasses) -> Float[Array, "K K"]:
+    r"""Cosines <f_n, f_n'> between what the classes attend to, f_n = c_n / |c_n|.
+
+    Off the diagonal they decide which reduced flow is good: `weak_correlation_flow` needs them below 0.01.
+
+    Source: tian2023scan, section 4.
+
+    Args:
+        Z: attention logits [query, context token], shape (M, M).
+        classes: the sequence classes.
+
+    Returns:
+        The Gram matrix F F^T, shape (K, K), ones on the diagonal.
+
+    Example:
+        >>> classes = SequenceClasses([[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]], [1, 2], [1, 2])
+        >>> class_overlap(jnp.zeros((3, 3)), classes).round(6).tolist()
+        [[1.0, 0.5], [0.5, 1.0]]
+    """
+    f = _features(as_inexact(Z), classes)
+    return f @ f.T
+
+
+def weak_growth_rate(
+    Z: ArrayLike, classes: SequenceClasses, t: ArrayLike, learning_rate_Y: ArrayLike
+) -> Float[Array, " K"]:
+    r"""`growth_rate` of `weak_correlation_flow`: xi_n = (kappa(t) / K) sum_{n' != n} <f_n, f_n'>.
+
+    Source: tian2023scan, Theorem 3.
+
+    Args:
+        Z: attention logits [query, context token] at time t, shape (M, M).
+        classes: the sequence classes.
+        t: the time, from the start of the flow, a number >= 0.
+        learning_rate_Y: learning rate of the decoder.
+
+    Returns:
+        xi, shape (K,).
+
+    Raises:
+        ValueError: `t` or the learning rate is out of range.
+
+    Example:
+        >>> classes = SequenceClasses([[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]], query=[1, 2], next_token=[1, 2])
+        >>> weak_growth_rate(jnp.zeros((3, 3)), classes, 0.0, 1.0).tolist()
+        [0.0, 0.0]
+    """
+    K, M = classes.num_classes, classes.vocab_size
+    u = M * decoder_margin(t, learning_rate_Y, K, M)
+    others = jnp.sum(class_overlap(Z, classes), axis=-1) - 1
+    return u / (M - 1 + jnp.exp(u)) / K * others
 
 
 def row_sums(weights: Weights) -> Weights:
@@ -305,8 +362,7 @@ def _pull(f: Array, v: Array) -> Array:
 
 def _features(Z: Array, classes: SequenceClasses) -> Array:
     """f_n = c_n / |c_n|, shape (K, M)."""
-    c = context_distribution(Z, classes)
-    return c / jnp.linalg.norm(c, axis=-1, keepdims=True)
+    return attended_features(Z, classes.P.astype(Z.dtype), classes.query)
 
 
 def _one_hot(classes: SequenceClasses, dtype: Any) -> Array:
@@ -348,7 +404,9 @@ def _with_decoder(path: Trajectory, classes: SequenceClasses) -> Trajectory:
     return Trajectory(path.ts, Weights(Y, Z), path.ok)
 
 
-def _require_rates(classes: SequenceClasses, rate_Y: ArrayLike, rate_Z: ArrayLike) -> tuple[Any, tuple]:
+def _require_rates(classes: Any, rate_Y: ArrayLike, rate_Z: ArrayLike) -> tuple[Any, tuple]:
+    if not isinstance(classes, SequenceClasses):
+        raise ValueError(f"classes must be SequenceClasses, got {type(classes).__name__}")
     dtype = classes.P.dtype
     rates = (
         require_number("learning_rate_Y", rate_Y, dtype, at_least=0),
@@ -364,10 +422,14 @@ def _require_start(name: str, start: ArrayLike | None, classes: SequenceClasses,
     start = as_inexact(start).astype(dtype)
     if start.shape != (M, M):
         raise ValueError(f"{name} must have shape ({M}, {M}), got shape {start.shape}")
+    if not is_traced(start) and not bool(jnp.all(jnp.isfinite(start))):
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
     return start
 
 
-def _guard(start: Any, rates: tuple) -> Any:
-    """A traced learning rate below zero becomes a start that is not finite, which `integrate` flags."""
-    good = (rates[0] >= 0) & (rates[1] >= 0)
+def _guard(start: Any, rates: tuple, classes: SequenceClasses) -> Any:
+    """Bad traced rates or classes become a start that is not finite, which `integrate` flags."""
+    if not is_traced(rates, classes):  # they have been looked at
+        return start
+    good = (rates[0] >= 0) & (rates[1] >= 0) & classes.are_valid()
     return jax.tree.map(lambda leaf: jnp.where(good, leaf, jnp.nan), start)

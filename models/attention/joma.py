@@ -87,8 +87,8 @@ class JomaBlock(nnx.Module):
             head: the layers above, such as an nnx.Linear or nnx.Sequential.
 
         Raises:
-            ValueError: the shapes do not fit, or the kind is unknown; or attention is linear and the logits of a
-                query are all zero, where it sees nothing and, from zero hidden weights, learns nothing.
+            ValueError: the shapes do not fit, or the kind is unknown; or attention is linear and the logits
+                of a query are all zero, where it sees nothing and, from zero hidden weights, learns nothing.
         """
         embedding, query_embedding, W, z = map(as_inexact, (embedding, query_embedding, W, z))
         if any(array.ndim != 2 for array in (embedding, query_embedding, W, z)) or (

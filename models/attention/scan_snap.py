@@ -10,8 +10,8 @@ from flax import nnx
 from jaxtyping import Array, PyTree
 
 from dynamics.flow import ArrayLike, as_inexact
-from dynamics.scan_snap import Weights
-from models.data.tokens import Contexts
+from dynamics.scan_snap import Weights, require_tokens
+from models.data.tokens import Contexts, require_sequences
 
 
 class ScanSnapAttention(nnx.Module):
@@ -68,16 +68,29 @@ class ScanSnapAttention(nnx.Module):
         return cls(Y, Z)
 
     def __call__(self, contexts: Contexts) -> Array:
-        """Logits (..., M) of the next token from counts: what occurs N times gets N shares."""
-        z = self.Z[...][contexts.query]
+        """Logits (..., M) of the next token from counts: what occurs N times gets N shares.
+
+        Raises:
+            ValueError: the shapes do not fit, or a query lies outside of the vocabulary.
+        """
+        Z = self.Z[...]
+        query = require_tokens("query", contexts.query, len(Z))
+        if jnp.shape(contexts.counts) != (*query.shape, len(Z)):
+            shapes = f"{jnp.shape(contexts.counts)} and {query.shape}"
+            raise ValueError(f"counts and query must have shapes (..., {len(Z)}) and (...), got {shapes}")
+        z = Z[query]
         # Only tokens that occur set the scale: it cancels, and without it those that occur may underflow.
         occurs = contexts.counts > 0
         top = jnp.max(z, axis=-1, keepdims=True, where=occurs, initial=-jnp.inf)
         return self._decode(contexts.counts * jnp.exp(jnp.where(occurs, z - jax.lax.stop_gradient(top), 0)))
 
     def of_tokens(self, tokens: ArrayLike) -> Array:
-        """Logits (B, M) of the next token, position by position, for sequences (B, T) with T >= 2."""
-        tokens = jnp.asarray(tokens)
+        """Logits (B, M) of the next token, position by position, for sequences (B, T) with T >= 2.
+
+        Raises:
+            ValueError: the shape does not fit, or a token lies outside of the vocabulary.
+        """
+        tokens = require_sequences(tokens, len(self.Z[...]))
         context, query = tokens[:, :-1], tokens[:, -1:]
         attention = jax.nn.softmax(self.Z[...][query, context], axis=-1)
         one_hot = jax.nn.one_hot(context, len(self.Y[...]), dtype=attention.dtype)

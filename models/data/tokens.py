@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from dynamics.flow import ArrayLike, as_inexact, is_traced
-from dynamics.scan_snap import SequenceClasses
+from dynamics.scan_snap import SequenceClasses, require_tokens
 
 
 class Contexts(NamedTuple):
@@ -73,7 +73,11 @@ def synthetic_classes(
             raise ValueError(f"{name} must be an integer >= {least}, got {size!r}")
     if num_common + num_distinct == 0:
         raise ValueError("num_distinct must be positive where num_common is 0, got 0")
-    for name, weight in (("common_weight", common_weight), ("distinct_weights", min(distinct_weights))):
+    for name, weight in (
+        ("common_weight", common_weight),
+        ("distinct_weights", min(distinct_weights)),
+        ("distinct_weights", max(distinct_weights)),
+    ):
         if not 0 < weight < np.inf:
             raise ValueError(f"{name} must be positive and finite, got {weight}")
     K = num_queries * next_per_query
@@ -202,16 +206,17 @@ def count_tokens(tokens: ArrayLike, vocab_size: int, dtype: Any = None) -> Conte
         >>> count_tokens([[0, 1, 1, 2]], vocab_size=3).counts.tolist()
         [[1.0, 2.0, 0.0]]
     """
-    tokens = jnp.asarray(tokens)
-    if tokens.ndim != 2 or tokens.shape[1] < 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"tokens must be integers (B, T), T >= 2, got {tokens.dtype} {tokens.shape}")
-    if not is_traced(tokens):
-        values = np.asarray(tokens)
-        outside = values[(values < 0) | (values >= vocab_size)]
-        if outside.size:
-            raise ValueError(f"tokens must be 0 to {vocab_size - 1}, got {outside[0]}")
+    tokens = require_sequences(tokens, vocab_size)
     dtype = jnp.result_type(float) if dtype is None else dtype
     return Contexts(_count(tokens[:, :-1], vocab_size, dtype), tokens[:, -1])
+
+
+def require_sequences(tokens: ArrayLike, vocab_size: int) -> Int[Array, "B T"]:
+    """Sequences as an array, or `ValueError` unless they are tokens of the vocabulary (B, T) with T >= 2."""
+    tokens = require_tokens("tokens", tokens, vocab_size)
+    if tokens.ndim != 2 or tokens.shape[1] < 2:
+        raise ValueError(f"tokens must have shape (B, T) with T >= 2, got shape {tokens.shape}")
+    return tokens
 
 
 def population_contexts(classes: SequenceClasses) -> tuple[Contexts, Int[Array, " K"]]:
@@ -227,7 +232,8 @@ def population_contexts(classes: SequenceClasses) -> tuple[Contexts, Int[Array, 
 
 def _require_sizes(length: Any, batch: int) -> None:
     for name, size, least in (("length", length, 2), ("batch", batch, 1)):
-        if not isinstance(size, (int, np.integer)) or size < least:
+        whole = np.ndim(size) == 0 and np.issubdtype(np.asarray(size).dtype, np.integer)
+        if not whole or size < least:
             raise ValueError(f"{name} must be an integer >= {least}, got {size!r}")
 
 

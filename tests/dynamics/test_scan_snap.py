@@ -273,6 +273,8 @@ def test_bad_classes_are_refused(change, message):
         ({"learning_rate_Z": np.nan}, "learning_rate_Z must be a finite number >= 0, got nan"),
         ({"learning_rate_Y": [1.0, 2.0]}, "learning_rate_Y must be a finite number"),
         ({"Z0": np.zeros((2, 2))}, r"Z0 must have shape \(7, 7\), got shape \(2, 2\)"),
+        ({"Z0": np.full((7, 7), np.nan)}, "Z0 must be finite"),
+        ({"learning_rate_Y": 1j}, "learning_rate_Y must be a finite number >= 0, got 1j"),
         ({"ts": [1.0, 0.0]}, "ts must increase strictly"),
     ],
 )
@@ -328,6 +330,57 @@ def test_other_numbers_compile_nothing():
     with count_compilations() as names:
         scan_snap.decoder_margin(2.0, 3.0, 4, 5)
     assert not names, names
+
+
+def test_traced_bad_classes_fail_in_their_lanes_alone():
+    queries = jnp.array([[5, 6], [7, 6], [-1, 6], [5, 6]])
+    laws = jnp.stack([ONE_COMMON.P] * 3 + [1.1 * ONE_COMMON.P])
+
+    def ok(P, query):
+        classes = SequenceClasses(P, query, ONE_COMMON.next_token)
+        return scan_snap.population_flow(classes, [0.0, 1.0], **RATES, throw=False).ok
+
+    assert jax.vmap(ok)(laws, queries).tolist() == [True, False, False, False]
+
+
+def test_what_does_not_occur_has_no_gradient():
+    def share(P):
+        classes = SequenceClasses(P, [1, 2], [1, 2])
+        return scan_snap.context_distribution(jnp.zeros((3, 3)), classes)[0, 1]
+
+    pull = jax.grad(share)(jnp.array([[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]]))
+    np.testing.assert_allclose(pull, [[-0.5, 0.5, 0.0], [0.0, 0.0, 0.0]], atol=1e-15)
+
+
+def test_growth_rate_is_what_attention_does():
+    path = scan_snap.fast_decoder_flow(ONE_COMMON, [0.0, 5.0], **RATES)
+    weights = Weights(path.ys.Y[-1], path.ys.Z[-1])
+    c = scan_snap.context_distribution(weights.Z, ONE_COMMON)
+    f = c / jnp.linalg.norm(c, axis=1, keepdims=True)
+    velocity = scan_snap.population_field(weights, ONE_COMMON).Z[ONE_COMMON.query]
+    xi = scan_snap.growth_rate(weights, ONE_COMMON)
+    # The same for both distinct tokens of a class.
+    np.testing.assert_allclose(velocity[0, 1:3] / f[0, 1:3] ** 2, xi[0], rtol=1e-10)
+    np.testing.assert_allclose(velocity[1, 3:5] / f[1, 3:5] ** 2, xi[1], rtol=1e-10)
+    # The weak-correlation flow has its own.
+    path = scan_snap.weak_correlation_flow(
+        ONE_COMMON, [0.0, 4.999, 5.0, 5.001], **RATES, rtol=1e-11, atol=1e-14
+    )
+    Z = path.ys.Z
+    c = scan_snap.context_distribution(Z[2], ONE_COMMON)
+    f = c / jnp.linalg.norm(c, axis=1, keepdims=True)
+    velocity = (Z[3] - Z[1])[ONE_COMMON.query] / 0.002 / RATES["learning_rate_Z"]
+    xi = scan_snap.weak_growth_rate(Z[2], ONE_COMMON, 5.0, RATES["learning_rate_Y"])
+    np.testing.assert_allclose(velocity[0, 1:3] / f[0, 1:3] ** 2, xi[0], rtol=1e-5)
+    assert scan_snap.growth_rate(Weights(weights.Y, weights.Z - 1e4), ONE_COMMON).shape == (2,)
+    lost = weights.Z.at[5, 1].set(-1000.0)
+    assert np.all(np.isfinite(scan_snap.growth_rate(Weights(weights.Y, lost), ONE_COMMON)))
+
+
+def test_growth_starts_with_the_decoders_rate():
+    setting = {"learning_rate_Z": 1.0, "num_classes": 10.0, "vocab_size": 1000.0}
+    slope = jax.grad(lambda rate: scan_snap.attention_growth(1.0, learning_rate_Y=rate, **setting))(0.0)
+    assert float(slope) == pytest.approx(0.5 / 10 * 0.999**2, rel=1e-12)
 
 
 @pytest.mark.parametrize("flow", FLOWS)
