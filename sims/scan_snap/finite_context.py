@@ -42,7 +42,7 @@ class Config:
     """Records along a run."""
     substeps: tuple[int, ...] = (1, 3, 10, 30, 100)
     """Steps between two records, one per learning rate: the rate is horizon / (points * substeps)."""
-    lengths: tuple[int, ...] = (129, 257, 513, 1025)
+    lengths: tuple[int, ...] = (257, 513, 1025, 2049)
     """Sequence lengths T, the last token included."""
     length_substeps: int = 20
     """Steps between two records in the runs on sampled contexts."""
@@ -269,14 +269,14 @@ def _first_order_in_length(inverse, errors, wrong, z, theory) -> Claim:
         "tian2023scan, Lemma 2 (T to infinity); the order is derived here",
         "stated",
         [
-            # The second order in 1 / T bends the line by 10 % at T = 129, and the learning rate's own error
-            # adds a few percent at the longest contexts.
+            # The second order in 1 / T bends the line by 5 to 10 % at the shortest contexts, and the learning
+            # rate's own error adds a few percent at the longest.
             Check(
-                "order of the error of Z in 1/T", "slope", 1.0, convergence_order(inverse, errors).slope, 0.15
+                "order of the error of Z in 1/T", "slope", 1.0, convergence_order(inverse, errors).slope, 0.1
             ),
-            # An error of 5 % that does not fall is as large as that of 1000 tokens.
+            # An error of 5 % that does not fall is as large as that of contexts of 1000 tokens.
             Check(
-                "order with attention's rate 5 % off", "at most", 0.8, convergence_order(inverse, wrong).slope
+                "order with attention's rate 5 % off", "at most", 0.7, convergence_order(inverse, wrong).slope
             ),
             # Chance composition of short contexts weakens what attention can learn from them.
             Check(

@@ -185,7 +185,8 @@ def _losses(losses: jax.Array, config: Config) -> Claim:
         / recorded
     )
     iterations = FIGURE_4_EVERY * np.arange(len(recorded))
-    early, late = np.abs(ratio[iterations <= 10] - 1), np.exp(np.mean(np.log(ratio[iterations > 10])))
+    early, late = np.abs(ratio[iterations <= 10] - 1), np.log(ratio[iterations > 10])
+    near = np.abs(late) < np.log(1.3)
     return Claim(
         "scan_snap.tokens/losses",
         "The recorded losses of 100 steps with momentum, from ln 34 down by five orders of magnitude",
@@ -201,8 +202,10 @@ def _losses(losses: jax.Array, config: Config) -> Claim:
             ),
             # Batches of 128: the recorded run's own deviation grows to 6 % at iteration 10.
             Check("largest relative difference to iteration 10", "at most", 0.1, early.max()),
-            # A late loss is a rare event's: runs deviate from each other by 20 to 25 %.
-            Check("geometric mean of trained / recorded after that", "equals", 1.0, late, 0.3),
+            # A late loss is a rare event's: single runs, as the recorded one, deviate by 20 to 25 %.
+            Check("later records within a factor 1.3", "all of", near.size, near.sum(), 0.25 * near.size),
+            # That averages out over 44 records.
+            Check("geometric mean of trained / recorded after that", "equals", 1.0, np.exp(late.mean()), 0.1),
         ],
     )
 
@@ -252,7 +255,7 @@ def _winners(flow_Z: jax.Array, trained_Z: jax.Array, classes: scan_snap.Sequenc
             Check(
                 "flow: rank correlation of z with P at t = 1, 20, 140", "at least", 1.0, in_flow.min(), 1e-9
             ),
-            # The rarest tokens occur once per sequence, and their order is noise.
+            # The rarest tokens occur once per sequence: their order may be noise.
             Check("trained: rank correlation, mean over the seeds", "at least", 0.9, trained.mean()),
         ],
     )
