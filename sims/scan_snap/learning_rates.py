@@ -23,7 +23,7 @@ from models.data.tokens import population_contexts, sample_contexts, synthetic_c
 from models.losses import cross_entropy, on_batches
 from models.training import scale_by_name, train
 from sims import plotting
-from sims.claims import Check, Claim, Preset
+from sims.claims import Check, Claim, Preset, all_of
 from sims.results import Context, Result, Saved
 from sims.scan_snap._recorded import FIGURE_6_QUERIES, FIGURE_6_RATES, FIGURE_6_RATIOS, figure_6
 
@@ -167,7 +167,7 @@ def _recorded_grid(entropy, mean, std) -> Claim:
         "stated",
         [
             # Two deviations of a single run on both sides, and the third digit of a few seeds.
-            Check("cells within two combined deviations + 0.02", "all of", inside.size, inside.sum()),
+            all_of("cells within two combined deviations + 0.02", inside),
             # Means over seeds of the same distribution differ by less than what a single run does.
             Check(
                 "mean |difference| in combined standard deviations",
@@ -190,7 +190,7 @@ def _sparser(entropy) -> Claim:
         "tian2023scan, remark (1) after Theorem 4; Figure 6",
         "qualified",
         [
-            Check("falls of the trained entropy with learning_rate_Z", "all of", falls.size, falls.sum()),
+            all_of("falls of the trained entropy with learning_rate_Z", falls),
             # Of the order of what the figure is about; whether contexts are finite changes less than this.
             Check(
                 "mean fall from the smallest rates to the largest, trained", "at least", 0.1, fall["trained"]
@@ -219,8 +219,8 @@ def _denser(entropy, queries) -> Claim:
         "tian2023scan, remark (2) after Theorem 4; Figure 6",
         "qualified",
         [
-            Check("rises from ratio 2 to ratio 10", "all of", rises.size, rises.sum()),
-            Check("several queries: falls from ratio 1 to ratio 2", "all of", dips.size, dips.sum()),
+            all_of("rises from ratio 2 to ratio 10", rises),
+            all_of("several queries: falls from ratio 1 to ratio 2", dips),
         ],
         condition="learning_rate_Y >= 2 learning_rate_Z",
     )

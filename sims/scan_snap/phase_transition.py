@@ -26,7 +26,7 @@ from models.data.tokens import population_contexts
 from models.losses import bind, cross_entropy
 from models.training import scale_by_name, train_at_rates
 from sims import plotting
-from sims.claims import Check, Claim, Preset
+from sims.claims import Check, Claim, Preset, all_of
 from sims.compare import compare, convergence_order, fit_line, lane, lane_gaps, require_sweeps
 from sims.results import Context, Result, Saved
 from sims.scan_snap.reduction import one_common_token
@@ -345,16 +345,12 @@ def _rates(config: Config, by_Z: dict, by_Y: dict, units: np.ndarray) -> Claim:
         "qualified",
         [
             # Signs: no tolerance.
-            _all_of("B rises with learning_rate_Z, all times", rising),
-            _all_of("B falls with learning_rate_Y, after 2 K ln(M) / rate_Y", denser[:, late] < 0),
-            _all_of("B rises with learning_rate_Y, before K ln(M) / rate_Y", denser[:, early] > 0),
+            all_of("B rises with learning_rate_Z, all times", rising),
+            all_of("B falls with learning_rate_Y, after 2 K ln(M) / rate_Y", denser[:, late] < 0),
+            all_of("B rises with learning_rate_Y, before K ln(M) / rate_Y", denser[:, early] > 0),
         ],
         condition="it is late, for learning_rate_Y: early on B grows with it",
     )
-
-
-def _all_of(label: str, holds: np.ndarray) -> Check:
-    return Check(label, "all of", holds.size, int(np.count_nonzero(holds)))
 
 
 def _trained(rates, gaps: np.ndarray, reduced_gap: float, peak: float) -> Claim:

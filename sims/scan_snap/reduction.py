@@ -23,7 +23,7 @@ from dynamics.flow import Trajectory
 from dynamics.scan_snap import SequenceClasses
 from models.data.tokens import synthetic_classes
 from sims import plotting
-from sims.claims import Check, Claim, Preset
+from sims.claims import Check, Claim, Preset, all_of
 from sims.compare import convergence_order
 from sims.results import Context, Result, Saved
 
@@ -202,10 +202,6 @@ def _relative_error(reduced: np.ndarray, full: np.ndarray) -> np.ndarray:
     return np.max(gap / np.where(size > 0, size, 1), axis=-1)
 
 
-def _all_of(label: str, holds: np.ndarray) -> Check:
-    return Check(label, "all of", holds.size, int(np.count_nonzero(holds)))
-
-
 def _fate(z: np.ndarray, data: list[SequenceClasses], ratios: np.ndarray) -> Claim:
     """Signs at all times after the start; `data` ends with Figure 4's and the unequal common tokens."""
     distinct, common = [], []
@@ -224,9 +220,9 @@ def _fate(z: np.ndarray, data: list[SequenceClasses], ratios: np.ndarray) -> Cla
         "qualified",
         [
             # Signs: no tolerance.
-            _all_of("distinct tokens, all data, ratios and times: z > 0", grown > 0),
-            _all_of("one common token: z < 0", single < 0),
-            _all_of("one or several common tokens: sum of z < 0", sums < 0),
+            all_of("distinct tokens, all data, ratios and times: z > 0", grown > 0),
+            all_of("one common token: z < 0", single < 0),
+            all_of("one or several common tokens: sum of z < 0", sums < 0),
             # A common token that one class hardly uses is nearly distinct for the other.
             Check("three common tokens of unequal probability: largest z", "at least", 0.01, exception),
         ],
@@ -271,7 +267,7 @@ def _gain_full(full: dict[str, np.ndarray], ratios: np.ndarray, count: int) -> C
                 1e-3,
                 worst[np.searchsorted(ratios[slow], 0.01)],
             ),
-            _all_of("errors that rise with the ratio, up to 0.1", rising),
+            all_of("errors that rise with the ratio, up to 0.1", rising),
         ],
     )
 

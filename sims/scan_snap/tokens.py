@@ -27,7 +27,7 @@ from models.data.tokens import population_contexts, sample_contexts, synthetic_c
 from models.losses import bind, cross_entropy, on_batches
 from models.training import train, train_at_rates
 from sims import plotting
-from sims.claims import Check, Claim, Preset
+from sims.claims import Check, Claim, Preset, all_of
 from sims.compare import compare, lane
 from sims.results import Context, Result, Saved
 from sims.scan_snap._recorded import FIGURE_4_EVERY, FIGURE_4_LOSSES
@@ -203,7 +203,7 @@ def _losses(losses: jax.Array, config: Config) -> Claim:
             # Batches of 128: the recorded run's own deviation grows to 6 % at iteration 10.
             Check("largest relative difference to iteration 10", "at most", 0.1, early.max()),
             # A late loss is a rare event's: single runs, as the recorded one, deviate by 20 to 25 %.
-            Check("later records within a factor 1.3", "all of", near.size, near.sum(), 0.25 * near.size),
+            all_of("later records within a factor 1.3", near, 0.25 * near.size),
             # That averages out over 44 records.
             Check("geometric mean of trained / recorded after that", "equals", 1.0, np.exp(late.mean()), 0.1),
         ],
