@@ -6,9 +6,11 @@ import jax.numpy as jnp
 from jax.scipy.special import entr
 from jaxtyping import Array, Float
 
+from dynamics.flow import ArrayLike, as_inexact
 
-def stable_rank(A: Float[Array, "*batch m n"]) -> Float[Array, "*batch"]:
-    r"""Stable rank |A|_F^2 / |A|_2^2: between 1 and the rank; 0 for a zero matrix.
+
+def stable_rank(A: ArrayLike) -> Float[Array, "*batch"]:
+    r"""Stable rank |A|_F^2 / |A|_2^2: between 1 and the rank; 0 for a zero matrix. A is (..., m, n).
 
     Source: vershynin2018, section 7.6.
 
@@ -16,7 +18,7 @@ def stable_rank(A: Float[Array, "*batch m n"]) -> Float[Array, "*batch"]:
         >>> float(stable_rank(jnp.diag(jnp.array([2.0, 1.0, 1.0]))))
         1.5
     """
-    values = jnp.linalg.svd(A, compute_uv=False)
+    values = jnp.linalg.svd(as_inexact(A), compute_uv=False)
     largest = jnp.max(values, axis=-1, keepdims=True)
     # Scaled before it is squared: a collapsed matrix would underflow.
     return jnp.sum(jnp.square(values / jnp.where(largest > 0, largest, 1)), axis=-1)
@@ -37,14 +39,14 @@ def effective_rank(A: Float[Array, "*batch m n"]) -> Float[Array, "*batch"]:
     return jnp.where(total == 0, 0, jnp.exp(entropy(shares)))
 
 
-def entropy(p: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
+def entropy(p: ArrayLike, axis: int = -1) -> Float[Array, "..."]:
     r"""Shannon entropy -sum_i p_i log p_i in nats along an axis; 0 for a one-hot vector.
 
     Example:
         >>> round(float(entropy(jnp.full(4, 0.25))), 4)  # log 4
         1.3863
     """
-    return jnp.sum(entr(p), axis=axis)
+    return jnp.sum(entr(as_inexact(p)), axis=axis)
 
 
 def alignment(A: Float[Array, "*batch m n"], B: Float[Array, "*batch m n"]) -> Float[Array, "*batch"]:

@@ -7,10 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-import numpy as np
-
-from dynamics.flow import ArrayLike
-
 Relation = Literal["equals", "at most", "at least", "slope", "all of"]
 Form = Literal["stated", "corrected", "qualified", "quoted"]
 Preset = Literal["quick", "standard", "paper"]
@@ -125,13 +121,15 @@ class Claim:
         return "needs --x64" if self.verdict == "fails" and not x64 else self.verdict
 
 
-def all_of(label: str, holds: ArrayLike, missing: float = 0) -> Check:
+def all_of(label: str, holds: Any, missing: float = 0) -> Check:
     """A check that a condition holds in all of many cases, but for `missing` of them.
 
     Example:
         >>> str(all_of("steps that descend", [True, True, False], missing=1))
         'steps that descend: 2 (all of 3 ± 1)'
     """
+    import numpy as np  # claims are listed without it
+
     cases = np.asarray(holds, bool)
     return Check(label, "all of", cases.size, int(np.count_nonzero(cases)), missing)
 

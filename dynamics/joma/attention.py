@@ -30,7 +30,8 @@ def attend(z: ArrayLike, x: ArrayLike, kind: Kind | str, temperature: ArrayLike 
         b, the shape of `x`. Softmax is over the tokens that occur, and zero where none does.
 
     Raises:
-        ValueError: the kind is unknown, the shapes do not fit, or the temperature is not positive.
+        ValueError: the kind is unknown, the shapes do not fit, the temperature is not positive, or `x` is
+            negative.
 
     Example:
         >>> attend([1000.0, 1000.0, 9999.0], [1.0, 3.0, 0.0], "softmax").tolist()
@@ -38,19 +39,24 @@ def attend(z: ArrayLike, x: ArrayLike, kind: Kind | str, temperature: ArrayLike 
     """
     z, x = as_inexact(z), as_inexact(x)
     _require_kind(kind)
-    if x.ndim < 1 or z.shape not in (x.shape[-1:], x.shape):
+    if x.ndim < 1:
+        raise ValueError("x must have shape (..., M), got a number")
+    if z.shape not in (x.shape[-1:], x.shape):
         raise ValueError(f"z must have shape {x.shape[-1:]} or {x.shape}, got shape {z.shape}")
     dtype = jnp.promote_types(z.dtype, x.dtype)
     temperature = require_number("temperature", temperature, dtype)
     if not is_traced(temperature) and not bool(temperature > 0):
         raise ValueError(f"temperature must be a positive number, got {temperature}")
+    if not is_traced(x) and not bool(jnp.all(x >= 0)):
+        raise ValueError("x must not be negative, nor NaN")
+    temperature = jnp.where(temperature > 0, temperature, jnp.nan)
     x = x.astype(dtype)
     z = jnp.broadcast_to(z.astype(dtype), x.shape) / temperature
     if kind == "linear":
         return x * z
-    if kind == "exp":
-        return x * jnp.exp(z)
     occurs = x > 0
+    if kind == "exp":
+        return x * jnp.exp(jnp.where(occurs, z, 0))
     # Tokens that do not occur have no say in the scale: what occurs must not underflow beside them.
     top = jnp.max(z, axis=-1, keepdims=True, where=occurs, initial=-jnp.inf)
     weights = x * jnp.exp(jnp.where(occurs, z - jax.lax.stop_gradient(top), 0))

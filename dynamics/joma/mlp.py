@@ -55,7 +55,13 @@ def modified_mlp_flow(V0: ArrayLike, delta: ArrayLike, ts: ArrayLike, **options:
         True
     """
     V0, delta = _require_delta(V0, delta)
-    return integrate(_modified_mlp_field, V0, ts, delta, **{**_TIGHT, **options})
+    try:
+        return integrate(_modified_mlp_field, V0, ts, delta, **{**_TIGHT, **options})
+    except RuntimeError as error:
+        raise RuntimeError(
+            "ts must end before the blow-up, which blow_up_time gives for a zero start; rescaled_mlp_flow "
+            f"goes through it ({error})"
+        ) from None
 
 
 def rescaled_mlp_flow(V0: ArrayLike, delta: ArrayLike, taus: ArrayLike, **options: Any) -> Trajectory:
@@ -106,7 +112,7 @@ def modified_mlp_solution(t: ArrayLike, delta: ArrayLike) -> Array:
         delta: saliency, shape (M,).
 
     Returns:
-        v, shape (*t.shape, M).
+        v, shape (*t.shape, M); NaN where a traced t is negative.
 
     Raises:
         ValueError: `t` is negative, or `delta` is not a vector of finite numbers.
@@ -125,7 +131,8 @@ def modified_mlp_solution(t: ArrayLike, delta: ArrayLike) -> Array:
     # Winners must reach infinity: a quotient of equal numbers may be rounded below one.
     share = delta / jnp.where(largest > 0, largest, 1)
     share = jnp.where(jnp.abs(delta) == largest, jnp.sign(delta), share).astype(dtype)
-    progress = jnp.minimum(t.astype(dtype) / blow_up_time(delta).astype(dtype), 1)
+    progress = jnp.minimum(t.astype(dtype) * jnp.sqrt(2 / jnp.pi).astype(dtype) * largest, 1)
+    progress = jnp.where(t >= 0, jnp.where(largest > 0, progress, 0), jnp.nan)
     share = share.reshape((1,) * t.ndim + share.shape)
     return jnp.sqrt(2.0).astype(dtype) * erfinv(progress[..., None] * share)
 
@@ -142,7 +149,7 @@ def blow_up_time(delta: ArrayLike) -> Float[Array, ""]:
         The time, a scalar; infinite where delta is zero.
 
     Raises:
-        ValueError: `delta` has another shape.
+        ValueError: `delta` has another shape, or is not finite.
 
     Example:
         >>> round(float(blow_up_time([1.0, -2.0])), 6)
@@ -151,6 +158,8 @@ def blow_up_time(delta: ArrayLike) -> Float[Array, ""]:
     delta = as_inexact(delta)
     if delta.ndim not in (1, 2) or delta.size == 0:
         raise ValueError(f"delta must have shape (M,) or (M, K), got shape {delta.shape}")
+    if not _is_finite(delta):
+        raise ValueError("delta must be finite, got NaN or infinity")
     rows = delta[:, None] if delta.ndim == 1 else delta
     return jnp.sqrt(jnp.pi / 2).astype(delta.dtype) / jnp.max(jnp.linalg.norm(rows, axis=-1))
 

@@ -88,7 +88,7 @@ class JomaBlock(nnx.Module):
 
         Raises:
             ValueError: the shapes do not fit, or the kind is unknown; or attention is linear and the logits
-                of a query are all zero, where it sees nothing and, from zero hidden weights, learns nothing.
+                of a query are all zero: it sees nothing and, from zero hidden weights, never learns.
         """
         embedding, query_embedding, W, z = map(as_inexact, (embedding, query_embedding, W, z))
         if any(array.ndim != 2 for array in (embedding, query_embedding, W, z)) or (
@@ -103,7 +103,10 @@ class JomaBlock(nnx.Module):
         if kind not in get_args(Kind):
             raise ValueError(f"kind must be one of {get_args(Kind)}, got {kind!r}")
         if kind == "linear" and not is_traced(z) and not np.all(np.any(np.asarray(z) != 0, axis=1)):
-            raise ValueError("z must not be zero for linear attention, a saddle: start from one, got zeros")
+            raise ValueError(
+                "z must not be zero for linear attention: no token is seen, and from zero hidden weights, a "
+                "dead saddle, nothing is ever learned; start from one"
+            )
         self.embedding, self.query_embedding = Frozen(embedding), Frozen(query_embedding)
         self.W, self.z = nnx.Param(W), nnx.Param(z)
         self.kind, self.activation, self.temperature, self.head = kind, activation, temperature, head

@@ -71,7 +71,7 @@ class Config:
     steps: int = 6000
     """Steps of the other networks."""
     largest: tuple[float, ...] = (2.0, 5.0, 10.0, 40.0)
-    """Largest targets at which the reduced flow is integrated besides 20."""
+    """Largest targets at which the reduced flow is integrated besides 20; the least is 5 at most."""
 
     def __post_init__(self):
         require_sweeps(self, "substeps", "largest")
@@ -87,10 +87,6 @@ PRESETS: dict[Preset, Config] = {
     "standard": replace(_QUICK, substeps=(2, 5, 10, 20, 50), steps=20_000),
     "paper": replace(_QUICK, substeps=(2, 5, 10, 20, 50, 100, 200), steps=100_000),
 }
-
-
-def _identity(x: Array) -> Array:
-    return x
 
 
 def _mean_squared_error(params, data):
@@ -145,7 +141,7 @@ def _train_others(key: Array, config: Config) -> Trajectory:
 
     # Of eight features about half are on, and the output adds them: all share one error.
     features = jax.random.bernoulli(keys[0], 0.5, (200, 8)).astype(dtype)
-    predict, params = as_function(_block(8, _identity))
+    predict, params = as_function(_block(8, jax.nn.identity))
     inputs = JomaInputs(features, jnp.zeros(200, jnp.int32))
     data = (predict, inputs, features @ _targets(2.0, 8)[:, None])
     runs["dense"] = (_mean_squared_error, data, params)
@@ -155,7 +151,7 @@ def _train_others(key: Array, config: Config) -> Trajectory:
     occurs = (tokens < 6)[None, :] | ((tokens - 6)[None, :] // 2 == labels[:, None])
     counts = jnp.where(occurs, jax.random.exponential(keys[1], occurs.shape, dtype), 0)
     contexts = JomaInputs(counts / counts.sum(axis=1, keepdims=True), jnp.zeros(120, jnp.int32))
-    for name, activation in (("linear", _identity), ("relu", jax.nn.relu)):
+    for name, activation in (("linear", jax.nn.identity), ("relu", jax.nn.relu)):
         for kind in get_args(Kind)[1:]:
             head = nnx.Linear(20, 6, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(keys[2]))
             block = JomaBlock.standard(
@@ -223,7 +219,7 @@ def run(config: Config, context: Context) -> Result:
     by_size = _attention_entropy(jnp.delete(flows.ys, 1, axis=1) ** 2 / 2)
 
     context.progress("training on one-hot tokens", 0.4)
-    data, params = _one_hot(_identity)
+    data, params = _one_hot(jax.nn.identity)
     rates, trained = train_at_rates(
         bind(_mean_squared_error, data),
         params,
@@ -239,6 +235,7 @@ def run(config: Config, context: Context) -> Result:
     others = _train_others(jax.random.key(context.seed), config)
     networks = {"one_hot_linear": _attention_entropy(finest.ys.z), **others.ys}
     bounces = {name: _bounce(path) for name, path in networks.items()}
+    falls = {name: float(path[0] - path.min()) for name, path in networks.items()}
     sizes = {
         "largest": np.array([LARGEST, *config.largest]),
         "bounce": np.array(list(map(_bounce, by_size.T))),
@@ -259,7 +256,7 @@ def run(config: Config, context: Context) -> Result:
         _figure_4(fields),
         _large_targets(ts, fields),
         _network(times, rates, gaps, networks["one_hot_linear"]),
-        _criterion(bounces, sizes),
+        _criterion(bounces, falls, sizes),
     )
     dims = {
         "theory/v": ("time", "token"),
@@ -349,8 +346,9 @@ def _network(ts: Array, rates, gaps, trained: Array) -> Claim:
     )
 
 
-def _criterion(bounces, sizes) -> Claim:
-    small = float(np.max(sizes["bounce"][sizes["largest"] <= 5], initial=-np.inf))
+def _criterion(bounces, falls, sizes) -> Claim:
+    small = float(np.max(sizes["bounce"][sizes["largest"] <= 5]))
+    softest = {name: falls[name] for name in LABELS if name != "dense"}
     return Claim(
         "joma.bounce/criterion",
         "The nonlinearity makes attention bounce",
@@ -362,6 +360,9 @@ def _criterion(bounces, sizes) -> Claim:
             Check("one-hot, squared error, ReLU", "at least", 0.1, bounces["one_hot_relu"]),
             Check("one-hot, squared error, targets of 5 at most", "at most", 0.1, small),
             *[Check(label, "at most", 0.1, bounces[name]) for name, label in LABELS.items()],
+            # They do train: recorded falls are 0.40 to 0.43 under cross-entropy, 0.02 with dense features.
+            Check("least fall of the entropy, cross-entropy", "at least", 0.3, min(softest.values())),
+            Check("fall of the entropy, dense features", "at least", 0.01, falls["dense"]),
         ],
         condition="the loss stops every token by itself, at a large target; with or without a nonlinearity",
     )

@@ -73,10 +73,6 @@ PRESETS: dict[Preset, Config] = {
 }
 
 
-def _identity(s: Array) -> Array:
-    return s
-
-
 def _driven_by(params: Any, data: Any) -> Array:
     """The loss whose upstream gradient is fixed: -mean(g h)."""
     predict, inputs, gradient = data
@@ -120,7 +116,7 @@ def run(config: Config, context: Context) -> Result:
     delta = joma.saliency(gradient, x)
     blow_up = joma.blow_up_time(delta)
     inputs = JomaInputs(x, jnp.zeros(config.samples, int))
-    block = JomaBlock.standard(key_block, tokens, 1, kind="exp", scale=0.0, activation=_identity)
+    block = JomaBlock.standard(key_block, tokens, 1, kind="exp", scale=0.0, activation=jax.nn.identity)
     predict, params = as_function(block)
 
     context.progress("training at every learning rate", 0.0)

@@ -90,13 +90,9 @@ def _block(key: jax.Array, config: Config) -> JomaBlock:
         config.scale * jax.random.normal(key_W, (DIM, CLASSES)),
         config.scale * jax.random.normal(key_z, (1, TOKENS)),
         kind="softmax",
-        activation=_identity,
+        activation=jax.nn.identity,
         temperature=config.temperature,
     )
-
-
-def _identity(h: jax.Array) -> jax.Array:
-    return h
 
 
 def _problem(key: jax.Array, x: jax.Array, labels: jax.Array, config: Config):
@@ -240,11 +236,9 @@ def _correlation(estimate: dict[str, np.ndarray], config: Config) -> Claim:
         "tian2024joma, Theorem 1 and Figure 2",
         "qualified",
         [
-            *(
-                # On random contexts runs scatter by 0.05 at the end, and the recorded one is one of them.
-                Check(f"{name}: smallest correlation over the run", "at least", 0.95, lowest, 0.05 * index)
-                for index, (name, lowest) in enumerate(zip(CONTEXTS, correlation.min(axis=1), strict=True))
-            ),
+            # The recorded line. On random contexts single runs end on both sides of it, so the line is lower.
+            Check("gaussian: smallest correlation over the run", "at least", 0.95, correlation[0].min()),
+            Check("random: smallest correlation over the run", "at least", 0.9, correlation[1].min()),
             # Logits of a tenth: the estimate's terms of second order have not grown yet.
             Check(f"larger relative L2 error at step {EARLY}", "at most", 0.1, error[:, early].max()),
             # An error that a correlation hides.

@@ -69,10 +69,6 @@ class Ranks(NamedTuple):
     dV: Array | Any
 
 
-def _identity(s: Array) -> Array:
-    return s
-
-
 def _driven_by(params: Any, data: Any) -> Array:
     """The loss whose upstream gradients are fixed: -mean of <g, h>."""
     predict, inputs, gradient = data
@@ -125,7 +121,7 @@ def run(config: Config, context: Context) -> Result:
     x = jax.random.exponential(key_x, (config.samples, TOKENS))
     x = x / jnp.sum(x, axis=1, keepdims=True)
     gradient = config.samples * jnp.linalg.pinv(x).T @ delta  # its saliency is Delta
-    block = JomaBlock.standard(key_block, TOKENS, HIDDEN, kind="exp", scale=0.0, activation=_identity)
+    block = JomaBlock.standard(key_block, TOKENS, HIDDEN, kind="exp", scale=0.0, activation=jax.nn.identity)
     predict, params = as_function(block)
     inputs = JomaInputs(x, jnp.zeros(config.samples, int))
     rates, trained = train_at_rates(
@@ -230,27 +226,27 @@ def _monotone(ranks: Ranks, deltas: np.ndarray, times: int) -> Claim:
     rows = np.take_along_axis(deltas, winner[:, None, None], axis=1)[:, 0]
     leading = np.linalg.svd(deltas, full_matrices=False)[2][:, 0]
     cosine = np.abs(np.sum(rows * leading, axis=1)) / np.linalg.norm(rows, axis=1)
-    along = cosine >= 0.5
+    along = cosine >= 0.8
     return Claim(
         "joma.rank/monotone",
         "The stable rank of V falls all the way, and that of V' is never above it",
         "tian2024joma, section 4 (several hidden nodes)",
         "qualified",
         [
-            # Of 2000 matrices drawn before, two in a hundred of these are exceptions.
+            # A cosine of one allows none; at 0.8 one matrix in hundreds is an exception.
             Check(
-                "Gaussian matrices with cosine >= 0.5 where sr(V) falls",
+                "Gaussian matrices with cosine >= 0.8 where sr(V) falls",
                 "all of",
                 along.sum(),
                 (falling[:-1] & along).sum(),
-                0.08 * along.sum(),
+                max(1, 0.02 * along.sum()),
             ),
             Check(
                 "and sr(V') <= sr(V) at all times",
                 "all of",
                 along.sum(),
                 (below[:-1] & along).sum(),
-                0.08 * along.sum(),
+                max(1, 0.02 * along.sum()),
             ),
             # Of one row against 19 parallel ones at a right angle: sr(V) is 2 where the two are even, from
             # 1 + 4/19 at the start; V' is there first.
@@ -258,7 +254,7 @@ def _monotone(ranks: Ranks, deltas: np.ndarray, times: int) -> Claim:
             Check("the same: sr(V) at the start", "equals", 1 + 4 / 19, float(V[-1, 0]), 0.01),
             Check("the same: largest sr(V') - sr(V)", "at least", 0.1, float((dV[-1] - V[-1]).max())),
         ],
-        condition="the winner lies along Delta's leading direction (for nearly all with a cosine >= 0.5)",
+        condition="the winner lies along Delta's leading direction (for nearly all with a cosine >= 0.8)",
     )
 
 

@@ -46,12 +46,13 @@ def draw(seed, samples, tokens, hidden, classes=3):
     seed=st.integers(0, 2**31 - 1),
     name=st.sampled_from(sorted(ACTIVATIONS)),
     squared=st.booleans(),
-    hidden=st.sampled_from([1, 3]),
+    shape=st.sampled_from([(5, 4, 1), (5, 4, 3), (2, 3, 2)]),
     log_ratio=st.floats(-2, 2),
 )
-def test_invariants_are_constant_along_the_gradient_flow(kind, seed, name, squared, hidden, log_ratio):
-    x, bias, labels, V, head = draw(seed, 5, 4, hidden)
-    z = jnp.asarray(np.random.default_rng(seed).normal(size=4)) + float(kind == "linear")
+def test_invariants_are_constant_along_the_gradient_flow(kind, seed, name, squared, shape, log_ratio):
+    samples, tokens, hidden = shape
+    x, bias, labels, V, head = draw(seed, samples, tokens, hidden)
+    z = jnp.asarray(np.random.default_rng(seed).normal(size=tokens)) + float(kind == "linear")
     rate_w, rate_z = 0.7, 0.7 * np.exp(log_ratio)
     gradient = jax.grad(block_loss)((V, z, head), (x, bias, labels, kind, ACTIVATIONS[name], squared))
 
@@ -64,6 +65,16 @@ def test_invariants_are_constant_along_the_gradient_flow(kind, seed, name, squar
         )[1]
 
     np.testing.assert_allclose(rate_of(learning_rate_w=rate_w, learning_rate_z=rate_z), 0, atol=1e-13)
+
+    # A step of gradient descent breaks them, by a drift per time that is proportional to the learning rate.
+    def drift(eta):
+        stepped = (V - eta * rate_w * gradient[0], z - eta * rate_z * gradient[1])
+        rates = {"learning_rate_w": rate_w, "learning_rate_z": rate_z}
+        change = joma.invariant(*stepped, kind, **rates) - joma.invariant(V, z, kind, **rates)
+        return float(jnp.max(jnp.abs(change))) / eta
+
+    if drift(1e-3) > 1e-9:
+        assert drift(1e-3) / drift(5e-4) == pytest.approx(2, abs=0.02)
     if abs(log_ratio) > 0.1 and float(jnp.max(jnp.abs(gradient[1]))) > 1e-3:
         assert float(jnp.max(jnp.abs(rate_of()))) > 1e-5
 
@@ -92,7 +103,6 @@ def test_softmax_logits_follow_a_moving_mean():
     V = jnp.asarray(np.stack([np.sin(ts), ts**2, 1 + ts], axis=1)[:, :, None])
     mean = np.stack([ts / 2, np.full_like(ts, 0.3), 0.7 - ts / 2], axis=1)
     z = joma.softmax_logits(V, mean, jnp.zeros(3), rate_ratio=2.0)
-    grown = np.array([np.cos(1) * 0, 0, 0])
     half = [lambda t: np.sin(t) * np.cos(t), lambda t: 2 * t**3, lambda t: 1 + t]
     total = lambda t: sum(f(t) for f in half)  # noqa: E731
     means = [lambda t: t / 2, lambda t: 0.3, lambda t: 0.7 - t / 2]
@@ -116,6 +126,7 @@ def test_attention_maps(kind):
 def test_softmax_attention_neither_overflows_nor_divides_by_zero():
     z = jnp.array([-3000.0, -3001.0, 3000.0])
     x = jnp.array([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    assert joma.attend([1000.0, 0.0], [0.0, 1.0], "exp").tolist() == [0.0, 1.0]
     b = joma.attend(z, x, "softmax")
     np.testing.assert_allclose(b, [[1 / (1 + np.exp(-1)), 1 / (1 + np.exp(1)), 0], [0, 0, 0]], rtol=1e-12)
     pull = jax.grad(lambda z: joma.attend(z, x, "softmax")[:, 0].sum())(z)
@@ -157,12 +168,13 @@ def test_ties_share_the_win_and_zero_saliency_stays():
     v = joma.modified_mlp_solution(jnp.array([0.5, 9.0]), jnp.array([2.0, -2.0, 0.0, 1.0]))
     assert v.shape == (2, 4)
     assert v[1].tolist()[:3] == [np.inf, -np.inf, 0.0]
+    assert joma.modified_mlp_solution(jnp.inf, [0.0, 0.0]).tolist() == [0.0, 0.0]
     path = joma.modified_mlp_flow(jnp.zeros(3), jnp.zeros(3), [0.0, 1e6])
     assert np.all(np.asarray(path.ys) == 0)
 
 
 def test_beyond_the_blow_up_the_flow_says_so():
-    with pytest.raises(RuntimeError, match=r"blows up|gave up after t = 0"):
+    with pytest.raises(RuntimeError, match="ts must end before the blow-up"):
         joma.modified_mlp_flow(jnp.zeros(2), jnp.array([1.0, 0.5]), [0.0, 1.3])
     path = joma.modified_mlp_flow(jnp.zeros(2), jnp.array([1.0, 0.5]), [0.0, 1.0, 1.3], throw=False)
     assert not bool(path.ok)
@@ -223,6 +235,58 @@ def test_mixture_field_is_the_mean_over_samples():
     terms = np.sum(weights[:, None, None] * x * (x @ v + 0.1 > 0)[:, :, None], axis=0)
     errors = terms.std(axis=0) / np.sqrt(len(noise))
     assert np.all(np.abs(terms.mean(axis=0) - field) < 5 * errors)
+
+
+def test_mixture_field_of_the_square_is_exact():
+    # phi = s^2 / 2: E[s x] = r_c center_c + scale^2 v, with a bias for each cluster.
+    generator = np.random.default_rng(1)
+    centers, weights, bias = generator.normal(size=(3, 4)), generator.normal(size=3), generator.normal(size=3)
+    v, scale = generator.normal(size=4), 0.6
+    field = joma.isotropic_mixture_field(v, centers, weights, bias, ACTIVATIONS["square"], scale)
+    expected = (weights * (centers @ v + bias)) @ centers + weights.sum() * scale**2 * v
+    np.testing.assert_allclose(field, expected, rtol=1e-11)
+
+
+@pytest.mark.parametrize("length", [1e-200, 1.0, 10.0, 1000.0])
+def test_moments_of_an_activation_that_saturates(length):
+    found = joma.gaussian_moments(0.5, length, jnp.tanh, 1.0)
+    # In s = r + |v| u: the layer around zero is resolved by its own width.
+    kernel = lambda s: norm.pdf((s - 0.5) / length) / length / np.cosh(s) ** 2  # noqa: E731
+    gain = quad(kernel, -40, 40, points=[0], epsabs=1e-14)[0] if length > 0.1 else 1 / np.cosh(0.5) ** 2
+    assert float(found.gain) == pytest.approx(gain, rel=1e-8)
+
+
+def test_tiny_weights_have_the_field_of_their_direction():
+    centers, weights = jnp.array([[3.0, 0.0]]), jnp.array([1.0])
+    tiny, small = (
+        joma.isotropic_mixture_field(jnp.array([size, 0.0]), centers, weights, 0.0, jax.nn.relu, 1.0)
+        for size in (1e-200, 1e-3)
+    )
+    np.testing.assert_allclose(tiny, small, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "flow",
+    [
+        lambda x: joma.modified_mlp_flow(0 * x, x, [0.0, 0.5]),
+        lambda x: joma.saturating_flow(0 * x, x, [0.0, 50.0]),
+        lambda x: joma.log_residual_flow(x, [0.0, 20.0]),
+    ],
+)
+def test_flows_in_32_bit(flow):
+    single, double = (flow(jnp.array([1.0, 0.5, 0.0, -0.7], dtype)) for dtype in (jnp.float32, jnp.float64))
+    assert single.ys.dtype == jnp.float32
+    assert bool(single.ok)
+    np.testing.assert_allclose(single.ys, double.ys, rtol=1e-3, atol=1e-4)
+
+
+def test_traced_bad_numbers_fail_in_their_lanes_alone():
+    bad = jnp.array([[1.0, 0.5], [jnp.nan, 0.5]])
+    for flow in (
+        lambda x: joma.modified_mlp_flow(jnp.zeros(2), x, [0.0, 0.5], throw=False),
+        lambda x: joma.log_residual_flow(x, [0.0, 1.0], throw=False),
+    ):
+        assert jax.vmap(flow)(bad).ok.tolist() == [True, False]
 
 
 def test_mixture_field_at_zero_weight():
@@ -294,6 +358,12 @@ def test_entropy_dips_and_recovers():
             r"z must have shape \(1,\) or \(1,\), got shape \(2,\)",
         ),
         (lambda: joma.attend([1.0], [1.0], "exp", 0.0), "temperature must be a positive number"),
+        (lambda: joma.attend([1.0], [-1.0], "exp"), "x must not be negative"),
+        (lambda: joma.blow_up_time([np.nan]), "delta must be finite"),
+        (
+            lambda: joma.isotropic_mixture_field([np.nan], [[1.0]], [1.0], 0.0, jnp.tanh, 1.0),
+            "v must be finite",
+        ),
         (lambda: joma.invariant([[1.0]], [1.0, 2.0], "exp"), r"V and z must have shapes \(M, K\) and \(M,\)"),
         (
             lambda: joma.invariant([[1.0]], [1.0], "exp", learning_rate_w=0.0),

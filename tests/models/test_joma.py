@@ -116,7 +116,7 @@ def test_bad_input_is_refused():
     U = jnp.eye(3)
     with pytest.raises(ValueError, match="embedding, query_embedding, W and z must have shapes"):
         JomaBlock(U[:, :2], U[:, 2:], jnp.ones((3, 1)), jnp.zeros((2, 2)), kind="exp")
-    with pytest.raises(ValueError, match="z must not be zero for linear attention, a saddle"):
+    with pytest.raises(ValueError, match="z must not be zero for linear attention"):
         JomaBlock(U[:, :2], U[:, 2:], jnp.ones((3, 1)), jnp.zeros((1, 2)), kind="linear")
     with pytest.raises(ValueError, match="kind must be one of"):
         JomaBlock(U[:, :2], U[:, 2:], jnp.ones((3, 1)), jnp.zeros((1, 2)), kind="cosine")
