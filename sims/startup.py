@@ -22,8 +22,5 @@ def configure_jax(x64: bool) -> None:
     import jax
 
     jax.config.update("jax_enable_x64", x64)
-    # On CPU programs in flight share one small thread pool: on two cores they have been seen to wait for each
-    # other for ever. Nothing here gains from dispatching ahead.
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     # Accelerators round float32 products to fewer bits by default, which a comparison would see.
     jax.config.update("jax_default_matmul_precision", "highest")

@@ -75,8 +75,8 @@ class Config:
 
     def __post_init__(self):
         require_sweeps(self, "substeps", "largest")
-        if min(self.largest) <= 0:
-            raise ValueError(f"largest must be positive, got {self.largest}")
+        if not 0 < min(self.largest) <= 5:
+            raise ValueError(f"largest must be positive, its least 5 at most, got {self.largest}")
         if self.steps < 1000:
             raise ValueError(f"steps must be at least 1000, got {self.steps}")
 
