@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 from importlib.metadata import version
 
-# Older versions fuse small products on CPU into kernels that compute wrong rows (tests/test_canary.py).
-_SAFE_FUSION = "--xla_cpu_experimental_ynn_fusion_type="
+# Older versions fuse small products on CPU with what follows into kernels that compute wrong rows
+# (tests/test_canary.py). Products alone are right; without their kernels too, large batches of small matrices
+# have been seen to wait for ever on two cores.
+_FUSION = "--xla_cpu_experimental_ynn_fusion_type="
+_SAFE_FUSION = f"{_FUSION}LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 
 
 def set_xla_flags() -> None:
     """Turn off a miscompiling CPU fusion in jaxlib below 0.11. Must run before JAX starts a backend."""
     release = tuple(int(part) for part in version("jaxlib").split(".")[:2])
     flags = os.environ.get("XLA_FLAGS", "")
-    if release < (0, 11) and _SAFE_FUSION not in flags:
+    if release < (0, 11) and _FUSION not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_SAFE_FUSION}".strip()
 
 

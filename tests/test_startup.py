@@ -6,12 +6,14 @@ import pytest
 
 from sims import startup
 
+SAFE = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+
 
 @pytest.mark.parametrize(
     ("release", "before", "after"),
     [
-        ("0.10.1", None, "--xla_cpu_experimental_ynn_fusion_type="),
-        ("0.10.2", "--other", "--other --xla_cpu_experimental_ynn_fusion_type="),
+        ("0.10.1", None, SAFE),
+        ("0.10.2", "--other", f"--other {SAFE}"),
         ("0.10.2", "--xla_cpu_experimental_ynn_fusion_type=", "--xla_cpu_experimental_ynn_fusion_type="),
         ("0.11.0", "--other", "--other"),
         ("0.12.0.1", None, None),
