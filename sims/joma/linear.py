@@ -102,7 +102,7 @@ def _spreads(V: Array, delta: Array) -> tuple[Array, Array]:
     """Relative spread over the tokens of erf(v / 2) / Delta and of erf(v / sqrt 2) / Delta, at every time."""
 
     def spread(scaled):
-        ratio = erf(scaled) / delta
+        ratio = erf(scaled) / delta[None]
         return jnp.ptp(ratio, axis=1) / jnp.mean(ratio, axis=1)
 
     return spread(V / 2), spread(V / jnp.sqrt(2.0))

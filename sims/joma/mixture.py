@@ -150,8 +150,8 @@ def _monte_carlo(key: Array, vs: Array, r: Array, samples: int):
     laws = {"gaussian": SCALE * noise, "sphere": noise / jnp.linalg.norm(noise, axis=-1, keepdims=True)}
 
     def field(slope, centred, v):
-        x = mixture.centers + centred
-        pull = mixture.weights[:, None] * slope(x @ v + mixture.bias)[..., None] * x
+        x = mixture.centers[None] + centred
+        pull = mixture.weights[None, :, None] * slope(x @ v + mixture.bias[None])[..., None] * x
         error = jnp.sqrt(jnp.sum(jnp.var(pull, axis=0), axis=0) / samples)
         return jnp.sum(jnp.mean(pull, axis=0), axis=0), error
 

@@ -104,7 +104,10 @@ def test_softmax_logits_follow_a_moving_mean():
     mean = np.stack([ts / 2, np.full_like(ts, 0.3), 0.7 - ts / 2], axis=1)
     z = joma.softmax_logits(V, mean, jnp.zeros(3), rate_ratio=2.0)
     half = [lambda t: np.sin(t) * np.cos(t), lambda t: 2 * t**3, lambda t: 1 + t]
-    total = lambda t: sum(f(t) for f in half)  # noqa: E731
+
+    def total(t):
+        return sum(f(t) for f in half)
+
     means = [lambda t: t / 2, lambda t: 0.3, lambda t: 0.7 - t / 2]
     grown = [
         2 * quad(lambda t, f=f, b=b: f(t) - b(t) * total(t), 0, 1)[0]
@@ -214,8 +217,12 @@ def test_moments_of_a_gaussian_cluster(r, length, scale):
 
 
 def test_moments_against_quadrature():
-    density = lambda u: norm.pdf(u, scale=0.7)  # noqa: E731
-    slope = lambda u: 1 / np.cosh(0.4 + 1.3 * u) ** 2  # noqa: E731
+    def density(u):
+        return norm.pdf(u, scale=0.7)
+
+    def slope(u):
+        return 1 / np.cosh(0.4 + 1.3 * u) ** 2
+
     gain = quad(lambda u: slope(u) * density(u), -8, 8, epsabs=1e-13)[0]
     stretch = quad(lambda u: slope(u) * u * density(u), -8, 8, epsabs=1e-13)[0] / 1.3
     np.testing.assert_allclose(joma.gaussian_moments(0.4, 1.3, jnp.tanh, 0.7), (gain, stretch), atol=1e-11)
@@ -250,8 +257,11 @@ def test_mixture_field_of_the_square_is_exact():
 @pytest.mark.parametrize("length", [1e-200, 1.0, 10.0, 1000.0])
 def test_moments_of_an_activation_that_saturates(length):
     found = joma.gaussian_moments(0.5, length, jnp.tanh, 1.0)
+
     # In s = r + |v| u: the layer around zero is resolved by its own width.
-    kernel = lambda s: norm.pdf((s - 0.5) / length) / length / np.cosh(s) ** 2  # noqa: E731
+    def kernel(s):
+        return norm.pdf((s - 0.5) / length) / length / np.cosh(s) ** 2
+
     gain = quad(kernel, -40, 40, points=[0], epsabs=1e-14)[0] if length > 0.1 else 1 / np.cosh(0.5) ** 2
     assert float(found.gain) == pytest.approx(gain, rel=1e-8)
 

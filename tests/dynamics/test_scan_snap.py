@@ -195,7 +195,10 @@ def test_attention_growth_is_the_integral_of_its_hypothesis(vocab, K, C0):
 def test_attention_growth_has_an_early_and_a_late_form():
     setting = {"learning_rate_Y": 1.0, "learning_rate_Z": 1.0, "num_classes": 10, "vocab_size": 1000}
     unit = 10 * np.log(1000)
-    ratio = lambda form, t: float(form(t, **setting) / scan_snap.attention_growth(t, **setting))  # noqa: E731
+
+    def ratio(form, t):
+        return float(form(t, **setting) / scan_snap.attention_growth(t, **setting))
+
     assert ratio(scan_snap.attention_growth_scanning, 1e-3 * unit) == pytest.approx(1, abs=1e-3)
     assert ratio(scan_snap.attention_growth_snapping, 2 * unit) == pytest.approx(1, abs=0.09)
     assert ratio(scan_snap.attention_growth_snapping, 1e4 * unit) == pytest.approx(1, abs=1e-4)
