@@ -1,8 +1,8 @@
 """Entropy of attention over learning rates, trained and recorded: sparse by momentum, not by the flow.
 
 Networks are trained on sampled sequences over a grid of learning rates, vocabularies and seeds, and compared
-with the recorded grid of the source's Figure 6. The same networks on infinitely long contexts, and the
-population flow at the same times, tell where the dependence on the learning rates comes from.
+with the recorded grid of the source's Figure 6. The same networks on infinitely long contexts, with momentum
+and without, and the population flow at the same times tell where the dependence on the rates comes from.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ def _grid(keys: jax.Array, queries: int, config: Config) -> tuple[dict[str, jax.
     def entropy(Z, classes=classes):
         return jnp.mean(scan_snap.distinct_entropy(Z, classes))
 
-    def trained(key, batches):
+    def trained(key, batches, momentum, faster=1.0):
         key_start, key_data = jax.random.split(key)
         model = ScanSnapAttention.uniform(key_start, classes.vocab_size, jnp.float32)
         predict, params = as_function(model)
 
         def cell(rate, ratio):
             optimizer = optax.chain(
-                scale_by_name(Y=ratio * rate, Z=rate), optax.sgd(1.0, momentum=config.momentum)
+                scale_by_name(Y=faster * ratio * rate, Z=faster * rate), optax.sgd(1.0, momentum=momentum)
             )
             # The key is the same in all cells: so are the samples.
             last, _ = train(
@@ -98,9 +98,18 @@ def _grid(keys: jax.Array, queries: int, config: Config) -> tuple[dict[str, jax.
         return _over_grid(cell)
 
     infinite = population_contexts(classes)
+
+    def on_infinite(momentum, faster):
+        return jax.vmap(lambda key: trained(key, lambda _: infinite, momentum, faster))(keys)
+
+    # Without momentum the same time takes a learning rate that is larger by 1 / (1 - momentum).
+    momenta = jnp.asarray([config.momentum, 0.0], jnp.float32)
+    faster = jnp.asarray([1.0, 1 / (1 - config.momentum)], jnp.float32)
+    with_momentum, without = jax.vmap(on_infinite)(momenta, faster)
     entropies = {
-        "trained": jax.vmap(lambda key: trained(key, finite))(keys),
-        "infinite": jax.vmap(lambda key: trained(key, lambda _: infinite))(keys),
+        "trained": jax.vmap(lambda key: trained(key, finite, config.momentum))(keys),
+        "infinite": with_momentum,
+        "no_momentum": without,
     }
 
     # The flow depends on the rates through their ratio alone, up to its time: one lane per ratio.
@@ -146,6 +155,7 @@ def run(config: Config, context: Context) -> Result:
     dims = {
         "entropy/trained": ("query", "seed", "rate", "ratio"),
         "entropy/infinite": ("query", "seed", "rate", "ratio"),
+        "entropy/no_momentum": ("query", "seed", "rate", "ratio"),
         "entropy/flow": cell,
         "recorded/mean": cell,
         "recorded/std": cell,
@@ -183,7 +193,7 @@ def _recorded_grid(entropy, mean, std) -> Claim:
 def _sparser(entropy) -> Claim:
     trained = entropy["trained"].mean(axis=1)
     falls = np.diff(trained, axis=1) < 0
-    fall = {name: _fall(entropy[name]) for name in ("trained", "infinite", "flow")}
+    fall = {name: _fall(entropy[name]) for name in ("trained", "infinite", "no_momentum", "flow")}
     return Claim(
         "scan_snap.learning_rates/sparser",
         "With both learning rates larger at a fixed ratio, attention is sparser after as many steps",
@@ -196,6 +206,8 @@ def _sparser(entropy) -> Claim:
                 "mean fall from the smallest rates to the largest, trained", "at least", 0.1, fall["trained"]
             ),
             Check("the same with infinitely long contexts", "at least", 0.05, fall["infinite"]),
+            # As long steps, and over the same time: what is left is theirs alone.
+            Check("the same, then without momentum", "at most", 0.02, fall["no_momentum"]),
             # By the theorem the late growth depends on the ratio, and on time only like ln ln t.
             Check("the same in the population flow", "at most", 0.02, fall["flow"]),
         ],
