@@ -7,6 +7,7 @@ from models.attention.joma import JomaBlock as JomaBlock
 from models.attention.joma import JomaInputs as JomaInputs
 from models.attention.joma import JomaState as JomaState
 from models.attention.joma import joma_observer as joma_observer
+from models.attention.products import head_products as head_products
 from models.attention.prompt import PromptAttention as PromptAttention
 from models.attention.prompt import attention_function as attention_function
 from models.attention.prompt import attention_log_ratio as attention_log_ratio
