@@ -1,0 +1,9 @@
+"""GaLore: optimizer states in the leading subspace of the gradient, as Optax transformations.
+
+The package imports nothing else of this project, so that it can be lifted out.
+"""
+
+from .adam import scale_by_adam_8bit as scale_by_adam_8bit
+from .transform import galore as galore
+from .transform import scale_by_galore as scale_by_galore
+from .transform import state_bytes as state_bytes

@@ -1,0 +1,172 @@
+"""Adam with 8-bit moments, and Adam with the other epsilon convention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from .projection import require_count
+
+
+class Blocks(NamedTuple):
+    """One leaf in 8 bits, flat, padded to whole blocks.
+
+    Attributes:
+        codes: int8 or uint8, shape (blocks, block).
+        peaks: the largest absolute value of each block, float32, shape (blocks, 1).
+    """
+
+    codes: Array
+    peaks: Array
+
+
+class ScaleByAdam8bitState(NamedTuple):
+    """State of `scale_by_adam_8bit`: float32 arrays for small leaves, `Blocks` for the others.
+
+    Attributes:
+        count: steps taken.
+        mu: first moments, in linear int8 codes.
+        nu: second moments, in uint8 codes of their square roots.
+    """
+
+    count: Any  # pyright: ignore[reportIncompatibleMethodOverride]
+    mu: Any
+    nu: Any
+
+
+def scale_by_adam_8bit(
+    b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8, *, block: int = 256, min_size: int = 4096
+) -> optax.GradientTransformation:
+    r"""Adam whose moments are kept in 8 bits, block by block: about 1.02 bytes per number.
+
+    Each block of `block` consecutive numbers is divided by its largest absolute value. M is coded linearly
+    in int8, V by its square root in uint8: a linear code of V would round the small ones to zero, and the
+    update would divide by it; here no positive V is coded as zero. With D the decoded values, per block,
+
+        |D(M) - M| <= max|M| / 127,   |sqrt(D(V)) - sqrt(V)| <= sqrt(max V) / 255
+
+    Rounding is dithered: up or down by a sequence over steps and places that comes out even. The nearest
+    code would stand still for ever, as a step changes V by a thousandth and a code by a hundredth. The update
+    itself is taken from the moments before they are coded.
+
+    Source: blocks as in Dettmers et al., 8-bit Optimizers via Block-wise Quantization (2022); the codes and
+    their bounds are derived here.
+
+    Args:
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the square root of the bias-corrected second moment, as in `optax.scale_by_adam`.
+        block: numbers per block.
+        min_size: leaves with fewer numbers keep float32 moments.
+
+    Returns:
+        The transformation; an inner one for `scale_by_galore`, or on its own.
+
+    Raises:
+        ValueError: `block` is not a positive integer, or `min_size` not an integer >= 0.
+
+    Example:
+        >>> state = scale_by_adam_8bit().init(jnp.zeros(4096))
+        >>> state.mu.codes.dtype.name, state.nu.codes.dtype.name, state.mu.peaks.shape
+        ('int8', 'uint8', (16, 1))
+    """
+    block = require_count("block", block)
+    if isinstance(min_size, bool) or not isinstance(min_size, int) or min_size < 0:
+        raise ValueError(f"min_size must be an integer >= 0, got {min_size!r}")
+
+    def zeros(params, dtype):
+        def empty(leaf):
+            if leaf.size < min_size:
+                return jnp.zeros(leaf.shape, jnp.float32)
+            blocks = math.ceil(leaf.size / block)
+            return Blocks(jnp.zeros((blocks, block), dtype), jnp.zeros((blocks, 1), jnp.float32))
+
+        return jax.tree.map(empty, params)
+
+    def init(params):
+        return ScaleByAdam8bitState(
+            jnp.zeros((), jnp.int32), zeros(params, jnp.int8), zeros(params, jnp.uint8)
+        )
+
+    def update(updates, state, params=None):
+        del params
+        count = optax.safe_increment(state.count)
+        gradients, treedef = jax.tree.flatten(updates)
+        steps, mus, nus = [], [], []
+        for gradient, mu, nu in zip(
+            gradients, treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu), strict=True
+        ):
+            g = gradient.astype(jnp.float32)
+            m = b1 * decode(mu, g.shape) + (1 - b1) * g
+            v = b2 * decode(nu, g.shape) + (1 - b2) * g**2
+            step = _corrected(m, b1, count) / (jnp.sqrt(_corrected(v, b2, count)) + eps)
+            steps.append(step.astype(gradient.dtype))
+            mus.append(encode(m, count, block, jnp.int8) if isinstance(mu, Blocks) else m)
+            nus.append(encode(v, count, block, jnp.uint8) if isinstance(nu, Blocks) else v)
+        steps, mus, nus = (treedef.unflatten(leaves) for leaves in (steps, mus, nus))
+        return steps, ScaleByAdam8bitState(count, mus, nus)
+
+    return optax.GradientTransformation(init, update)
+
+
+def encode(values: Array, count: Any, block: int, dtype: Any) -> Blocks:
+    """Code numbers in int8, linearly, or numbers that are not negative in uint8, by their square roots."""
+    flat = values.reshape(-1)
+    blocks = jnp.pad(flat, (0, -flat.size % block)).reshape(-1, block)
+    peaks = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
+    unit = blocks / jnp.where(peaks > 0, peaks, 1)
+    # Multiples of the golden ratio modulo 1 are spread as evenly as can be; 12 bits, so that a sum with 255
+    # is exact in float32.
+    places = jnp.arange(blocks.size, dtype=jnp.uint32).reshape(blocks.shape) * jnp.uint32(2246822519)
+    turns = places + count.astype(jnp.uint32) * jnp.uint32(2654435769)
+    dither = (turns >> 20).astype(jnp.float32) / 2**12
+    if dtype == jnp.int8:
+        codes = jnp.floor(127 * unit + dither)
+    else:
+        codes = jnp.floor(255 * jnp.sqrt(unit) + dither)
+        codes = jnp.where(blocks > 0, jnp.maximum(codes, 1), codes)
+    return Blocks(codes.astype(dtype), peaks)
+
+
+def decode(coded: Blocks | Array, shape: tuple[int, ...]) -> Array:
+    """What `encode` coded, up to rounding; an array stands for itself."""
+    if not isinstance(coded, Blocks):
+        return coded
+    codes = coded.codes.astype(jnp.float32)
+    unit = codes / 127 if coded.codes.dtype == jnp.int8 else (codes / 255) ** 2
+    return (coded.peaks * unit).reshape(-1)[: math.prod(shape)].reshape(shape)
+
+
+def scale_by_adam_uncorrected(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:
+    """Adam with epsilon added to sqrt(V) before its bias is corrected.
+
+    The step is sqrt(1 - b2^k) / (1 - b1^k) M / (sqrt(V) + eps), k = 1, 2, ...; Optax adds epsilon to the
+    corrected square root, which at k = 1 and b2 = 0.999 is an epsilon 32 times smaller.
+    """
+
+    def init(params):
+        mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
+
+    def update(updates, state, params=None):
+        del params
+        count = optax.safe_increment(state.count)
+        mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, updates, state.mu)
+        nu = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * g**2, updates, state.nu)
+
+        def step(m, v):
+            correction = jnp.sqrt(1 - b2**count) / (1 - b1**count)
+            return correction.astype(m.dtype) * m / (jnp.sqrt(v) + eps)
+
+        return jax.tree.map(step, mu, nu), optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _corrected(moment: Array, decay: Any, count: Any) -> Array:
+    return moment / (1 - decay**count).astype(moment.dtype)

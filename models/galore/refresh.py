@@ -1,0 +1,167 @@
+"""Bases from gradients: the decompositions, and when they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_batching import custom_vmap
+
+from .projection import Basis, Layout, map_sides
+
+Refresh = Literal["eigh", "svd", "randomized", "warm"]
+
+# Subspace iteration: random columns beyond the rank, and applications of G G^T. A warm start needs few of
+# either, but its very first start is random.
+_OVERSAMPLING, _WARM_OVERSAMPLING = 16, 8
+_APPLICATIONS, _WARM_APPLICATIONS = 3, 1
+
+# Accelerators round float32 products to fewer bits by default, which the small singular values would feel.
+_product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+def initial_basis(layout: Layout, dtype: Any) -> Basis:
+    """Random orthonormal columns, the same for all batch entries and leaves of one shape.
+
+    A leaf whose first gradient is zero keeps them: unlike coordinate axes, they miss no direction.
+    """
+
+    def draw(length: int) -> Array:
+        normal = jax.random.normal(jax.random.key(0), (length, layout.rank), jnp.float32)
+        basis = jnp.linalg.qr(normal)[0].astype(dtype)
+        return jnp.broadcast_to(basis, (*layout.batch_shape, *basis.shape))
+
+    return Basis(draw(layout.m) if layout.left else None, draw(layout.n) if layout.right else None)
+
+
+def is_due(count: Array, layout: Layout) -> Array:
+    """Whether a leaf refreshes at this step."""
+    return (count == 0) | (count % layout.gap == layout.phase)
+
+
+def when_due(due: Array, renew: Callable[..., Any], old: Any, *operands: Any) -> Any:
+    """`renew(old, *operands)` where `due`, `old` elsewhere; nothing is computed in a step where none is due.
+
+    Under `vmap` a `cond` whose predicate is mapped computes both branches in every step. Here the predicate
+    is whether any lane is due, which is not mapped; lanes that are not keep what they have.
+    """
+
+    def renewed(old, *operands):
+        return jax.tree.map(lambda new, old: jnp.where(due, new, old), renew(old, *operands), old)
+
+    return jax.lax.cond(_in_any_lane(due), renewed, lambda old, *_: old, old, *operands)
+
+
+@custom_vmap
+def _in_any_lane(flag):
+    return flag
+
+
+@_in_any_lane.def_vmap
+def _reduce_lanes(_size, _mapped, flags):
+    return _in_any_lane(jnp.any(flags, axis=0)), False
+
+
+@partial(jax.jit, static_argnames=("layouts", "refresh", "align"))
+def refresh_bases(
+    matrices: list[Array],
+    bases: list[Basis],
+    count: Array,
+    *,
+    layouts: tuple[Layout, ...],
+    refresh: str,
+    align: bool,
+) -> list[Basis]:
+    """The bases for this step, renewed where due; all leaves of one schedule under one `cond`."""
+    bases = list(bases)
+    schedules = dict.fromkeys((layout.gap, layout.phase) for layout in layouts)
+    for schedule in schedules:
+        members = [i for i, layout in enumerate(layouts) if (layout.gap, layout.phase) == schedule]
+
+        def renew(old, gradients, count, members=members):
+            return [
+                _renew(basis, gradient, count, layouts[i], refresh, align)
+                for i, basis, gradient in zip(members, old, gradients, strict=True)
+            ]
+
+        gradients = [jax.lax.stop_gradient(matrices[i]) for i in members]
+        old = [bases[i] for i in members]
+        renewed = when_due(is_due(count, layouts[members[0]]), renew, old, gradients, count)
+        for i, basis in zip(members, renewed, strict=True):
+            bases[i] = basis
+    return bases
+
+
+def _renew(old: Basis, gradient: Array, count: Array, layout: Layout, refresh: str, align: bool) -> Basis:
+    """The leading singular vectors of each gradient; the old basis where it is zero or not finite."""
+    dtype = jnp.promote_types(gradient.dtype, jnp.float32)
+    gradient = gradient.astype(dtype)
+    # Squares of a tiny gradient would underflow.
+    peak = jnp.max(jnp.abs(gradient), axis=(-2, -1), keepdims=True)
+    good = jnp.isfinite(peak) & (peak > 0)
+    unit = jnp.where(good, gradient / jnp.where(good, peak, 1), 0)
+    start = map_sides(lambda side: side.astype(dtype), old)
+    new = leading_bases(unit, start, count, layout, refresh)
+    if align:
+        new = map_sides(_aligned, new, start)
+    return map_sides(lambda side, before: jnp.where(good, side.astype(before.dtype), before), new, old)
+
+
+def _aligned(new: Array, old: Array) -> Array:
+    agreement = jnp.sum(new * old, axis=-2, keepdims=True)
+    return jnp.where(agreement < 0, -new, new)
+
+
+def leading_bases(gradient: Array, start: Basis, count: Array, layout: Layout, refresh: str) -> Basis:
+    """The leading singular vectors of (*batch, m, n) on the projected sides, by one of the methods.
+
+    All but the full decomposition find those of the short side first; A is the gradient or its transpose,
+    with no more rows than columns. The long side follows from them: A^T W has orthogonal columns.
+    """
+    tall = layout.m > layout.n
+    A = gradient.mT if tall else gradient
+    short_side, long_side = (layout.right, layout.left) if tall else (layout.left, layout.right)
+    if refresh == "svd":
+        U, _, Vt = jnp.linalg.svd(A, full_matrices=False)
+        short, long = U[..., : layout.rank], Vt[..., : layout.rank, :].mT
+    else:
+        if refresh == "eigh":
+            short = _leading_eigenvectors(_product(A, A.mT), layout.rank)
+        elif refresh == "randomized":
+            short = _subspace_iteration(A, None, count, layout.rank)
+        else:
+            warm: Any = reversed(start) if tall else start
+            short_start, long_start = warm
+            if short_start is None:
+                short_start = _product(A, long_start)
+            short = _subspace_iteration(A, short_start, count, layout.rank)
+        long = jnp.linalg.qr(_product(A.mT, short))[0] if long_side else None
+    short, long = short if short_side else None, long if long_side else None
+    return Basis(long, short) if tall else Basis(short, long)
+
+
+def _leading_eigenvectors(symmetric: Array, rank: int) -> Array:
+    return jnp.linalg.eigh(symmetric)[1][..., ::-1][..., :rank]
+
+
+def _subspace_iteration(A: Array, start: Array | None, count: Array, rank: int) -> Array:
+    """Leading left singular vectors of A from a random start, or a warm one and some random columns.
+
+    Adam in the subspace depends on the basis and not on the subspace alone: without the rotation at the end
+    (Rayleigh-Ritz) the update would be another one.
+    """
+    rows = A.shape[-2]
+    drawn = min(rank + _OVERSAMPLING, rows) if start is None else min(_WARM_OVERSAMPLING, rows - rank)
+    random = jax.random.normal(jax.random.fold_in(jax.random.key(1), count), (rows, drawn), A.dtype)
+    X = jnp.broadcast_to(random, (*A.shape[:-2], rows, drawn))
+    applications = _APPLICATIONS
+    if start is not None:
+        X = jnp.concatenate([start, X], axis=-1)
+        applications = jnp.where(count == 0, _APPLICATIONS, _WARM_APPLICATIONS)
+    X = jax.lax.fori_loop(0, applications, lambda _, X: jnp.linalg.qr(_product(A, _product(A.mT, X)))[0], X)
+    small = _product(A.mT, X)
+    return _product(X, _leading_eigenvectors(_product(small.mT, small), rank))
