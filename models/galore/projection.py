@@ -97,9 +97,7 @@ def plan(
             scales.append(None)
             continue
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
-                f"a projected leaf must hold real floating numbers, got {leaf.dtype} for {name!r}"
-            )
+            raise ValueError(f"params must be real floating arrays, got {leaf.dtype} for {name!r}")
         place = len([layout for layout in layouts if layout is not None])
         gap = require_count("update_gap", _option("update_gap", update_gap, name, leaf))
         whole = require_count("rank", _option("rank", rank, name, leaf))
@@ -133,9 +131,7 @@ def axes_of(name: str, leaf: Any, matrix_axes: Any) -> tuple[tuple[int, ...], tu
         return None
     rows, columns = require_axes(spec)
     if not all(-leaf.ndim <= axis < leaf.ndim for axis in rows + columns):
-        raise ValueError(
-            f"matrix_axes must be axes of a leaf, got {spec!r} for {name!r} of shape {leaf.shape}"
-        )
+        raise ValueError(f"matrix_axes must be axes of {name!r} of shape {leaf.shape}, got {spec!r}")
     rows, columns = (tuple(axis % leaf.ndim for axis in axes) for axes in (rows, columns))
     if len(set(rows + columns)) < len(rows + columns):
         raise ValueError(f"matrix_axes must name each axis of {name!r} at most once, got {spec!r}")

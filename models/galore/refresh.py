@@ -16,9 +16,9 @@ from .projection import Basis, Layout, map_sides
 Refresh = Literal["eigh", "svd", "randomized", "warm"]
 
 # Subspace iteration: random columns beyond the rank, and applications of G G^T. A warm start needs few of
-# either, but its very first start is random.
+# either, but its very first start is random, and has to be a good one.
 _OVERSAMPLING, _WARM_OVERSAMPLING = 16, 8
-_APPLICATIONS, _WARM_APPLICATIONS = 3, 1
+_APPLICATIONS, _WARM_APPLICATIONS, _FIRST_APPLICATIONS = 4, 2, 8
 
 # Accelerators round float32 products to fewer bits by default, which the small singular values would feel.
 _product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -161,7 +161,7 @@ def _subspace_iteration(A: Array, start: Array | None, count: Array, rank: int) 
     applications = _APPLICATIONS
     if start is not None:
         X = jnp.concatenate([start, X], axis=-1)
-        applications = jnp.where(count == 0, _APPLICATIONS, _WARM_APPLICATIONS)
+        applications = jnp.where(count == 0, _FIRST_APPLICATIONS, _WARM_APPLICATIONS)
     X = jax.lax.fori_loop(0, applications, lambda _, X: jnp.linalg.qr(_product(A, _product(A.mT, X)))[0], X)
     small = _product(A.mT, X)
     return _product(X, _leading_eigenvectors(_product(small.mT, small), rank))

@@ -61,7 +61,7 @@ def scale_by_galore(
     update_gap: Any = 200,
     scale: Any = 0.25,
     projection: Projection | str = "std",
-    inner: optax.GradientTransformation | None = None,
+    inner: Any = None,
     refresh: Refresh | str = "eigh",
     moments: Moments | str = "align",
     matrix_axes: Any = None,
@@ -159,9 +159,7 @@ def scale_by_galore(
             f"inner must be an Optax transformation such as optax.scale_by_adam(), got {inner!r}"
         )
     elif (b1, b2, eps, eps_convention) != (0.9, 0.999, 1e-8, "corrected"):
-        raise ValueError(
-            "b1, b2, eps and eps_convention must not be given with inner, whose own they are not"
-        )
+        raise ValueError("b1, b2, eps and eps_convention must be left alone where inner is given")
 
     def plan_of(tree):
         return plan(tree, rank, update_gap, scale, projection, matrix_axes, stagger)
@@ -239,13 +237,13 @@ def galore(
     weight_decay: Any = 0.0,
     mask: Any = None,
     labels: Any = None,
-    plain: optax.GradientTransformation | None = None,
+    plain: Any = None,
     matrix_axes: Any = None,
     b1: Any = 0.9,
     b2: Any = 0.999,
     eps: Any = 1e-8,
     eps_convention: EpsConvention | str = "corrected",
-    inner: optax.GradientTransformation | None = None,
+    inner: Any = None,
     **options: Any,
 ) -> optax.GradientTransformation:
     r"""GaLore on the hidden matrices, Adam on the rest, decoupled weight decay on all.
