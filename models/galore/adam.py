@@ -95,6 +95,7 @@ def scale_by_adam_8bit(
 
     def update(updates, state, params=None):
         del params
+        updates, state = jax.tree.map(jnp.asarray, (updates, state))
         count = optax.safe_increment(state.count)
         gradients, treedef = jax.tree.flatten(updates)
         steps, mus, nus = [], [], []

@@ -31,11 +31,15 @@ def initial_basis(layout: Layout, dtype: Any) -> Basis:
     """
 
     def draw(length: int) -> Array:
-        normal = jax.random.normal(jax.random.key(0), (length, layout.rank), jnp.float32)
-        basis = jnp.linalg.qr(normal)[0].astype(dtype)
+        basis = _random_columns(length, layout.rank, jnp.dtype(dtype))
         return jnp.broadcast_to(basis, (*layout.batch_shape, *basis.shape))
 
     return Basis(draw(layout.m) if layout.left else None, draw(layout.n) if layout.right else None)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _random_columns(length: int, rank: int, dtype: Any) -> Array:
+    return jnp.linalg.qr(jax.random.normal(jax.random.key(0), (length, rank), jnp.float32))[0].astype(dtype)
 
 
 def is_due(count: Array, layout: Layout) -> Array:

@@ -165,6 +165,7 @@ def scale_by_galore(
         return plan(tree, rank, update_gap, scale, projection, matrix_axes, stagger)
 
     def init(params):
+        params = jax.tree.map(jnp.asarray, params)
         leaves, treedef = jax.tree.flatten(params)
         layouts, _ = plan_of(params)
         bases = [
@@ -179,6 +180,8 @@ def scale_by_galore(
         return GaloreState(jnp.zeros((), jnp.int32), treedef.unflatten(bases), tuple(states))
 
     def update(updates, state, params=None):
+        # A checkpoint may come back in NumPy arrays.
+        updates, state = jax.tree.map(jnp.asarray, (updates, state))
         leaves, treedef = jax.tree.flatten(updates)
         layouts, scales = plan_of(updates)
         old = treedef.flatten_up_to(state.bases)

@@ -24,13 +24,13 @@ def draw(shapes, steps, seed=0) -> Any:
         U, V = (np.linalg.qr(generator.normal(size=(*shape[:-2], k, k)))[0] for k in shape[-2:])
         k = min(shape[-2:])
         base = U[..., :k] * 2.0 ** -np.arange(k) @ np.swapaxes(V, -1, -2)[..., :k, :]
-        return jnp.asarray(base + 0.05 * generator.normal(size=(steps, *shape)))
+        return base + 0.05 * generator.normal(size=(steps, *shape))
 
     return {name: one(shape) for name, shape in shapes.items()}
 
 
 def like(gradients):
-    return jax.tree.map(lambda g: jnp.zeros(g.shape[1:], g.dtype), gradients)
+    return jax.tree.map(lambda g: np.zeros(g.shape[1:], g.dtype), gradients)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -42,10 +42,9 @@ def advance(transform, state, gradients) -> Any:
     return jax.lax.scan(step, state, gradients)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def run(transform, gradients) -> Any:
     """Updates of all steps, from the start."""
-    return advance(transform, transform.init(like(gradients)), gradients)[1]
+    return jax.tree.map(np.asarray, advance(transform, transform.init(like(gradients)), gradients)[1])
 
 
 def assert_close(actual: Any, expected: Any, tolerance):
@@ -168,18 +167,16 @@ def test_the_first_step_has_the_norm_of_signs():
     updates: Any = run(scale_by_galore(RANK, scale=0.5, eps=1e-15), draw(SHAPES, 1))
     for name, (m, n) in SHAPES.items():
         expected = 0.5 * np.sqrt(min(RANK, m, n) * max(m, n))
-        assert float(jnp.linalg.norm(updates[name][0])) == pytest.approx(expected, rel=1e-10)
+        assert float(np.linalg.norm(updates[name][0])) == pytest.approx(expected, rel=1e-10)
 
 
 def test_the_rank_of_the_change_grows_by_r_in_each_interval():
     generator = np.random.default_rng(0)
-    gradients = {
-        name: jnp.asarray(generator.normal(size=(3 * GAP, *shape))) for name, shape in SHAPES.items()
-    }
+    gradients = {name: generator.normal(size=(3 * GAP, *shape)) for name, shape in SHAPES.items()}
     updates: Any = run(scale_by_galore(2, update_gap=GAP), gradients)
     for name, shape in SHAPES.items():
         for intervals in (1, 2, 3):
-            change = jnp.sum(updates[name][: intervals * GAP], axis=0)
+            change = np.sum(updates[name][: intervals * GAP], axis=0)
             assert np.linalg.matrix_rank(change, tol=1e-8) == min(2 * intervals, *shape)
 
 
@@ -188,8 +185,8 @@ def test_rotations_of_the_projected_side_and_signed_permutations_of_the_other_co
     gradients = draw({"std": (5, 8)}, 2 * GAP + 1)
     transform: Any = scale_by_galore(RANK, update_gap=GAP, moments=moments)
     generator = np.random.default_rng(1)
-    rotation = jnp.asarray(np.linalg.qr(generator.normal(size=(5, 5)))[0])
-    order, signs = generator.permutation(8), jnp.asarray(generator.choice([-1.0, 1.0], 8))
+    rotation = np.linalg.qr(generator.normal(size=(5, 5)))[0]
+    order, signs = generator.permutation(8), generator.choice([-1.0, 1.0], 8)
 
     def turn(G):
         return (rotation @ G)[..., order] * signs[None, None]
@@ -197,8 +194,10 @@ def test_rotations_of_the_projected_side_and_signed_permutations_of_the_other_co
     # The exact decomposition by rotation: tie signs of the first basis do not matter either.
     turned = run(transform, {"std": turn(gradients["std"])})
     np.testing.assert_allclose(turned["std"], turn(run(transform, gradients)["std"]), rtol=0, atol=1e-11)
-    transposed = run(transform, {"std": gradients["std"].mT})
-    np.testing.assert_allclose(transposed["std"].mT, run(transform, gradients)["std"], rtol=0, atol=1e-11)
+    transposed = run(transform, {"std": np.swapaxes(gradients["std"], 1, 2)})
+    np.testing.assert_allclose(
+        np.swapaxes(transposed["std"], 1, 2), run(transform, gradients)["std"], rtol=0, atol=1e-11
+    )
 
 
 def test_carried_moments_depend_on_signs_that_mean_nothing_and_aligned_ones_do_not():
@@ -207,7 +206,7 @@ def test_carried_moments_depend_on_signs_that_mean_nothing_and_aligned_ones_do_n
     expected = reference(np.asarray(gradients["w"]), "std", "align", eps=1e-8, uncorrected=False)
     flipped = -np.asarray(gradients["w"])
     carried = reference(np.asarray(gradients["w"]), "std", "reset", eps=1e-8, uncorrected=False)
-    aligned = run(scale_by_galore(RANK, update_gap=GAP), {"w": jnp.asarray(flipped)})["w"]
+    aligned = run(scale_by_galore(RANK, update_gap=GAP), {"w": flipped})["w"]
     np.testing.assert_allclose(-aligned, expected, rtol=0, atol=1e-11)
     assert np.abs(carried[-1] - expected[-1]).max() > 0.05
 
@@ -215,7 +214,7 @@ def test_carried_moments_depend_on_signs_that_mean_nothing_and_aligned_ones_do_n
 # --- Programs
 
 
-@pytest.mark.parametrize("options", [{}, {"refresh": "warm", "stagger": True}, {"moments": "reset"}])
+@pytest.mark.parametrize("options", [{"moments": "reset"}, {"refresh": "warm", "stagger": True}])
 def test_eager_loop_jit_scan_and_an_interrupted_run_give_the_same_numbers(options):
     gradients = draw({"tall": (9, 5), "wide": (5, 8)}, 2 * GAP)
     transform: Any = scale_by_galore(RANK, update_gap=GAP, **options)
@@ -230,7 +229,7 @@ def test_eager_loop_jit_scan_and_an_interrupted_run_give_the_same_numbers(option
         updates, state = jitted(gradient, state)
         looped.append(updates)
     assert_close(
-        jax.tree.map(lambda *leaves: jnp.stack(leaves), *looped),
+        jax.tree.map(lambda *leaves: np.stack(leaves), *looped),
         jax.tree.map(lambda leaf: leaf[: GAP + 1], scanned),
         1e-13,
     )
@@ -255,12 +254,12 @@ def decompositions(jaxpr, under_cond=False):
     return found
 
 
-@pytest.mark.parametrize("options", [{}, {"refresh": "warm"}, {"moments": "reset", "stagger": True}])
+@pytest.mark.parametrize("options", [{"refresh": "warm"}, {"moments": "reset", "stagger": True}])
 def test_vmap_over_seeds_is_the_loop_and_decomposes_in_refresh_steps_only(options):
     transform: Any = scale_by_galore(RANK, update_gap=GAP, **options)
     shapes = {"tall": (9, 5), "wide": (5, 8)}
     seeds = [draw(shapes, GAP + 2, seed) for seed in range(2)]
-    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *seeds)
+    together = jax.tree.map(lambda *leaves: np.stack(leaves), *seeds)
     first = jax.tree.map(lambda g: g[:, 0], together)
     states: Any = jax.vmap(transform.init)(first)
     _, updates = jax.vmap(lambda s, g: advance(transform, s, g))(states, together)
@@ -269,7 +268,10 @@ def test_vmap_over_seeds_is_the_loop_and_decomposes_in_refresh_steps_only(option
     for update, arguments in (
         (transform.update, (jax.tree.map(lambda g: g[0], first), transform.init(like(seeds[0])))),
         (jax.vmap(transform.update), (first, states)),
-        (jax.vmap(jax.vmap(transform.update)), jax.tree.map(lambda leaf: leaf[None], (first, states))),
+        (
+            jax.vmap(jax.vmap(transform.update)),
+            jax.tree.map(lambda leaf: np.asarray(leaf)[None], (first, states)),
+        ),
     ):
         placed = decompositions(jax.make_jaxpr(update)(*arguments).jaxpr)
         assert placed
@@ -281,11 +283,11 @@ def test_lanes_whose_steps_differ_are_right_as_well():
     gradients = draw({"w": (5, 8)}, GAP + 2)
     state: Any = transform.init(like(gradients))
     states: Any = [advance(transform, state, {"w": gradients["w"][:k]})[0] for k in (GAP, GAP + 1)]
-    lanes = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    lanes = jax.tree.map(lambda *leaves: np.stack(leaves), *states)
     gradient = {"w": gradients["w"][-1]}
-    updates, _ = jax.vmap(transform.update, in_axes=(None, 0))(gradient, lanes)
+    updates, _ = jax.jit(jax.vmap(transform.update, in_axes=(None, 0)))(gradient, lanes)
     for lane, single in enumerate(states):
-        expected, _ = transform.update(gradient, single)
+        expected, _ = jax.jit(transform.update)(gradient, single)
         np.testing.assert_allclose(updates["w"][lane], expected["w"], rtol=0, atol=1e-13)
 
 
@@ -295,21 +297,18 @@ def test_lanes_whose_steps_differ_are_right_as_well():
 @pytest.mark.parametrize(
     "options",
     [
-        {},
         {"projection": "full", "moments": "transport", "eps": 1e-6, "eps_convention": "uncorrected"},
-        {"refresh": "randomized", "moments": "reset"},
-        {"refresh": "warm", "projection": "reverse_std"},
-        {"inner": optax.scale_by_factored_rms(min_dim_size_to_factor=2)},
-        {"inner": optax.chain(optax.clip_by_block_rms(0.1), optax.scale_by_adam())},
-        {"inner": scale_by_adam_8bit(block=8, min_size=20)},
+        {"refresh": "warm", "projection": "reverse_std", "inner": scale_by_adam_8bit(block=8, min_size=20)},
+        {"refresh": "randomized", "inner": optax.scale_by_factored_rms(min_dim_size_to_factor=2)},
+        {"moments": "reset", "inner": optax.chain(optax.clip_by_block_rms(0.1), optax.scale_by_adam())},
     ],
-    ids=lambda options: "-".join(map(str, [v for v in options.values() if isinstance(v, str)] or options)),
+    ids=["full", "8bit", "factored", "clipped"],
 )
 def test_stacked_layers_are_separate_ones(options):
-    stacked = draw({"stack": (3, 5, 8), "experts": (2, 2, 7, 4), "plain": (6, 6)}, GAP + 2)
+    stacked = draw({"stack": (2, 5, 8), "experts": (1, 2, 9, 5), "plain": (6, 6)}, GAP + 2)
     one = {
-        "stack": [stacked["stack"][:, i] for i in range(3)],
-        "experts": [stacked["experts"][:, i, j] for i in range(2) for j in range(2)],
+        "stack": [stacked["stack"][:, i] for i in range(2)],
+        "experts": [stacked["experts"][:, i, j] for i in range(1) for j in range(2)],
         "plain": [stacked["plain"]],
     }
     options = {"update_gap": GAP, **options}
@@ -318,7 +317,7 @@ def test_stacked_layers_are_separate_ones(options):
     tolerance = 1e-6 if options.get("projection") == "full" else 1e-10
     for name, leaf in together.items():
         split = leaf.reshape(leaf.shape[0], -1, *leaf.shape[-2:])
-        assert_close(list(jnp.moveaxis(split, 1, 0)), apart[name], tolerance)
+        assert_close(list(np.moveaxis(split, 1, 0)), apart[name], tolerance)
 
 
 def test_merged_axes_are_one_matrix():
@@ -332,7 +331,7 @@ def test_merged_axes_are_one_matrix():
         }
 
     axes = {"heads": (0, (1, 2)), "convolution": (3, (0, 1, 2)), "bias": None}
-    folded = {**fold(flat), "bias": jnp.ones((GAP + 1, 4))}
+    folded = {**fold(flat), "bias": np.ones((GAP + 1, 4))}
     transform: Any = scale_by_galore(2, update_gap=GAP, matrix_axes=lambda path, leaf: axes[path])
     updates: Any = run(transform, folded)
     assert_close(updates.pop("bias"), run(optax.scale_by_adam(), folded["bias"]), 1e-15)
@@ -350,12 +349,18 @@ def test_options_of_leaves_are_numbers_pytrees_or_functions():
     )
     updates: Any = run(trees, gradients)
     assert_close(run(functions, gradients), updates, 0)
-    for name in "ab":
-        alone = scale_by_galore(ranks[name], update_gap=gaps[name], scale=scales[name])
-        assert_close(updates["layer"][name], run(alone, gradients["layer"][name]), 1e-12)
-    # A traced scale sweeps without compiling anew.
-    swept = jax.vmap(lambda s: run(scale_by_galore(2, scale=s), gradients))(jnp.array([0.25, 1.0]))
-    assert_close(4 * swept["layer"]["a"][0], swept["layer"]["a"][1], 1e-12)
+    alone = scale_by_galore(4, update_gap=3, scale=2.0)
+    assert_close(updates["layer"]["b"], run(alone, gradients["layer"]["b"]), 1e-12)
+    # A scale may be traced, so that one program sweeps it.
+    gradient, state = gradients["layer"]["b"][0], alone.init(gradients["layer"]["b"][0])
+
+    @jax.jit
+    @jax.vmap
+    def sweep(scale):
+        return scale_by_galore(4, scale=scale).update(gradient, state)[0]
+
+    small, large = sweep(np.array([0.25, 1.0]))
+    assert_close(4 * small, large, 1e-12)
 
 
 def test_staggered_leaves_refresh_one_after_another():
@@ -382,7 +387,8 @@ def test_a_gradient_without_directions_keeps_the_basis_of_its_matrix_alone(bad):
     state: Any = transform.init(gradients)
     random = state.bases.left
     np.testing.assert_allclose(random.mT @ random, np.broadcast_to(np.eye(2), (2, 2, 2)), atol=1e-6)
-    broken = gradients.at[1].set(bad)
+    broken = gradients.copy()
+    broken[1] = bad
     updates, state = update(broken, state)
     np.testing.assert_array_equal(state.bases.left[1], random[1])
     assert np.all(np.asarray(updates[0]) != 0)
@@ -399,10 +405,16 @@ def test_a_gradient_without_directions_keeps_the_basis_of_its_matrix_alone(bad):
 
 
 @pytest.mark.parametrize(
-    ("refresh", "share"), [("eigh", 1 - 1e-6), ("svd", 1 - 1e-6), ("randomized", 0.9998), ("warm", 0.999)]
+    ("projection", "refresh", "share"),
+    [
+        ("std", "eigh", 1 - 1e-6),
+        ("reverse_std", "svd", 1 - 1e-6),
+        ("std", "randomized", 0.9998),
+        ("std", "warm", 0.999),
+        ("reverse_std", "warm", 0.999),
+    ],
 )
-@pytest.mark.parametrize("projection", ["std", "reverse_std"])
-def test_every_refresh_captures_the_energy(refresh, share, projection):
+def test_every_refresh_captures_the_energy(projection, refresh, share):
     # A flat power law, the hard case, in float32; the second gradient differs from the first by a third.
     generator = np.random.default_rng(0)
     U, V = (np.linalg.qr(generator.normal(size=(k, k)))[0] for k in (64, 96))
@@ -412,7 +424,7 @@ def test_every_refresh_captures_the_energy(refresh, share, projection):
     transform: Any = scale_by_galore(
         16, update_gap=1, refresh=refresh, projection=projection, inner=optax.identity(), scale=1.0
     )
-    gradients = jnp.asarray(np.stack([first, second]), jnp.float32)
+    gradients = np.stack([first, second]).astype(np.float32)
     captured = np.linalg.norm(run(transform, gradients), axis=(1, 2)) ** 2
     best = np.sum(np.linalg.svd(gradients, compute_uv=False)[:, :16] ** 2, axis=1)
     assert np.all(captured >= share * best)
@@ -421,19 +433,18 @@ def test_every_refresh_captures_the_energy(refresh, share, projection):
 
 def test_tiny_gradients_have_directions_too():
     gradients = draw({"w": (5, 8)}, 1)
-    tiny = jax.tree.map(lambda g: (1e-30 * g).astype(jnp.float32), gradients)
+    tiny = jax.tree.map(lambda g: (1e-30 * g).astype(np.float32), gradients)
     transform: Any = scale_by_galore(2, inner=optax.identity(), scale=1.0)
     np.testing.assert_allclose(run(transform, tiny)["w"] / 1e-30, run(transform, gradients)["w"], atol=1e-5)
 
 
 def test_full_rank_without_adam_is_gradient_descent():
-    gradients = draw(SHAPES, 2)
-    for projection in ("std", "reverse_std", "full"):
+    for projection in ("std", "full"):
+        gradients = draw({"wide": (5, 8), "square": (6, 6)} if projection == "std" else {"square": (6, 6)}, 2)
         transform: Any = scale_by_galore(
             9, scale=1.0, projection=projection, inner=optax.identity(), update_gap=1
         )
-        whole = {name: g for name, g in gradients.items() if projection != "reverse_std" or name == "square"}
-        assert_close(run(transform, whole), whole, 1e-12)
+        assert_close(run(transform, gradients), gradients, 1e-12)
 
 
 # --- Inner transformations
@@ -460,7 +471,7 @@ def test_shapes_of_parameters_are_given_to_the_inner_transformation_and_values_a
 
 def test_dtypes_are_kept():
     for dtype in (jnp.float64, jnp.float32, jnp.bfloat16):
-        gradients = optax.tree.cast(draw({"wide": (5, 8)}, 2), dtype)
+        gradients = {"wide": draw({"w": (5, 8)}, 2)["w"].astype(dtype)}
         transform: Any = scale_by_galore(2, update_gap=1, refresh="warm", moments="transport")
         last, updates = advance(transform, transform.init(like(gradients)), gradients)
         floating = [leaf for leaf in jax.tree.leaves((last, updates)) if leaf.dtype != jnp.int32]
@@ -506,12 +517,12 @@ def test_embeddings_heads_norms_and_biases_get_adam_and_all_decay_alike():
             updates, state = optimizer.update(gradient, state, params)
             return (optax.apply_updates(params, updates), state), (params, updates)
 
-        return jax.lax.scan(step, (params, optimizer.init(params)), gradients)[1]
+        return jax.jit(lambda p, g: jax.lax.scan(step, (p, optimizer.init(p)), g)[1])(params, gradients)
 
     olds, updates = train(galore(rate, 2, weight_decay=decay, update_gap=GAP))
     adamw = train(optax.adamw(rate, weight_decay=decay))[1]
     steps = run(scale_by_galore(2, update_gap=GAP), {name: gradients[name] for name in projected})
-    rates = jax.vmap(rate)(jnp.arange(GAP + 1, dtype=jnp.int32))[:, None, None]
+    rates = 0.1 * 0.5 ** np.arange(GAP + 1)[:, None, None]
     for name in gradients:
         expected = -rates * (steps[name] + decay * olds[name]) if name in projected else adamw[name]
         np.testing.assert_allclose(updates[name], expected, rtol=0, atol=1e-12)
@@ -548,26 +559,32 @@ def test_flax_modules_are_labelled_by_their_attributes():
 # --- Sizes
 
 
-@pytest.mark.parametrize("projection", ["std", "reverse_std", "full"])
-def test_state_bytes_are_what_init_allocates(projection):
-    params = {name: jnp.zeros(shape, jnp.float32) for name, shape in SHAPES.items()}
-    params["stack"], params["bias"] = jnp.zeros((3, 5, 8), jnp.bfloat16), jnp.zeros(7, jnp.float32)
+def test_state_bytes_are_what_init_allocates():
+    params = {"w": jnp.zeros((5, 8), jnp.float32), "stack": jnp.zeros((2, 5, 8), jnp.bfloat16)}
+    params["bias"] = jnp.zeros(7, jnp.float32)
     cases: Any = (
         {"matrix_axes": (-2, -1), "moments": "reset", "stagger": True},
-        {"inner": scale_by_adam_8bit(min_size=10)},
+        {"inner": scale_by_adam_8bit(min_size=10), "projection": "full"},
     )
     for options in cases:
-        state: Any = scale_by_galore(RANK, projection=projection, **options).init(params)
-        allocated = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        shapes = jax.eval_shape(lambda: params)
-        assert state_bytes(shapes, RANK, projection=projection, **options) == allocated
-    sizes = {  # short side m, long side n: the basis and two moments
-        "std": lambda m, n, r: m * r + 2 * n * r,
-        "reverse_std": lambda m, n, r: n * r + 2 * m * r,
-        "full": lambda m, n, r: (m + n) * r + 2 * r**2,
-    }
+        allocated = sum(leaf.nbytes for leaf in jax.tree.leaves(scale_by_galore(2, **options).init(params)))
+        assert state_bytes(params, 2, **options) == allocated
+        assert state_bytes(jax.eval_shape(lambda: params), 2, **options) == allocated
+
+
+@pytest.mark.parametrize("projection", ["std", "reverse_std", "full"])
+def test_the_state_has_the_size_of_the_formula(projection):
     shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in SHAPES.items()}
-    numbers = sum(sizes[projection](*sorted(s), min(RANK, *s)) for s in SHAPES.values())
+    numbers = 0
+    for shape in SHAPES.values():
+        m, n = sorted(shape)
+        r = min(RANK, m)
+        sizes = {
+            "std": m * r + 2 * n * r,
+            "reverse_std": n * r + 2 * m * r,
+            "full": (m + n) * r + 2 * r**2,
+        }
+        numbers += sizes[projection]
     assert state_bytes(shapes, RANK, projection=projection) == 4 * numbers + 8  # and two counts
 
 
@@ -577,13 +594,11 @@ def test_state_bytes_are_what_init_allocates(projection):
 def test_codes_of_eight_bits_keep_to_their_bounds():
     generator = np.random.default_rng(0)
     transform: Any = scale_by_adam_8bit(block=16, min_size=0)
-    gradient = jnp.asarray(
-        generator.normal(size=(7, 11)) * 10.0 ** generator.integers(-6, 6, (7, 11)), jnp.float32
-    )
-    updates, state = transform.update(gradient, transform.init(gradient))
-    np.testing.assert_allclose(
-        updates, optax.scale_by_adam().update(gradient, optax.scale_by_adam().init(gradient))[0], rtol=1e-6
-    )
+    gradient = generator.normal(size=(7, 11)) * 10.0 ** generator.integers(-6, 6, (7, 11))
+    gradient = gradient.astype(np.float32)
+    first: Any = jax.jit(transform.update)(gradient, transform.init(gradient))
+    updates, state = first
+    np.testing.assert_allclose(updates, run(optax.scale_by_adam(), gradient[None])[0], rtol=1e-6)
     assert (state.mu.codes.dtype, state.nu.codes.dtype) == (jnp.int8, jnp.uint8)
     flat = np.pad(np.asarray(gradient, np.float64).ravel(), (0, 3)).reshape(5, 16)
     m, root = 0.1 * flat, np.sqrt(0.001) * np.abs(flat)
