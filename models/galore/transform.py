@@ -14,6 +14,7 @@ from jax.extend.core import Literal as Constant
 
 from .adam import scale_by_adam_uncorrected
 from .labels import is_hidden_kernel
+from .placement import everywhere, named_sharding, place_basis, place_inner
 from .projection import (
     Basis,
     Layout,
@@ -84,6 +85,9 @@ def scale_by_galore(
     numbers. Bases count as constants where the update is differentiated.
 
     States and bases are in the parameters' dtype; decompositions in float32, or float64 for float64.
+    Of sharded parameters `init`, called outside `jit`, gives a state that is sharded like them, and bases on
+    every device, where the compiled `update` keeps them under `jax.set_mesh`. Gradients are gathered in
+    refreshes only.
 
     Source: zhao2024galore, Algorithm 2 (of "std", with m <= n).
 
@@ -168,15 +172,21 @@ def scale_by_galore(
         params = jax.tree.map(jnp.asarray, params)
         leaves, treedef = jax.tree.flatten(params)
         layouts, _ = plan_of(params)
+        shardings = [named_sharding(leaf, layout) for leaf, layout in zip(leaves, layouts, strict=True)]
         bases = [
-            Basis() if layout is None else initial_basis(layout, leaf.dtype)
-            for leaf, layout in zip(leaves, layouts, strict=True)
+            Basis() if layout is None else place_basis(initial_basis(layout, leaf.dtype), sharding)
+            for leaf, layout, sharding in zip(leaves, layouts, shardings, strict=True)
         ]
         states = []
         for group, members in _groups(layouts, moments).items():
             proxies = _proxies(leaves, layouts, members, treedef)
-            states.append(_over_batch(inner.init, group)(_zeros(proxies, group)))
             _require_inner(inner, proxies, moments)
+            inner_state = _over_batch(inner.init, group)(_zeros(proxies, group))
+            wanted = {
+                i: jax.ShapeDtypeStruct((*group[0], *proxy.shape), proxy.dtype, sharding=shardings[i])
+                for i, proxy in zip(members, jax.tree.leaves(proxies), strict=True)
+            }
+            states.append(place_inner(inner, inner_state, _masked(wanted, members, treedef)))
         return GaloreState(jnp.zeros((), jnp.int32), treedef.unflatten(bases), tuple(states))
 
     def update(updates, state, params=None):
@@ -196,7 +206,7 @@ def scale_by_galore(
             refresh=refresh,
             align=moments in ("align", "transport"),
         )
-        bases = dict(zip(projected, fresh, strict=True))
+        bases = dict(zip(projected, map(everywhere, fresh), strict=True))
         low = list(leaves)
         for i in projected:
             dtype = jax.tree.leaves(bases[i])[0].dtype
@@ -223,9 +233,9 @@ def scale_by_galore(
                 low[i] = leaf
 
         for i, layout in projected.items():
-            back = project_back(low[i], bases[i])
-            back = from_matrices(back * jnp.asarray(scales[i]).astype(back.dtype), layout)
-            low[i] = back.astype(leaves[i].dtype)
+            # On the small side of the product, where it costs nothing.
+            scaled = low[i] * jnp.asarray(scales[i]).astype(low[i].dtype)
+            low[i] = from_matrices(project_back(scaled, bases[i]), layout).astype(leaves[i].dtype)
         new_bases = treedef.unflatten([bases.get(i, Basis()) for i in range(len(leaves))])
         new_state = GaloreState(optax.safe_increment(state.count), new_bases, tuple(states))
         return treedef.unflatten(low), new_state
@@ -283,11 +293,11 @@ def galore(
         ValueError: an option is bad.
 
     Example:
-        >>> optimizer = galore(0.1, rank=2)
+        >>> optimizer = galore(0.5, rank=2)
         >>> state = optimizer.init({"kernel": jnp.zeros((4, 6)), "bias": jnp.zeros(6)})
         >>> gradient = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}
         >>> optimizer.update(gradient, state)[0]["bias"].round(6).tolist()
-        [-0.1, -0.1, -0.1, -0.1, -0.1, -0.1]
+        [-0.5, -0.5, -0.5, -0.5, -0.5, -0.5]
     """
     adam = {"b1": b1, "b2": b2, "eps": eps, "eps_convention": eps_convention}
     inner = _adam(**adam) if inner is None else inner

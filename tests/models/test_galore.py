@@ -1,7 +1,11 @@
 """GaLore: against NumPy, Optax and the authors' package; invariances; refreshes, moments, batches, 8 bits."""
 
 import functools
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -305,11 +309,10 @@ def test_lanes_whose_steps_differ_are_right_as_well():
     ids=["full", "8bit", "factored", "clipped"],
 )
 def test_stacked_layers_are_separate_ones(options):
-    stacked = draw({"stack": (2, 5, 8), "experts": (1, 2, 9, 5), "plain": (6, 6)}, GAP + 2)
+    stacked = draw({"stack": (2, 5, 8), "experts": (1, 2, 9, 5)}, GAP + 2)
     one = {
         "stack": [stacked["stack"][:, i] for i in range(2)],
         "experts": [stacked["experts"][:, i, j] for i in range(1) for j in range(2)],
-        "plain": [stacked["plain"]],
     }
     options = {"update_gap": GAP, **options}
     together = run(scale_by_galore(2, matrix_axes=(-2, -1), **options), stacked)
@@ -318,6 +321,24 @@ def test_stacked_layers_are_separate_ones(options):
     for name, leaf in together.items():
         split = leaf.reshape(leaf.shape[0], -1, *leaf.shape[-2:])
         assert_close(list(np.moveaxis(split, 1, 0)), apart[name], tolerance)
+
+
+def test_a_scan_over_layers_is_the_joint_update():
+    # With states from a vmapped init, layers can be updated one by one, as their gradients come.
+    stacked = draw({"w": (3, 5, 8)}, GAP + 2)["w"]
+    single: Any = scale_by_galore(2, update_gap=GAP)
+    states = jax.vmap(single.init)(stacked[0])
+
+    def layer(_, inputs):
+        return None, single.update(*inputs)
+
+    def step(states, gradient):
+        updates, states = jax.lax.scan(layer, None, (gradient, states))[1]
+        return states, updates
+
+    _, updates = jax.jit(lambda states: jax.lax.scan(step, states, stacked))(states)
+    joint = run(scale_by_galore(2, update_gap=GAP, matrix_axes=(-2, -1)), stacked)
+    assert_close(updates, joint, 1e-12)
 
 
 def test_merged_axes_are_one_matrix():
@@ -554,6 +575,57 @@ def test_flax_modules_are_labelled_by_their_attributes():
     state: Any = galore(0.1, 2).init(params)
     bases = state[0].inner_states["galore"].inner_state.bases
     assert [leaf.shape for leaf in jax.tree.leaves(bases)] == [(4, 2)]
+
+
+# --- Sharding
+
+SHARDED = """
+import re
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from models.galore import scale_by_galore
+
+mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+jax.set_mesh(mesh)
+specs = {"rows": P("d", None), "columns": P(None, "d"), "stack": P(None, "d", None), "bias": P("d")}
+shapes = {"rows": (16, 24), "columns": (16, 24), "stack": (2, 24, 16), "bias": (16,)}
+generator = np.random.default_rng(0)
+host = {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+gradients = {name: jax.device_put(host[name], NamedSharding(mesh, specs[name])) for name in host}
+transform = scale_by_galore(4, matrix_axes=(-2, -1))
+state = transform.init(gradients)
+update = jax.jit(transform.update)
+updates, after = update(gradients, state)
+for here in (state, after):
+    assert all(side.sharding.is_fully_replicated for side in jax.tree.leaves(here.bases))
+    for moments in (here.inner[0].mu, here.inner[0].nu):
+        assert moments["columns"].sharding.shard_shape((4, 24)) == (4, 3)
+        assert moments["bias"].sharding.shard_shape((16,)) == (2,)
+    assert here.inner[1].nu["stack"].sharding.shard_shape((2, 24, 4)) == (2, 3, 4)
+program = update.lower(gradients, state).compile().as_text()
+# Computations begin at the left margin; the branches of the cond are not the entry.
+gathers = ("all-gather", "all-to-all", "collective-permute")
+places = {
+    computation.startswith("ENTRY"): any(f"{name}(" in computation for name in gathers)
+    for computation in re.split(r"\\n(?=%|ENTRY)", program)
+    if computation.startswith("ENTRY") or any(f"{name}(" in computation for name in gathers)
+}
+assert places == {True: False, False: True}, places
+single, _ = update(host, transform.init(host))
+for name in host:
+    np.testing.assert_allclose(updates[name], single[name], rtol=0, atol=1e-5)
+"""
+
+
+def test_sharded_states_are_sharded_and_gathered_in_refreshes_only():
+    root = Path(__file__).parents[2]
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(
+        [sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
 
 
 # --- Sizes
