@@ -142,21 +142,26 @@ def test_it_reproduces_the_package_of_the_authors(monkeypatch):
     galore_torch = pytest.importorskip("galore_torch")
     from galore_torch import galore_projector  # pyright: ignore[reportMissingImports]
 
-    def canonical(matrix, full_matrices=False):
-        # In float64, with signs such that the largest entry of each left vector is positive.
-        U, S, Vt = np.linalg.svd(matrix.double().numpy(), full_matrices=False)
-        signs = np.sign(U[np.abs(U).argmax(axis=0), np.arange(U.shape[1])])
-        return tuple(map(torch.tensor, (U * signs, S, Vt * signs[:, None])))
+    before: list[Any] = []
 
-    monkeypatch.setattr(galore_projector.torch.linalg, "svd", canonical)
+    def aligned(matrix, full_matrices=False):
+        # In float64, with the signs of the vectors on the projected side that agree with those before.
+        U, S, Vt = np.linalg.svd(matrix.double().numpy(), full_matrices=full_matrices)
+        projected = Vt.T if matrix.shape[0] >= matrix.shape[1] else U
+        signs = np.where(np.sum(projected * before[-1], axis=0) < 0, -1, 1) if before else 1.0
+        before.append(projected * signs)
+        return tuple(map(torch.tensor, (U * signs, S, (Vt.T * signs).T)))
+
+    monkeypatch.setattr(galore_projector.torch.linalg, "svd", aligned)
     rate = 0.01
     for name, shape in {"tall": (9, 5), "wide": (5, 8)}.items():
-        gradients = np.asarray(draw({name: shape}, GAP)[name])
+        gradients = draw({name: shape}, 2 * GAP + 1)[name]
+        before.clear()
         weight = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
         group = {"params": [weight], "rank": RANK, "update_proj_gap": GAP, "scale": 0.25, "proj_type": "std"}
         optimizer = galore_torch.GaLoreAdamW([group], lr=rate, eps=1e-6, no_deprecation_warning=True)
         ours: Any = scale_by_galore(RANK, update_gap=GAP, eps=1e-6, eps_convention="uncorrected")
-        total = -rate * np.cumsum(run(ours, {name: jnp.asarray(gradients)})[name], axis=0)
+        total = -rate * np.cumsum(run(ours, gradients), axis=0)
         for gradient, expected in zip(gradients, total, strict=True):
             weight.grad = torch.tensor(gradient)
             optimizer.step()
@@ -204,15 +209,22 @@ def test_rotations_of_the_projected_side_and_signed_permutations_of_the_other_co
     )
 
 
-def test_carried_moments_depend_on_signs_that_mean_nothing_and_aligned_ones_do_not():
-    # A decomposition with other signs: the same as one of a gradient with its rows' signs flipped back.
-    gradients = draw({"w": (5, 8)}, GAP + 1)
-    expected = reference(np.asarray(gradients["w"]), "std", "align", eps=1e-8, uncorrected=False)
-    flipped = -np.asarray(gradients["w"])
-    carried = reference(np.asarray(gradients["w"]), "std", "reset", eps=1e-8, uncorrected=False)
-    aligned = run(scale_by_galore(RANK, update_gap=GAP), {"w": flipped})["w"]
-    np.testing.assert_allclose(-aligned, expected, rtol=0, atol=1e-11)
-    assert np.abs(carried[-1] - expected[-1]).max() > 0.05
+def test_carried_moments_depend_on_signs_that_mean_nothing_and_others_do_not():
+    # In the middle of an interval, the sign of a basis vector is flipped together with its moments.
+    gradients = draw({"w": (5, 8)}, GAP + 2)["w"]
+    signs = np.array([-1.0, 1.0, -1.0])
+    for moments, invariant in (("align", True), ("transport", True), ("reset", True), ("carry", False)):
+        transform: Any = scale_by_galore(RANK, update_gap=GAP, moments=moments)
+        state, _ = advance(transform, transform.init(gradients[0]), gradients[:2])
+        (adam,) = state.inner
+        flipped = state._replace(
+            bases=state.bases._replace(left=state.bases.left * signs[None]),
+            inner=(adam._replace(mu=adam.mu * signs[:, None]),),
+        )
+        (_, expected), (_, updates) = (advance(transform, s, gradients[2:]) for s in (state, flipped))
+        difference = np.abs(updates - expected).max(axis=(1, 2))
+        np.testing.assert_allclose(difference[: GAP - 2], 0, atol=1e-13)
+        assert np.all(difference[GAP - 2 :] < 1e-12) == invariant
 
 
 # --- Programs
