@@ -37,7 +37,8 @@ def like(gradients):
     return jax.tree.map(lambda g: np.zeros(g.shape[1:], g.dtype), gradients)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+# Tiny matrices: what takes the time is compiling.
+@functools.partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 def advance(transform, state, gradients) -> Any:
     def step(state, gradient):
         updates, state = transform.update(gradient, state)
