@@ -37,6 +37,61 @@ def head_products(
         >>> KQ.tolist(), VO.tolist()
         ([[0.0, 6.0], [0.0, 3.0]], [[0.0, 0.0], [0.0, 9.0]])
     """
+    weights = _require_heads(params)
+    KQ, VO = (
+        weights[left] @ jnp.swapaxes(weights[right], -1, -2)
+        for left, right in (("key", "query"), ("value", "output"))
+    )
+    return KQ, VO
+
+
+def thin_products(
+    params: Mapping[str, ArrayLike], initial: Mapping[str, ArrayLike] | None = None
+) -> tuple[Float[Array, "*heads k k"], Float[Array, "*heads k k"]]:
+    r"""Small matrices with the singular values of a head's products, or of their change since the start.
+
+    A product of two matrices (d, d') is R_1 R_2^T up to rotations, where R_1 and R_2 are the triangles of
+    their QR decompositions; k is min(d, d') for a product. The change of one is the product of matrices
+    (d, 2 d'), W_K W_Q^T - K_0 Q_0^T = (W_K - K_0) W_Q^T + K_0 (W_Q - Q_0)^T, which is exact where little has
+    changed; k is min(d, 2 d'). All other singular values are zero.
+
+    Args:
+        params: the weights, as for `head_products`.
+        initial: the weights at the start; the products themselves are taken where None.
+
+    Returns:
+        Matrices (..., k, k) for W_K W_Q^T and for W_V W_O^T, in the weights' precision.
+
+    Raises:
+        ValueError: a name is missing, or the shapes do not fit.
+
+    Example:
+        >>> weights = {name: jnp.eye(3)[:, :1] for name in ("key", "query", "value", "output")}
+        >>> KQ, VO = thin_products(weights)
+        >>> KQ.tolist(), VO.tolist()
+        ([[1.0]], [[1.0]])
+        >>> KQ, VO = thin_products({**weights, "value": 3 * weights["value"]}, weights)
+        >>> float(jnp.linalg.norm(KQ)), float(jnp.linalg.norm(VO))
+        (0.0, 2.0)
+    """
+    weights = _require_heads(params)
+    start = None if initial is None else _require_heads(initial)
+
+    def core(left, right):
+        A, B = weights[left], weights[right]
+        if start is not None:
+            A, B = (
+                jnp.concatenate([A - start[left], start[left]], axis=-1),
+                jnp.concatenate([B, B - start[right]], axis=-1),
+            )
+        R_left, R_right = (jnp.linalg.qr(factor, mode="r") for factor in (A, B))
+        return R_left @ jnp.swapaxes(R_right, -1, -2)
+
+    return core("key", "query"), core("value", "output")
+
+
+def _require_heads(params: Mapping[str, ArrayLike]) -> dict[str, Array]:
+    """The four weights as arrays, or `ValueError` unless they are there and fit."""
     missing = [name for name in HEAD_WEIGHTS if name not in params]
     if missing:
         raise ValueError(f"params must hold {', '.join(HEAD_WEIGHTS)}, got no {', '.join(missing)}")
@@ -51,8 +106,4 @@ def head_products(
         raise ValueError(
             f"key and value must agree but for the last axis, got {shapes['key']} and {shapes['value']}"
         )
-    KQ, VO = (
-        weights[left] @ jnp.swapaxes(weights[right], -1, -2)
-        for left, right in (("key", "query"), ("value", "output"))
-    )
-    return KQ, VO
+    return weights
