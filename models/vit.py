@@ -31,6 +31,7 @@ class Block(nnx.Module):
             qkv_features=heads * head_dim,
             use_bias=False,
             decode=False,
+            attention_fn=_attend,
             param_dtype=dtype,
             rngs=rngs,
         )
@@ -42,6 +43,12 @@ class Block(nnx.Module):
         """The tokens after the layer."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.contract(jax.nn.gelu(self.expand(self.mlp_norm(x)), approximate=False))
+
+
+def _attend(query: Array, key: Array, value: Array, **_: Any) -> Array:
+    """Softmax attention, arrays (B, n, heads, head_dim); a fused kernel computes it in 32-bit."""
+    logits = jnp.einsum("bqhk,bnhk->bhqn", query, key) / query.shape[-1] ** 0.5
+    return jnp.einsum("bhqn,bnhk->bqhk", jax.nn.softmax(logits, axis=-1), value)
 
 
 class VisionTransformer(nnx.Module):
@@ -76,7 +83,7 @@ class VisionTransformer(nnx.Module):
         width: int,
         head_dim: int,
         mlp_width: int,
-        pool: Literal["mean", "class"] = "mean",
+        pool: Literal["mean", "class"] | str = "mean",
         dtype: Any = None,
     ):
         """Build the network with its usual initial values; `scale_initial` sweeps their scale.
@@ -111,10 +118,8 @@ class VisionTransformer(nnx.Module):
         cut = jax.eval_shape(lambda image: patches(image, patch, colour=self.colour), jnp.zeros(image_shape))
         count, pixels = cut.shape
         self.embedder = nnx.Linear(pixels, width, param_dtype=dtype, rngs=rngs)
-        self.class_token = None
-        if pool == "class":
-            self.class_token = nnx.Param(jnp.zeros(width, dtype))
-            count += 1
+        self.class_token = nnx.Param(jnp.zeros(width, dtype)) if pool == "class" else None
+        count += pool == "class"
         self.position = nnx.Param(0.02 * jax.random.normal(rngs(), (count, width), dtype))
         self.blocks = nnx.List(
             Block(width, heads, head_dim, mlp_width, dtype=dtype, rngs=rngs) for _ in range(depth)

@@ -76,6 +76,9 @@ def thin_products(
     """
     weights = _require_heads(params)
     start = None if initial is None else _require_heads(initial)
+    if start is not None and any(start[name].shape != weights[name].shape for name in HEAD_WEIGHTS):
+        shapes = (f"{sorted({array.shape for array in heads.values()})}" for heads in (start, weights))
+        raise ValueError(f"initial and params must have the same shapes, got {' and '.join(shapes)}")
 
     def core(left, right):
         A, B = weights[left], weights[right]
