@@ -47,8 +47,9 @@ class Block(nnx.Module):
 
 def _attend(query: Array, key: Array, value: Array, **_: Any) -> Array:
     """Softmax attention, arrays (B, n, heads, head_dim); a fused kernel computes it in 32-bit."""
-    logits = jnp.einsum("bqhk,bnhk->bhqn", query, key) / query.shape[-1] ** 0.5
-    return jnp.einsum("bhqn,bnhk->bqhk", jax.nn.softmax(logits, axis=-1), value)
+    query, key, value = (jnp.moveaxis(part, -2, -3) for part in (query, key, value))
+    logits = query @ jnp.swapaxes(key, -1, -2) / query.shape[-1] ** 0.5
+    return jnp.moveaxis(jax.nn.softmax(logits, axis=-1) @ value, -3, -2)
 
 
 class VisionTransformer(nnx.Module):

@@ -1,5 +1,6 @@
 """The vision transformer: what its heads compute, how its start is scaled, and the products of its heads."""
 
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -12,7 +13,10 @@ from hypothesis import strategies as st
 
 from models.attention import as_function, head_products
 from models.attention.products import thin_products
+from models.data.images import digits
 from models.vit import VisionTransformer, head_weights, scale_initial
+from sims.incremental.vit import PRESETS, Config, build, optimizer, total_loss, train_lanes
+from tests.helpers import count_compilations
 
 SIZES = {"patch": (2, 3), "depth": 2, "heads": 3, "width": 8, "head_dim": 2, "mlp_width": 5}
 NAMES = ("key", "query", "value", "output")
@@ -20,13 +24,16 @@ NAMES = ("key", "query", "value", "output")
 
 @cache
 def make(image_shape=(4, 6, 2), pool="mean"):
-    model = VisionTransformer(jax.random.key(0), image_shape, 4, pool=pool, **SIZES)
-    predict, params = as_function(model)
-    # Biases and gains that matter.
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    return jax.jit(predict), jax.tree.unflatten(tree, moved)
+    def start(key):
+        model = VisionTransformer(key, image_shape, 4, pool=pool, **SIZES)
+        predict, params = as_function(model)
+        # Biases and gains that matter.
+        leaves, tree = jax.tree.flatten(params)
+        noise = [0.3 * jax.random.normal(jax.random.key(i), leaf.shape) for i, leaf in enumerate(leaves)]
+        return predict, jax.tree.unflatten(tree, [a + b for a, b in zip(leaves, noise, strict=True)])
+
+    predict, params = jax.jit(start)(jax.random.key(0))
+    return jax.jit(predict), params
 
 
 def images(shape=(4, 6, 2)):
@@ -162,3 +169,39 @@ def test_bad_input_is_refused():
         thin_products({**weights, "value": jnp.ones((3, 1)), "output": jnp.ones((3, 1))})
     with pytest.raises(ValueError, match="initial and params must have the same shapes"):
         thin_products(weights, {name: jnp.ones((1, 3, 1)) for name in NAMES})
+
+
+def test_one_program_trains_all_scales_and_seeds_and_none_acts_on_another():
+    small = Config(depth=1, heads=2, head_dim=2, width=4, mlp_width=4)
+    config = replace(small, seeds=2, batch=3, steps=4, every=2, calls=1)
+    pixels, labels = digits("float32")
+    few = (pixels[:6], labels[:6])
+    lanes = [(1.0, 1.0), (0.3, 0.3), (0.1, 1.0)]
+    with count_compilations() as compiled:
+        _, path = train_lanes(config, lanes, jax.random.key(0), few, few)
+        _, other = train_lanes(config, [lanes[1], lanes[1], lanes[0]], jax.random.key(0), few, few)
+    assert compiled.count("jit(_advance)") == 1
+    assert path.ys.KQ.stable_rank.shape == (3, 3, 2, 1, 2)
+    for first, second in zip(jax.tree.leaves(path.ys), jax.tree.leaves(other.ys), strict=True):
+        np.testing.assert_allclose(first[:, [1, 1, 0]], second, rtol=1e-3, atol=1e-5)
+
+
+def test_the_papers_network_traces():
+    config = PRESETS["paper"]
+    lanes = jax.ShapeDtypeStruct((len(config.scales), 2), jnp.float32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), config.seeds))
+    predict, starts = jax.eval_shape(lambda lanes, keys: build(config, (32, 32, 3), lanes, keys), lanes, keys)
+    count = sum(leaf.size for leaf in jax.tree.leaves(starts)) / len(config.scales)
+    # By hand: depth 6, width 512, 8 heads of 128, patches of 4 * 4 * 3 numbers, 64 of them.
+    block = 4 * 512 * 8 * 128 + 2 * (512 * 512 + 512) + 4 * 512
+    assert count == 6 * block + (48 + 1) * 512 + 64 * 512 + 2 * 512 + (512 + 1) * 10
+    batch = (
+        jax.ShapeDtypeStruct((config.seeds, config.batch, 32, 32, 3), jnp.float32),
+        jax.ShapeDtypeStruct((config.seeds, config.batch), jnp.int32),
+    )
+    gradient = jax.eval_shape(
+        lambda params, batch: jax.grad(total_loss, 1)(predict, params, batch), starts, batch
+    )
+    assert jax.tree.map(jnp.shape, gradient) == jax.tree.map(jnp.shape, starts)
+    state = jax.eval_shape(optimizer(config).init, starts)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) > 2 * count
