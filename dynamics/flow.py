@@ -228,6 +228,51 @@ def _solve(field, y0, ts, args, solver, rtol, atol, max_steps, adjoint):
     return Trajectory(ts, ys, ended & all_finite(ys)), ended, jnp.sum(saved), exhausted
 
 
+def integrate_until(
+    field: VectorField,
+    y0: PyTree,
+    horizon: ArrayLike,
+    args: PyTree,
+    stop: Callable[[Any, Any], Bool[Array, ""]],
+    *,
+    solver: diffrax.AbstractSolver,
+    rtol: float,
+    atol: float,
+    max_steps: int = 10_000,
+) -> tuple[PyTree, Bool[Array, ""]]:
+    """Integrate dy/dt = field(t, y, args) from t = 0 until `stop(y, args)` holds after a step.
+
+    For use inside of compiled programs: nothing is checked, nothing is raised.
+
+    Returns:
+        The last state, and whether `stop` holds there: not where the horizon, or the most steps, came first.
+
+    Example:
+        >>> decay, small = lambda t, y, rate: -rate * y, lambda y, rate: y < 1e-3
+        >>> options = {"solver": diffrax.Tsit5(), "rtol": 1e-6, "atol": 1e-9}
+        >>> y, stopped = integrate_until(decay, jnp.array(1.0), 100.0, jnp.array(1.0), small, **options)
+        >>> bool(stopped), bool(y < 1e-3)
+        (True, True)
+    """
+    dtype = jnp.finfo(jnp.result_type(*jax.tree.leaves(y0))).dtype
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(field),
+        solver,
+        t0=jnp.zeros((), dtype),
+        t1=jnp.asarray(horizon, dtype),
+        dt0=None,
+        y0=y0,
+        args=args,
+        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
+        max_steps=max_steps,
+        event=diffrax.Event(lambda t, y, args, **_: stop(y, args)),
+        adjoint=diffrax.ForwardMode(),
+        throw=False,
+    )
+    ys = jax.tree.map(lambda leaf: leaf[-1], solution.ys)
+    return ys, diffrax.is_event(solution.result) & all_finite(ys)
+
+
 def gradient_flow(loss: Callable[..., Array]) -> VectorField:
     r"""The vector field of gradient flow, dy/dt = -grad loss(y).
 

@@ -26,6 +26,20 @@ def squared_error(params: PyTree, data: Any) -> Array:
     return jnp.sum(optax.losses.l2_loss(predict(params, inputs), targets))
 
 
+def mean_squared_error(params: PyTree, data: Any) -> Array:
+    r"""Half the squared error of a sample, (1/2N) sum_i |f(X_i) - Y_i|^2, of data = (f, X, Y).
+
+    Outputs f(params, X) and targets are (N, ...): the square is summed over all axes but the first. It takes
+    its data like `squared_error`.
+
+    Example:
+        >>> double = lambda params, x: params * x
+        >>> float(mean_squared_error(2.0, (double, jnp.ones((5, 3)), jnp.ones((5, 3)))))
+        1.5
+    """
+    return squared_error(params, data) / len(data[2])
+
+
 def cross_entropy(params: PyTree, data: Any) -> Array:
     r"""Mean cross-entropy of logits f(params, X) against labels y, of data = (f, X, y); in nats.
 

@@ -1,0 +1,374 @@
+"""The limit of tiny starts: the greedy algorithm, its path, and the staircase that flows approach."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from dynamics.flow import ArrayLike, as_inexact, integrate_until, is_traced
+from dynamics.incremental.flows import NegGradient, canonical_start, require_gradient
+
+# A coordinate that enters starts its stage at this product.
+_ENTRY = 1e-10
+# Coordinates due within this share of the time are due together.
+_TIE = 1e-6
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GreedyPath:
+    """What the greedy algorithm visits: stationary points with more and more products active.
+
+    Attributes:
+        times: T_1, T_2, ..., the rescaled times of the jumps, (S,); infinite beyond the end.
+        beta: the products, (S + 1, p): beta[0] = 0, beta[k] from T_k on.
+        order: the coordinate that enters at each jump, (S,); -1 beyond the end.
+        log_scale: b, the logarithms of u + v over log alpha, (S + 1, p); ones at first.
+        tied: another coordinate was due at the same time and entered as well, (S,).
+        converged: the flow on the active coordinates reached a stationary point, (S,); where it did not, its
+            last state is in `beta` and the path ends.
+        complete: no coordinate is left that would ever become active, a boolean.
+    """
+
+    times: Array | Any
+    beta: Array | Any
+    order: Array | Any
+    log_scale: Array | Any
+    tied: Array | Any
+    converged: Array | Any
+    complete: Array | Any
+
+
+class _State(NamedTuple):
+    """Where the algorithm stands after a stage."""
+
+    time: Array
+    beta: Array
+    b: Array
+    complete: Array  # all remaining waits are infinite
+    stuck: Array  # the last stage reached no stationary point
+
+
+def time_until_active(b: ArrayLike, gradient: ArrayLike) -> Float[Array, " p"]:
+    r"""Rescaled time until each product becomes active while the gradient stays as it is.
+
+    b_i / g_i where g_i > 0, (2 - b_i) / |g_i| where g_i < 0, infinite where g_i = 0.
+
+    Source: boixadsera2023, Equation 8.
+
+    Args:
+        b: log scale -log(u + v) / log(1 / alpha), (p,), between 0 and 2.
+        gradient: the negative loss gradient g with respect to the products, (p,).
+
+    Returns:
+        Times, (p,).
+
+    Raises:
+        ValueError: the shapes are not one shape (p,).
+
+    Example:
+        >>> time_until_active([1.0, 0.5, 1.0], [2.0, -3.0, 0.0]).tolist()
+        [0.5, 0.5, inf]
+    """
+    b, g = as_inexact(b), as_inexact(gradient)
+    if b.ndim != 1 or b.shape != g.shape:
+        raise ValueError(f"b and gradient must have one shape (p,), got {b.shape} and {g.shape}")
+    distance = jnp.where(g > 0, b, 2 - b)
+    return jnp.where(g == 0, jnp.inf, distance / jnp.where(g == 0, jnp.ones_like(g), jnp.abs(g)))
+
+
+def greedy(
+    neg_gradient: NegGradient,
+    size: int,
+    *,
+    max_stages: int | None = None,
+    u0: ArrayLike | None = None,
+    v0: ArrayLike | None = None,
+    dtype: Any = None,
+) -> GreedyPath:
+    r"""Incremental learning in the limit of tiny starts: which products become active, when, and to what.
+
+    From a stationary point beta with log scale b (zero and one at first) each stage
+    - waits: coordinate i is active after `time_until_active`, and the first one enters, with the sign of
+      g_i(beta); all others move on the log scale by b <- b - g(beta) dT;
+    - settles: from beta plus a tiny product in that coordinate, the flow d beta/dt = 2 |beta| g(beta) of
+      balanced factors runs to a stationary point. Signs stay; a coordinate may leave, and come back with
+      the other sign after b has gone all the way.
+    It ends when every remaining time is infinite: where |g| <= 1e-9 max |g(0)| (1e-4 in 32-bit).
+
+    Coordinates that are due at the same time, to one part in a million, enter together and are flagged: the
+    theorem excludes this case. What they settle to may depend on the proportions of their starts, which
+    `u0` and `v0` give.
+
+    One program is compiled per shape; it jits and vmaps where `max_stages` is given.
+
+    Source: boixadsera2023, Algorithm 1, Equations 8 to 11.
+
+    Args:
+        neg_gradient: g, a function of beta (p,), for instance from `negative_gradient`. Data that change
+            belong into it as `jax.tree_util.Partial` arguments, so that nothing is compiled anew.
+        size: the number p of products.
+        max_stages: how many stages are returned; as many as there are where None.
+        u0: first factors over alpha, (p,); used for coordinates that enter together, and equal there if None.
+        v0: second factors over alpha, (p,).
+        dtype: floating dtype; that of u0, or JAX's default, where None.
+
+    Returns:
+        A `GreedyPath` with S = max_stages, or as many stages as there are.
+
+    Raises:
+        ValueError: an argument is bad, or the gradient at zero is not finite; or max_stages is missing where
+            the call is traced.
+        RuntimeError: the path goes on without end, max_stages being None.
+
+    Example:
+        >>> from dynamics.incremental import negative_gradient
+        >>> loss = lambda beta: 0.5 * jnp.sum((beta - jnp.array([2.0, -4.0])) ** 2)
+        >>> path = greedy(negative_gradient(loss), 2)
+        >>> path.times.round(6).tolist(), path.order.tolist(), path.beta[-1].round(6).tolist()
+        ([0.25, 0.5], [1, 0], [2.0, -4.0])
+    """
+    if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
+        raise ValueError(f"size must be a positive integer, got {size!r}")
+    if max_stages is not None and (not isinstance(max_stages, (int, np.integer)) or max_stages < 0):
+        raise ValueError(f"max_stages must be an integer >= 0, or None, got {max_stages!r}")
+    if (u0 is None) != (v0 is None):
+        raise ValueError("u0 and v0 must be given together")
+    if u0 is None or v0 is None:
+        dtype = jnp.result_type(float) if dtype is None else dtype
+        w0 = z0 = jnp.ones(size, dtype)
+    else:
+        w0, z0 = canonical_start(u0, v0)
+        if w0.shape != (size,):
+            raise ValueError(f"u0 and v0 must have shape ({size},), got {w0.shape}")
+    zero = jnp.zeros_like(w0)
+    require_gradient(neg_gradient, size, zero.dtype)
+    first = neg_gradient(zero)
+    if not is_traced(first) and not np.all(np.isfinite(np.asarray(first))):
+        raise ValueError("neg_gradient must be finite at beta = 0, got NaN or infinity")
+    none = jnp.zeros((), bool)
+    state = _State(zero[0], zero, zero + 1, none, none)
+    scale = jnp.max(jnp.abs(first))
+
+    if max_stages is not None:
+        return _stages(neg_gradient, state, w0, z0, scale, int(max_stages))[1]
+    if is_traced(first, w0, z0):
+        raise ValueError("max_stages must be given where greedy is jitted or vmapped, got None")
+    # The same program again from where it stopped, until there is nothing left.
+    pieces = []
+    while not pieces or not bool(state.complete | state.stuck):
+        before = float(state.time)
+        state, piece = _stages(neg_gradient, state, w0, z0, scale, 2 * size + 2)
+        pieces.append(piece)
+        if not float(state.time) > before and not bool(state.complete | state.stuck):
+            raise RuntimeError(f"greedy: {2 * size + 2} stages at the same time {before:g}; give max_stages")
+    count = sum(int(np.sum(np.isfinite(piece.times))) for piece in pieces)
+
+    def joined(name: str) -> Array:
+        return jnp.concatenate([getattr(piece, name) for piece in pieces])[:count]
+
+    def joined_states(name: str) -> Array:
+        later = [getattr(piece, name)[1:] for piece in pieces]
+        return jnp.concatenate([getattr(pieces[0], name)[:1], *later])[: count + 1]
+
+    return GreedyPath(
+        joined("times"),
+        joined_states("beta"),
+        joined("order"),
+        joined_states("log_scale"),
+        joined("tied"),
+        joined("converged"),
+        state.complete,
+    )
+
+
+@eqx.filter_jit
+def _stages(neg_gradient, state, w0, z0, scale, count):
+    """Up to `count` stages from a state: the state after them, and the path."""
+    path = GreedyPath(
+        times=jnp.full(count, jnp.inf, w0.dtype),
+        beta=jnp.broadcast_to(state.beta[None], (count + 1, w0.size)),
+        order=jnp.full(count, -1),
+        log_scale=jnp.broadcast_to(state.b[None], (count + 1, w0.size)),
+        tied=jnp.zeros(count, bool),
+        converged=jnp.ones(count, bool),
+        complete=state.complete,
+    )
+
+    def go_on(carry):
+        k, state, _ = carry
+        return (k < count) & ~state.complete & ~state.stuck
+
+    def stage(carry):
+        k, before, path = carry
+        state, order, tied = _stage(neg_gradient, before, w0, z0, scale)
+        # Rows from here to the end hold the last stage.
+        later = jnp.arange(count + 1) > k
+        entered = jnp.isfinite(state.time)
+        path = GreedyPath(
+            times=path.times.at[k].set(state.time),
+            beta=jnp.where(later[:, None], state.beta[None], path.beta),
+            order=path.order.at[k].set(jnp.where(entered, order, -1)),
+            log_scale=jnp.where(later[:, None], state.b[None], path.log_scale),
+            tied=path.tied.at[k].set(tied),
+            converged=path.converged.at[k].set(~state.stuck),
+            complete=state.complete,
+        )
+        kept = before._replace(complete=state.complete)
+        state = jax.tree.map(lambda new, old: jnp.where(entered, new, old), state, kept)
+        return k + 1, state, path
+
+    _, state, path = jax.lax.while_loop(go_on, stage, (0, state, path))
+    # One stage fewer than there is room for: whether anything is left has to be asked.
+    waits, _ = _waits(neg_gradient, state, scale)
+    state = state._replace(complete=jnp.all(jnp.isinf(waits)) & ~state.stuck)
+    return state, eqx.tree_at(lambda p: p.complete, path, state.complete)
+
+
+def _waits(neg_gradient, state, scale):
+    """Times until active, and the gradient with zeros where it counts as zero."""
+    tiny = 1e-9 if jnp.finfo(scale.dtype).bits >= 64 else 1e-4
+    g = neg_gradient(state.beta)
+    g = jnp.where((state.beta != 0) | (jnp.abs(g) <= tiny * scale), jnp.zeros_like(g), g)
+    return time_until_active(state.b, g), g
+
+
+def _stage(neg_gradient, state, w0, z0, scale):
+    """The next jump: its state, the coordinate that enters, and whether others do so too."""
+    waits, g = _waits(neg_gradient, state, scale)
+    wait = jnp.min(waits)
+    complete = jnp.isinf(wait)
+    time = state.time + wait
+    due = (waits <= wait + _TIE * time) & ~complete
+    b = jnp.where(due, jnp.where(g > 0, jnp.zeros_like(g), 2 * jnp.ones_like(g)), state.b - g * wait)
+    # Factors that enter together keep the proportions of their starts: those of w = u + v where both get
+    # the same sign, those of z = u - v where they get different ones.
+    share = jnp.where(g > 0, w0, z0)
+    share = share / jnp.max(jnp.where(due, share, jnp.zeros_like(share)))
+    entry = jnp.where(due, jnp.sign(g) * _ENTRY * share**2, state.beta)
+    beta, settled = _settle(neg_gradient, entry, scale)
+    after = _State(time, beta, b, complete, ~settled & ~complete)
+    return after, jnp.argmin(waits), jnp.sum(due) > 1
+
+
+def _settle(neg_gradient, start, scale):
+    """The stationary point that balanced factors reach from beta = start, and whether they do.
+
+    In y = log |beta| of the active coordinates, dy/dt = 2 sign(beta) g(beta): signs cannot change, and a
+    coordinate that leaves goes to minus infinity at a steady rate.
+    """
+    double = jnp.finfo(start.dtype).bits >= 64
+    rest, gone = (1e-10, 1e-14) if double else (1e-5, 1e-9)
+    active, sign = start != 0, jnp.sign(start)
+    # The flow moves at the rate of the coordinate that enters: a minimum is approached exponentially, while
+    # a loss without one keeps falling, for ever more slowly.
+    push = jnp.max(jnp.abs(jnp.where(active, neg_gradient(start), jnp.zeros_like(start))))
+    horizon = 1e6 / jnp.where(push > 0, push, jnp.ones_like(push))
+
+    def products(y, args):
+        return jnp.where(active, sign * jnp.exp(jnp.minimum(y, 0.25 * np.log(jnp.finfo(y.dtype).max))), 0)
+
+    def field(t, y, neg_gradient):
+        return jnp.where(active, 2 * sign * neg_gradient(products(y, None)), jnp.zeros_like(y))
+
+    def at_rest(y, neg_gradient):
+        rate = field(0.0, y, neg_gradient)
+        leaving = (rate < 0) & (y < np.log(gone))
+        return jnp.all(leaving | (jnp.abs(rate) <= rest * scale))
+
+    y0 = jnp.where(active, jnp.log(jnp.where(active, jnp.abs(start), jnp.ones_like(start))), 0)
+    y, settled = integrate_until(
+        field,
+        y0,
+        horizon,
+        neg_gradient,
+        at_rest,
+        solver=diffrax.Kvaerno5() if double else diffrax.Dopri8(),
+        rtol=1e-5 if double else 1e-4,
+        atol=1e-6 if double else 1e-5,
+    )
+    beta = products(y, None)
+    return jnp.where(active & (y >= np.log(gone)), beta, jnp.zeros_like(beta)), settled
+
+
+def staircase(path: GreedyPath, tau: ArrayLike) -> Array:
+    r"""The greedy path as a function of rescaled time: beta[k] from T_k until T_(k+1).
+
+    Source: boixadsera2023, Theorem 4.5: what the flow's products tend to as alpha goes to zero, at every
+    tau that is no jump.
+
+    Args:
+        path: from `greedy`, not under `vmap`.
+        tau: rescaled times t / log(1 / alpha), any shape.
+
+    Returns:
+        beta, tau.shape + (p,).
+
+    Example:
+        >>> path = greedy(lambda beta: 2.0 - beta, 1)
+        >>> staircase(path, [0.4, 0.6])[:, 0].round(6).tolist()
+        [0.0, 2.0]
+    """
+    tau = as_inexact(tau).astype(path.times.dtype)
+    return path.beta[jnp.searchsorted(path.times, tau, side="right")]
+
+
+def staircase_distance(path: GreedyPath, taus: ArrayLike, beta: ArrayLike) -> Float[Array, ""]:
+    r"""Distance of a flow to the staircase, the integral over tau of sum_i |beta_i - staircase_i|.
+
+    The trapezoidal rule on the given times, so these must resolve the jumps. The distance falls like
+    1 / log(1 / alpha).
+
+    Args:
+        path: from `greedy`.
+        taus: rescaled times, (T,), increasing.
+        beta: products of a flow or of a trained network at these times, (T, p).
+
+    Returns:
+        The distance, a scalar.
+
+    Example:
+        >>> path = greedy(lambda beta: 2.0 - beta, 1)
+        >>> round(float(staircase_distance(path, [0.0, 1.0, 2.0], [[0.0], [2.0], [2.5]])), 6)
+        0.25
+    """
+    taus, beta = as_inexact(taus), as_inexact(beta)
+    gaps = jnp.sum(jnp.abs(beta - staircase(path, taus)), axis=-1)
+    return jnp.trapezoid(gaps, taus)
+
+
+def jump_times(path: GreedyPath, taus: ArrayLike, beta: ArrayLike) -> Float[Array, " S"]:
+    r"""When a flow makes each jump of the path: the entering product passes half of what it settles to.
+
+    Args:
+        path: from `greedy`.
+        taus: rescaled times, (T,), increasing.
+        beta: products of a flow or of a trained network at these times, (T, p).
+
+    Returns:
+        Rescaled times, (S,), interpolated between the given ones; NaN where it does not pass.
+
+    Example:
+        >>> path = greedy(lambda beta: 2.0 - beta, 1)
+        >>> jump_times(path, [0.0, 0.5, 1.0], [[0.0], [0.5], [1.5]]).round(6).tolist()
+        [0.75]
+    """
+    taus, beta = as_inexact(taus), as_inexact(beta)
+
+    def one(coordinate, after, start):
+        level = beta[:, coordinate] / jnp.where(after == 0, jnp.nan, after) - 0.5
+        up = (level[:-1] < 0) & (level[1:] >= 0) & (taus[1:] > start)
+        i = jnp.argmax(up)
+        share = -level[i] / (level[i + 1] - level[i])
+        return jnp.where(jnp.any(up), taus[i] + share * (taus[i + 1] - taus[i]), jnp.nan)
+
+    after = jnp.take_along_axis(path.beta[1:], path.order[:, None], axis=1)[:, 0]
+    starts = jnp.concatenate([jnp.zeros_like(path.times[:1]), path.times[:-1]])
+    return jax.vmap(one)(path.order, after, starts)

@@ -1,0 +1,211 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import linprog, nnls
+
+from dynamics import incremental
+from dynamics.incremental import greedy, log_flow, negative_gradient, raw_flow
+from tests.helpers import count_compilations
+
+LOG10 = float(np.log(10))
+
+
+def square_loss(beta, X, y):
+    return 0.5 * jnp.mean(jnp.square(y - X @ beta))
+
+
+def quadratic(beta, S, c):
+    return 0.5 * jnp.vdot(beta, S @ beta) - jnp.vdot(c, beta)
+
+
+def linear_problem(seed, samples=40, size=6):
+    """A random linear problem with a teacher, and its negative gradient."""
+    rng = np.random.default_rng(seed)
+    X = rng.normal(size=(samples, size)) @ (np.eye(size) + 0.6 * rng.normal(size=(size, size)) / size**0.5)
+    teacher = rng.normal(size=size)
+    return X, teacher, negative_gradient(square_loss, jnp.asarray(X), jnp.asarray(X @ teacher))
+
+
+def inverse_scale_space(X, y):
+    """Jump times and final point for a square loss: s' = -grad, beta the best fit with the signs of s."""
+    S, c = X.T @ X / len(y), X.T @ y / len(y)
+    s, beta, time, times, g = np.zeros(len(c)), np.zeros(len(c)), 0.0, [], c
+    while np.abs(g).max() > 1e-9 * np.abs(c).max():
+        # Coordinates that are not fitted move on; those that sit at the bound and are fitted have g = 0.
+        moving = np.abs(g) > 1e-9 * np.abs(c).max()
+        target = np.where(g > 0, 1.0, -1.0)
+        wait = np.where(moving, (target - s) / np.where(moving, g, 1.0), np.inf)
+        time += wait.min()
+        s = np.where(moving, s + wait.min() * g, s)
+        s[np.argmin(wait)] = target[np.argmin(wait)]
+        times.append(time)
+        at_bound = np.flatnonzero(np.abs(np.abs(s) - 1) < 1e-9)
+        signs = np.sign(s[at_bound])
+        # min (1/2) x S x - c x over signed x >= 0, as a least squares problem.
+        A, b = X[:, at_bound] * signs / len(y) ** 0.5, y / len(y) ** 0.5
+        beta = np.zeros(len(c))
+        beta[at_bound] = signs * nnls(A, b)[0]
+        g = c - S @ beta
+    return np.array(times), beta
+
+
+def test_recorded_path_of_a_linear_problem():
+    # Times and order were found with independent code; coordinate 0 leaves and returns with the other sign.
+    _, teacher, g = linear_problem(0)
+    path = greedy(g, 6)
+    expected = [0.437568, 0.564612, 0.707724, 0.931173, 1.676586, 4.709827, 51.274265]
+    np.testing.assert_allclose(path.times, expected, rtol=2e-6)
+    assert path.order.tolist() == [0, 3, 1, 2, 5, 4, 0]
+    assert np.count_nonzero(path.beta, axis=1).tolist() == [0, 1, 2, 3, 3, 4, 5, 6]
+    assert path.beta[1, 0] * path.beta[-1, 0] < 0
+    np.testing.assert_allclose(path.beta[-1], teacher, atol=1e-9)
+    assert path.converged.all()
+    assert not path.tied.any()
+    assert path.complete
+
+
+@pytest.mark.parametrize(("samples", "size"), [(40, 6), (4, 6)], ids=["over-determined", "under-determined"])
+def test_agrees_with_inverse_scale_space(samples, size):
+    for seed in range(1, 12):
+        X, teacher, g = linear_problem(seed, samples, size)
+        path = greedy(g, size)
+        times, final = inverse_scale_space(X, X @ teacher)
+        np.testing.assert_allclose(path.times, times, rtol=1e-6, err_msg=f"seed {seed}")
+        np.testing.assert_allclose(path.beta[-1], final, atol=1e-7)
+        if samples < size:  # it ends at the interpolant of least l1 norm
+            least = linprog(np.ones(2 * size), A_eq=np.hstack([X, -X]), b_eq=X @ teacher).fun
+            np.testing.assert_allclose(np.abs(path.beta[-1]).sum(), least, rtol=1e-7)
+
+
+def test_one_compilation_per_shape_and_vmap():
+    data = [linear_problem(seed) for seed in (0, 1)]
+    alone = [greedy(g, 6, max_stages=14) for _, _, g in data]
+    with count_compilations() as names:
+        greedy(linear_problem(2)[2], 6, max_stages=14)
+    assert names == []
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(g for _, _, g in data))
+    both = jax.vmap(lambda g: greedy(g, 6, max_stages=3))(stacked)
+    assert not both.complete.any()
+    for lane, path in enumerate(alone):
+        np.testing.assert_allclose(both.times[lane], path.times[:3], rtol=1e-9)
+        np.testing.assert_allclose(both.beta[lane], path.beta[:4], atol=1e-8)
+    with pytest.raises(ValueError, match="max_stages must be given"):
+        jax.vmap(lambda g: greedy(g, 6))(stacked)
+
+
+def test_rows_beyond_the_end():
+    g = linear_problem(0)[2]
+    path = greedy(g, 6, max_stages=14)
+    assert np.isinf(path.times[7:]).all()
+    assert (path.order[7:] == -1).all()
+    np.testing.assert_array_equal(path.beta[8:], np.tile(path.beta[7], (7, 1)))
+    assert path.complete
+
+
+def test_ties_enter_together_in_the_proportions_of_their_starts():
+    # Two heads that do the same: only their sum is seen.
+    g = negative_gradient(lambda beta: 0.5 * jnp.square(jnp.sum(beta) - 2.0))
+    path = greedy(g, 2, u0=[1.0, 0.5], v0=[0.5, 0.1])
+    assert path.tied.tolist() == [True]
+    np.testing.assert_allclose(path.times, [0.5])
+    # d log beta / dt is the same for both, so the ratio is that of the squares of w.
+    np.testing.assert_allclose(path.beta[1, 0] / path.beta[1, 1], (1.5 / 0.6) ** 2)
+    np.testing.assert_allclose(path.beta[1].sum(), 2.0)
+
+
+def test_a_loss_without_minimum_is_flagged():
+    # Logistic loss on separable data: weights grow for ever.
+    g = negative_gradient(lambda beta: jnp.sum(jax.nn.softplus(-beta)))
+    path = greedy(g, 1)
+    assert path.converged.tolist() == [False]
+    assert not path.complete
+
+
+def test_nothing_to_learn():
+    path = greedy(lambda beta: -beta, 2)
+    assert path.times.shape == (0,)
+    assert path.beta.tolist() == [[0.0, 0.0]]
+    assert path.complete
+
+
+def test_time_until_active_is_the_time_to_the_bound():
+    np.testing.assert_array_equal(
+        incremental.time_until_active([1.0, 0.5, 2.0, 0.3], [2.0, -3.0, -1.0, 0.0]), [0.5, 0.5, 0.0, np.inf]
+    )
+
+
+def test_distance_to_the_staircase_halves_per_squaring_of_alpha():
+    g = linear_problem(0)[2]
+    path = greedy(g, 6, max_stages=14)
+    taus = jnp.linspace(0.0, 8.0, 4001)
+    lams = LOG10 * jnp.array([8.0, 16.0, 32.0])
+    flows = jax.vmap(lambda lam: log_flow(g, jnp.ones(6), 0.5 * jnp.ones(6), lam, taus))(lams)
+    assert flows.ok.all()
+    distance = np.array([incremental.staircase_distance(path, taus, beta) for beta in flows.ys.beta])
+    np.testing.assert_allclose(distance, [0.70, 0.35, 0.18], rtol=0.03)
+    np.testing.assert_allclose(distance[1:] / distance[:-1], 0.5, atol=0.02)
+
+
+def test_flow_of_one_product_is_logistic():
+    # From equal factors x0 = u v: beta = s e^{2 s t} / (e^{2 s t} - 1 + s / x0); here all but equal ones.
+    lam, s = 8 * LOG10, 2.0
+    taus = jnp.linspace(0.0, 1.0, 101)
+    flow = log_flow(lambda beta: s - beta, [1.0], [1 - 1e-9], lam, taus)
+    growth = np.exp(2 * s * lam * np.asarray(taus))
+    np.testing.assert_allclose(flow.ys.beta[:, 0], s * growth / (growth - 1 + s * np.exp(2 * lam)), atol=1e-6)
+
+
+@given(st.integers(0, 2**31), st.floats(0.5, 3.0))
+def test_both_flows_agree_and_conserve(seed, lam):
+    rng = np.random.default_rng(seed)
+    u0, v0 = rng.choice([-1.0, 1.0], (2, 3)) * rng.permuted([[1.0, 0.6, 1.4], [0.3, 1.1, 0.8]], axis=0)
+    target = rng.normal(size=3)
+    g = negative_gradient(quadratic, jnp.eye(3), jnp.asarray(target))
+    taus = jnp.linspace(0.1, 2.0, 5)
+    small = np.exp(-lam)
+    logs = log_flow(g, u0, v0, jnp.asarray(lam), taus, rtol=1e-9, atol=1e-11)
+    raw = raw_flow(g, small * u0, small * v0, jnp.concatenate([jnp.zeros(1), lam * taus]))
+    np.testing.assert_allclose(raw.ys.u[1:] * raw.ys.v[1:], logs.ys.beta, atol=1e-6)
+    drift = np.asarray(incremental.conserved_quantity(raw.ys.u, raw.ys.v)) - small**2 * (u0**2 - v0**2)
+    assert np.abs(drift).max() < 1e-6
+
+
+def test_a_product_that_returns_with_the_other_sign():
+    # The raw flow loses this at alpha = 1e-12: the second product comes back only in log coordinates.
+    S, c = jnp.array([[1.0, -0.95], [-0.95, 1.2]]), jnp.array([1.0, -0.7])
+    g = negative_gradient(quadratic, S, c)
+    path = greedy(g, 2)
+    np.testing.assert_allclose(path.times, [1.0, 7.8], rtol=1e-6)
+    taus = jnp.linspace(0.0, 9.0, 9001)
+    lag = []
+    for power in (16, 64):
+        flow = log_flow(g, [1.0, 1.0], [0.5, 0.5], jnp.asarray(power * LOG10), taus)
+        lag.append(power * abs(incremental.jump_times(path, taus, flow.ys.beta)[1] - 7.8))
+    assert 0.5 < lag[1] / lag[0] < 1.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([1.0, 1.0], [0.5, -1.0], 5.0, [0.0, 1.0]), "u0 and v0 must differ in magnitude.*coordinate 1"),
+        (([1.0], [0.5, 0.5], 5.0, [0.0, 1.0]), "u0 and v0 must have one shape"),
+        (([1.0, 1.0], [0.5, 0.5], 0.0, [0.0, 1.0]), "log_inv_alpha must be positive"),
+        (([1.0, 1.0], [0.5, 0.5], 5.0, [-1.0, 1.0]), "taus must not be negative"),
+        (([1.0, np.nan], [0.5, 0.5], 5.0, [0.0, 1.0]), "u0 and v0 must be finite"),
+    ],
+)
+def test_bad_input_of_the_flow(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        log_flow(lambda beta: 1.0 - beta, *arguments)
+
+
+def test_bad_input_of_the_algorithm():
+    with pytest.raises(ValueError, match="size must be a positive integer"):
+        greedy(lambda beta: -beta, 0)
+    with pytest.raises(ValueError, match="neg_gradient must map"):
+        greedy(lambda beta: jnp.sum(beta), 2)
+    with pytest.raises(ValueError, match="neg_gradient must be finite"):
+        greedy(lambda beta: beta / beta, 2)
