@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from jax.scipy.special import entr
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dynamics.flow import ArrayLike, as_inexact
 
@@ -22,6 +22,19 @@ def stable_rank(A: ArrayLike) -> Float[Array, "*batch"]:
     largest = jnp.max(values, axis=-1, keepdims=True)
     # Scaled before it is squared: a collapsed matrix would underflow.
     return jnp.sum(jnp.square(values / jnp.where(largest > 0, largest, 1)), axis=-1)
+
+
+def numerical_rank(A: ArrayLike, *, rtol: ArrayLike = 0.0, atol: ArrayLike = 0.0) -> Int[Array, "*batch"]:
+    r"""Number of singular values above max(atol, rtol * the largest one). A is (..., m, n).
+
+    Example:
+        >>> A = jnp.diag(jnp.array([2.0, 0.5, 0.01]))
+        >>> int(numerical_rank(A, atol=0.1)), int(numerical_rank(A, rtol=0.5))
+        (2, 1)
+    """
+    values = jnp.linalg.svd(as_inexact(A), compute_uv=False)
+    threshold = jnp.maximum(jnp.asarray(atol), jnp.asarray(rtol) * jnp.max(values, axis=-1, keepdims=True))
+    return jnp.sum(values > threshold, axis=-1)
 
 
 def effective_rank(A: Float[Array, "*batch m n"]) -> Float[Array, "*batch"]:

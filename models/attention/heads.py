@@ -199,7 +199,7 @@ def product_coordinates(params: Any) -> tuple[Array, Array]:
         >>> [x.tolist() for x in product_coordinates(weights)]
         [[1.0, 3.0], [2.0, 4.0]]
     """
-    key, query, value, output = (as_inexact(params[name]) for name in HEAD_WEIGHTS)
+    key, query, value, output = (as_inexact(jnp.asarray(params[name])) for name in HEAD_WEIGHTS)
     u, v = jnp.stack([key, value], axis=-2), jnp.stack([query, output], axis=-2)
     return u.ravel(), v.ravel()
 

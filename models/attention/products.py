@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dynamics.flow import ArrayLike, as_inexact
+from dynamics.flow import as_inexact
 
 HEAD_WEIGHTS = ("key", "query", "value", "output")
 
 
 def head_products(
-    params: Mapping[str, ArrayLike],
+    params: Mapping[str, Any],
 ) -> tuple[Float[Array, "*heads d d"], Float[Array, "*heads d d"]]:
     r"""The two products of an attention head, W_K W_Q^T and W_V W_O^T.
 
@@ -46,7 +47,7 @@ def head_products(
 
 
 def thin_products(
-    params: Mapping[str, ArrayLike], initial: Mapping[str, ArrayLike] | None = None
+    params: Mapping[str, Any], initial: Mapping[str, Any] | None = None
 ) -> tuple[Float[Array, "*heads k k"], Float[Array, "*heads k k"]]:
     r"""Small matrices with the singular values of a head's products, or of their change since the start.
 
@@ -93,12 +94,12 @@ def thin_products(
     return core("key", "query"), core("value", "output")
 
 
-def _require_heads(params: Mapping[str, ArrayLike]) -> dict[str, Array]:
+def _require_heads(params: Mapping[str, Any]) -> dict[str, Array]:
     """The four weights as arrays, or `ValueError` unless they are there and fit."""
     missing = [name for name in HEAD_WEIGHTS if name not in params]
     if missing:
         raise ValueError(f"params must hold {', '.join(HEAD_WEIGHTS)}, got no {', '.join(missing)}")
-    weights = {name: as_inexact(params[name]) for name in HEAD_WEIGHTS}
+    weights = {name: as_inexact(jnp.asarray(params[name])) for name in HEAD_WEIGHTS}
     shapes = {name: array.shape for name, array in weights.items()}
     for left, right in (("key", "query"), ("value", "output")):
         if len(shapes[left]) < 2 or shapes[left] != shapes[right]:

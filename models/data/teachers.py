@@ -1,9 +1,9 @@
-"""Teachers of attention models: prompts of a prescribed sharpness, and keys with a prescribed Gram matrix."""
+"""Teachers of attention models: prompts of a given sharpness, keys with a given Gram matrix, heads."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -13,7 +13,7 @@ import optimistix as optx
 from jaxtyping import Array
 
 from dynamics.flow import ArrayLike, as_inexact, is_traced
-from models.attention import attention_log_ratio, log_mean_ratio
+from models.attention import attention_log_ratio, diagonal_head, log_mean_ratio
 
 
 def teacher_with_ratio(key: Array, keys: ArrayLike, ratio: ArrayLike) -> Array:
@@ -168,6 +168,68 @@ def nearly_orthogonal_keys(
     deviation = deviation / jnp.linalg.norm(deviation, 2)
     gram = jnp.eye(len(rows), dtype=rows.dtype) + jnp.asarray(eps, rows.dtype) * deviation
     return (jnp.linalg.cholesky(gram) @ rows).reshape(keys.shape)
+
+
+class HeadTask(NamedTuple):
+    """What a teacher head makes of random tokens.
+
+    Attributes:
+        X: tokens, (N, n, d).
+        Y: the teacher's outputs, (N, n, d).
+        kq: its diagonal of W_K W_Q^T, (d,).
+        vo: its diagonal of W_V W_O^T, (d,).
+    """
+
+    X: Array
+    Y: Array
+    kq: Array
+    vo: Array
+
+
+def diagonal_teacher(
+    key: Array,
+    samples: int,
+    tokens: int,
+    dim: int,
+    *,
+    kq_scale: ArrayLike = 1.0,
+    vo_scale: ArrayLike = 1.0,
+    dtype: Any = None,
+) -> HeadTask:
+    r"""Standard Gaussian tokens and the outputs of an attention head with diagonal weights.
+
+    The diagonals are Gaussian with the given standard deviations. A logit, sum_j kq_j x_aj x_bj, is of size
+    kq_scale sqrt(d) between tokens, and a token's own differs from the others' by the sum of kq: in large
+    dimensions `kq_scale` must be well below one, or the softmax saturates.
+
+    Source: boixadsera2023, section 5 and Appendix A (the toy model; its scales are not stated).
+
+    Args:
+        key: PRNG key.
+        samples: number N of samples.
+        tokens: number n of tokens of a sample.
+        dim: dimension d.
+        kq_scale: standard deviation of the entries of kq.
+        vo_scale: standard deviation of the entries of vo.
+        dtype: floating dtype; JAX's default where None.
+
+    Raises:
+        ValueError: a size is not a positive integer.
+
+    Example:
+        >>> task = diagonal_teacher(jax.random.key(0), 5, 3, 2)
+        >>> task.Y.shape == task.X.shape, task.kq.shape
+        (True, (2,))
+    """
+    for name, size in (("samples", samples), ("tokens", tokens), ("dim", dim)):
+        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
+            raise ValueError(f"{name} must be a positive integer, got {size!r}")
+    dtype = jnp.result_type(float) if dtype is None else dtype
+    of_tokens, of_kq, of_vo = jax.random.split(key, 3)
+    X = jax.random.normal(of_tokens, (samples, tokens, dim), dtype)
+    kq = jnp.asarray(kq_scale, dtype) * jax.random.normal(of_kq, (dim,), dtype)
+    vo = jnp.asarray(vo_scale, dtype) * jax.random.normal(of_vo, (dim,), dtype)
+    return HeadTask(X, diagonal_head(kq, vo, X), kq, vo)
 
 
 def _require_keys(samples: int, tokens: int, dim: int, scale: ArrayLike) -> None:
