@@ -92,10 +92,9 @@ def test_bad_input():
     with pytest.raises(ValueError, match="key, query, value and output must have one shape"):
         AttentionHead(two, two, two, three)
     with pytest.raises(ValueError, match=r"\(layers, heads, d\)"):
-        key, query, value, output = weights_of(0, 2)
-        AttentionStack(key, query, value, output)
+        AttentionStack(two, two, two, two)
+    stack = jnp.ones((1, 2, 3))
     with pytest.raises(ValueError, match=r"feedforward must hold two arrays \(1, 3, m\)"):
-        key, query, value, output = weights_of(0, 1, 2, 3)
-        AttentionStack(key, query, value, output, Feedforward(*jnp.ones((2, 1, 2, 5))))
+        AttentionStack(stack, stack, stack, stack, Feedforward(*jnp.ones((2, 1, 2, 5))))
     with pytest.raises(ValueError, match="tokens must be a positive integer"):
         diagonal_teacher(jax.random.key(0), 5, 0, 2)
