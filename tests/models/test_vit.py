@@ -23,9 +23,9 @@ NAMES = ("key", "query", "value", "output")
 
 
 @cache
-def make(image_shape=(4, 6, 2), pool="mean"):
+def make(*, pool):
     def start(key):
-        model = VisionTransformer(key, image_shape, 4, pool=pool, **SIZES)
+        model = VisionTransformer(key, (4, 6, 2), 4, pool=pool, **SIZES)
         predict, params = as_function(model)
         # Biases and gains that matter.
         leaves, tree = jax.tree.flatten(params)
@@ -76,20 +76,19 @@ def test_the_network_is_what_its_formula_says(pool):
         np.testing.assert_allclose(logits, expected, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("pool", ["mean", "class"])
-def test_without_positions_the_order_of_the_patches_does_not_matter(pool):
-    predict, params = make(pool=pool)
-    first = int(pool == "class")
-    same = params["position"][...].at[first:].set(params["position"][...][first])
+def test_without_positions_the_order_of_the_patches_does_not_matter():
+    predict, params = make(pool="class")
+    same = params["position"][...].at[1:].set(params["position"][...][1])
     swapped = jnp.roll(images(), (2, 3), axis=(1, 2))
     without = type(params)({**params, "position": params["position"].replace(same)})
     np.testing.assert_allclose(predict(without, images()), predict(without, swapped), rtol=1e-12, atol=1e-13)
     assert float(jnp.max(jnp.abs(predict(params, images()) - predict(params, swapped)))) > 1e-3
 
 
-@pytest.mark.parametrize(("scale", "gain_scale"), [(0.25, None), (0.5, 1.0), (0.0, 2.0)])
+@pytest.mark.parametrize(("scale", "gain_scale"), [(0.25, None), (0.5, 1.0)])
 def test_the_scale_multiplies_everything_but_the_embedder(scale, gain_scale):
-    _, params = make()
+    model = VisionTransformer(jax.random.key(0), (4, 6, 2), 4, **SIZES | {"depth": 1})
+    _, params = as_function(model)
     scaled = jax.jit(lambda s, g: scale_initial(params, s, gain_scale=g))(scale, gain_scale)
     before, after = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (params, scaled))
     factors = []
@@ -99,7 +98,7 @@ def test_the_scale_multiplies_everything_but_the_embedder(scale, gain_scale):
         factor = 1 if "embedder" in name else scale if gain_scale is None or not gain else gain_scale
         factors.append((gain, factor))
         np.testing.assert_array_equal(after[path], factor * leaf)
-    assert len([factor for gain, factor in factors if gain]) == 5
+    assert len([factor for gain, factor in factors if gain]) == 3
     assert len([factor for _, factor in factors if factor == 1]) >= 2
 
 
@@ -149,7 +148,7 @@ def test_bad_input_is_refused():
         build(heads=0)
     with pytest.raises(ValueError, match="shape must tile images of 4 by 6 pixels, got 3 by 3"):
         build(patch=(3, 3))
-    params = make()[1]
+    params = make(pool="mean")[1]  # arguments by name: this is what the cache goes by
     for scale in (-1.0, jnp.inf, [1.0]):
         with pytest.raises(ValueError, match="scale must be a finite number >= 0"):
             scale_initial(params, scale)
