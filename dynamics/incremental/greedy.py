@@ -129,9 +129,8 @@ def greedy(
         RuntimeError: the path goes on without end, max_stages being None.
 
     Example:
-        >>> from dynamics.incremental import negative_gradient
-        >>> loss = lambda beta: 0.5 * jnp.sum((beta - jnp.array([2.0, -4.0])) ** 2)
-        >>> path = greedy(negative_gradient(loss), 2)
+        >>> g = jax.tree_util.Partial(jnp.subtract, jnp.array([2.0, -4.0]))  # of |beta - (2, -4)|^2 / 2
+        >>> path = greedy(g, 2)
         >>> path.times.round(6).tolist(), path.order.tolist(), path.beta[-1].round(6).tolist()
         ([0.25, 0.5], [1, 0], [2.0, -4.0])
     """
@@ -312,7 +311,7 @@ def staircase(path: GreedyPath, tau: ArrayLike) -> Array:
         beta, tau.shape + (p,).
 
     Example:
-        >>> path = greedy(lambda beta: 2.0 - beta, 1)
+        >>> path = greedy(jax.tree_util.Partial(jnp.subtract, jnp.array([2.0, 0.0])), 2)
         >>> staircase(path, [0.4, 0.6])[:, 0].round(6).tolist()
         [0.0, 2.0]
     """
@@ -335,8 +334,9 @@ def staircase_distance(path: GreedyPath, taus: ArrayLike, beta: ArrayLike) -> Fl
         The distance, a scalar.
 
     Example:
-        >>> path = greedy(lambda beta: 2.0 - beta, 1)
-        >>> round(float(staircase_distance(path, [0.0, 1.0, 2.0], [[0.0], [2.0], [2.5]])), 6)
+        >>> path = greedy(jax.tree_util.Partial(jnp.subtract, jnp.array([2.0, 0.0])), 2)
+        >>> beta = [[0.0, 0.0], [2.0, 0.0], [2.5, 0.0]]
+        >>> round(float(staircase_distance(path, [0.0, 1.0, 2.0], beta)), 6)
         0.25
     """
     taus, beta = as_inexact(taus), as_inexact(beta)
@@ -356,8 +356,8 @@ def jump_times(path: GreedyPath, taus: ArrayLike, beta: ArrayLike) -> Float[Arra
         Rescaled times, (S,), interpolated between the given ones; NaN where it does not pass.
 
     Example:
-        >>> path = greedy(lambda beta: 2.0 - beta, 1)
-        >>> jump_times(path, [0.0, 0.5, 1.0], [[0.0], [0.5], [1.5]]).round(6).tolist()
+        >>> path = greedy(jax.tree_util.Partial(jnp.subtract, jnp.array([2.0, 0.0])), 2)
+        >>> jump_times(path, [0.0, 0.5, 1.0], [[0.0, 0.0], [0.5, 0.0], [1.5, 0.0]]).round(6).tolist()
         [0.75]
     """
     taus, beta = as_inexact(taus), as_inexact(beta)
