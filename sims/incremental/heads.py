@@ -456,14 +456,16 @@ def figure(saved: Saved) -> Figure:
             pair.plot(saved["taus/one"], values, color=f"C{head}", label=label, lw=2.0, alpha=opacity)
     pair.plot(saved["taus/one"], stairs[:, layer, :, kind, coordinate], **plotting.THEORY)
     pair.plot([], [], label="tied staircase", **plotting.THEORY)
-    pair.set(xlabel="rescaled time t / log(1/α)", ylabel=f"diagonal entry {coordinate + 1} of VO")
-    pair.set_title("One layer: two heads enter together")
+    pair.set(xlabel="rescaled time t / log(1/α)", ylabel=f"entry {coordinate + 1} of W_V W_Oᵀ")
+    pair.set_title("One layer: heads enter together, exchange later")
     pair.legend(fontsize=7)
 
     predicted = float(saved["share/predicted"])
     ratio.plot(shares, saved["share/measured"], "o", color="C0", label="flow, after the first jump")
     ratio.axhline(predicted, label="set by the starts", **plotting.THEORY)
-    ratio.set(xscale="log", xlabel="log10(1/α)", ylabel="VO of second head over first")
+    ratio.set(xscale="log", xlabel="α", ylabel="entry of second head over first")
+    ratio.set_xticks(shares, [f"1e-{share:g}" for share in shares])
+    ratio.set_xticks([], minor=True)
     ratio.set_ylim(0, 1.4 * predicted)
     ratio.set_title("The second head's share does not vanish")
     ratio.legend(loc="lower left")
@@ -485,11 +487,14 @@ def figure(saved: Saved) -> Figure:
 
     lams = np.log(10) * decades
     for stage, values in enumerate(saved["distance/deep"]):
-        distance.loglog(lams, values, "o-", color=f"C{stage}", label=f"{depth}, to stage {stage + 1}", ms=4)
+        distance.loglog(lams, values, "o-", color=f"C{stage}", label=f"{depth}, stage {stage + 1}", ms=4)
     plotting.reference_slope(distance, lams, saved["distance/deep"][-1], -1, "slope −1")
-    label = f"one layer, to stage {config['stages']}"
+    label = f"no feed-forward part, stage {config['stages']}"
     distance.loglog(np.log(10) * shares, saved["distance/one"][-1], "s-", color="0.45", label=label, ms=4)
-    distance.set(xlabel="log(1/α)", ylabel="integrated distance to the staircase")
+    marks = np.unique(np.log(10) * np.concatenate([shares, decades]))
+    distance.set_xticks(marks, [f"{mark:.0f}" for mark in marks])
+    distance.set_xticks([], minor=True)
+    distance.set(xlabel="log(1/α)", ylabel="integrated distance, to midway of a stage")
     distance.set_title("Distance of the flow to the staircase")
     distance.legend(loc="lower left", fontsize=7.5)
     return drawn
