@@ -62,7 +62,7 @@ class Config:
     kq_scale: float = 1.0
     """Standard deviation of the teachers' KQ products."""
     feedforward_scale: float = 0.5
-    """Standard deviation of the frozen feed-forward weights."""
+    """Standard deviation of the frozen feed-forward weights; small ones leave layers nearly tied."""
     second: float = 0.7
     """Size of the second head's starts over the first one's."""
     stages: int = 3
@@ -93,7 +93,14 @@ class Config:
 
 
 _STANDARD = replace(
-    Config(), layers=2, samples=60, stages=4, points=8001, far=(100.0, 1000.0), substeps=(4, 12, 40, 120, 400)
+    Config(),
+    layers=2,
+    feedforward_scale=0.75,
+    samples=60,
+    stages=4,
+    points=8001,
+    far=(100.0, 1000.0),
+    substeps=(4, 12, 40, 120, 400),
 )
 PRESETS: dict[Preset, Config] = {
     "quick": Config(),
@@ -388,8 +395,8 @@ def _exchange(config: Config, path: GreedyPath, distance: np.ndarray, grid: tupl
                 0.65,
                 ratios[:plain].max(),
             ),
-            # No convergence to be seen.
-            Check(f"all stages, {squaring}: ratio of distances", "at least", 0.8, ratios[-1]),
+            # Outside of what the check before allows.
+            Check(f"all stages, {squaring}: ratio of distances", "at least", 0.65, ratios[-1]),
             *far,
         ],
         condition="no head of a tied pair attends yet, or log(1/alpha) is large against the time in which "
@@ -449,7 +456,8 @@ def figure(saved: Saved) -> Figure:
     steps = saved["steps/one"].reshape(-1, *grid)
     layer, _, kind, coordinate = np.argwhere(steps[1])[0]
     last = len(shares) - 1
-    for index, opacity in ((0, 0.35), (last if config["far"] else 2, 0.65), (len(config["shares"]) - 1, 1.0)):
+    middle = len(config["shares"]) - 1 if config["far"] else 2
+    for index, opacity in ((0, 0.35), (middle, 0.65), (last, 1.0)):
         for head in range(HEADS):
             label = f"head {head + 1}, α = 1e-{shares[index]:g}"
             values = flows[index, :, layer, head, kind, coordinate]
@@ -464,7 +472,8 @@ def figure(saved: Saved) -> Figure:
     ratio.plot(shares, saved["share/measured"], "o", color="C0", label="flow, after the first jump")
     ratio.axhline(predicted, label="set by the starts", **plotting.THEORY)
     ratio.set(xscale="log", xlabel="α", ylabel="entry of second head over first")
-    ratio.set_xticks(shares, [f"1e-{share:g}" for share in shares])
+    ticks = shares[np.append(True, np.diff(np.log(shares)) > 0.5)]
+    ratio.set_xticks(ticks, [f"1e-{tick:g}" for tick in ticks])
     ratio.set_xticks([], minor=True)
     ratio.set_ylim(0, 1.4 * predicted)
     ratio.set_title("The second head's share does not vanish")
@@ -496,5 +505,7 @@ def figure(saved: Saved) -> Figure:
     distance.set_xticks([], minor=True)
     distance.set(xlabel="log(1/α)", ylabel="integrated distance, to midway of a stage")
     distance.set_title("Distance of the flow to the staircase")
-    distance.legend(loc="lower left", fontsize=7.5)
+    low, high = distance.get_ylim()
+    distance.set_ylim(low * (low / high) ** 0.6, high)  # room for the legend
+    distance.legend(loc="lower left", fontsize=7)
     return drawn
