@@ -268,7 +268,8 @@ def slow_split(G0: ArrayLike, S: ArrayLike, form: Form | str) -> SlowSplit:
     """
     _require_form(form)
     G0, S, learning_rate, _ = _require_linear(G0, S, 0, 0)
-    return _split(G0, S, learning_rate, form == "valid")
+    # Traced, so that one program has both forms.
+    return _split(G0, S, learning_rate, jnp.asarray(form == "valid"))
 
 
 @eqx.filter_jit
@@ -307,8 +308,10 @@ def stable_rank_bound(
 
     The printed one takes it that every pair of singular vectors of G_par spans a matrix in the eigenspace of
     lambda_1, which only their weighted sum does: it can fail at every step (`bound_counterexample`), and the
-    excess over sr(G_par) then falls like rho^t, not rho^{2t}. It is right where that eigenspace is
-    a product, such as the slowest one of a single C (x) B. The valid one holds where
+    excess over sr(G_par) then falls like rho^t, not rho^{2t}. To first order that excess is
+    -2 sr(G_par) u^T X v / |G_par|_2, for the rest X relative to G_par and its leading singular vectors u, v:
+    where it is positive, for about half of all random networks, the bound fails from some step on. It holds
+    where the eigenspace is a product, such as the slowest one of a single C (x) B. The valid one holds where
     eta (lambda_2 + lambda_max) <= 2, and says nothing before rho^t |G_perp|_2 < |G_par|_2.
 
     Source: zhao2024galore, Lemma 3.3; the valid form is derived here.
@@ -334,7 +337,6 @@ def stable_rank_bound(
         [5.0, 1.889, 1.002]
     """
     _require_form(form)
-    # Traced, so that one program has both forms.
     return _bound(*_require_linear(G0, S, learning_rate, steps), jnp.asarray(form == "valid"))
 
 
