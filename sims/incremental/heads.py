@@ -1,4 +1,4 @@
-"""Several heads and layers: heads of a layer tie, enter together and share by their starts, two layers deep.
+"""Several heads and layers: heads of a layer tie, enter together and share by their starts; stacks of layers.
 
 At zero all heads of a layer have one gradient, on the products of value and output weights (VO) alone. They
 become active at the same time, and gradient flow splits the learned product between them in proportions
