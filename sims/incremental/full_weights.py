@@ -107,6 +107,13 @@ def _task(key: Array, config: Config) -> tuple[Array, Array, Array]:
 
 
 @jax.jit
+def _growth_rates(X: Array, Y: Array) -> Array:
+    """Rates of W_V W_O^T at zero, (d,): singular values of its gradient, (1/N) sum_ia mean(X_i)^T Y_ia."""
+    gradient = jnp.einsum("id,iae->de", jnp.mean(X, axis=1), Y) / len(X)
+    return jnp.linalg.svd(gradient, compute_uv=False)
+
+
+@jax.jit
 def _spectra(products: tuple[Array, Array]) -> dict[str, dict[str, Array]]:
     """Of products (..., d, d) in the order of `PRODUCTS`: singular values (..., d), stable rank (...)."""
     return {
@@ -152,7 +159,7 @@ def run(config: Config, context: Context) -> Result:
     values = {name: spectra["trained"][name]["values"] for name in PRODUCTS}
     ranks = {name: np.sum(values[name] > THRESHOLD, axis=-1) for name in PRODUCTS}
     claims = (
-        _stepwise(config, values, ranks),
+        _stepwise(config, np.asarray(taus), values, ranks, _growth_rates(X, Y)),
         _value_first(config, np.asarray(taus), values, ranks),
         _teacher(config, values),
         _network(np.asarray(rates), gaps),
@@ -168,14 +175,28 @@ def run(config: Config, context: Context) -> Result:
     return Result({"taus": taus, "rates": rates, "gap": gaps, "rank": ranks, **spectra}, claims, dims)
 
 
-def _stepwise(config: Config, values: dict[str, np.ndarray], ranks: dict[str, np.ndarray]) -> Claim:
+def _stepwise(
+    config: Config,
+    taus: np.ndarray,
+    values: dict[str, np.ndarray],
+    ranks: dict[str, np.ndarray],
+    rates: Array,
+) -> Claim:
     every = config.points // COARSE
     large, small = config.alphas[0], config.alphas[-1]
     rising = [np.diff(ranks[name][::every, 1:], axis=0) >= 0 for name in PRODUCTS]
     visited = [np.isin(np.arange(len(config.vo) + 1), ranks[name][:, -1]) for name in PRODUCTS]
-    overlap = {alpha: _overlap(values["VO"][:, lane]) for alpha, lane in ((large, 0), (small, -1))}
-    # Two directions that grow at the rates of their targets: alpha^(2 (1 - s_2 / s_1)) is left of the second.
-    power = 2 * (1 - config.vo[1] / config.vo[0])
+    VO = values["VO"]
+    tenth, half = (
+        np.array([_passes(taus, VO[:, lane, 0], share) for lane in range(len(config.alphas))])
+        for share in (0.1, 0.5)
+    )
+    width = half - tenth
+    stretch = np.log(small) / np.log(large)
+    behind = [
+        np.interp(half[lane], taus, VO[:, lane, 1]) / VO[-1, lane, 1] for lane in range(len(config.alphas))
+    ]
+    power = np.log(behind[-1] / behind[0]) / np.log(small / large)
     return Claim(
         "incremental.full_weights/rank-steps",
         "Full weights learn incrementally as well: the numerical ranks of both products grow step by step",
@@ -185,26 +206,44 @@ def _stepwise(config: Config, values: dict[str, np.ndarray], ranks: dict[str, np
             # Between jumps nothing shrinks; a value may pass the threshold but once.
             all_of(f"alpha <= {SMALL:g}: ranks that do not fall between coarse times", rising),
             all_of(f"alpha = {small:g}: ranks from 0 to the teacher's that both take", visited),
-            # An estimate up to a factor of order one, which the random start decides; ten is large for it.
+            # Growth by exp(2 g t), with a jump at t = log(1/alpha) / g, goes from a tenth to a half within
+            # log(5) / (2 log(1/alpha)) of that time: 0.35 at 0.1, less than 0.18 from 0.01 on.
             Check(
-                f"alpha = {small:g}: second value of W_V W_O^T over its end, the first being halfway",
+                f"alpha = {small:g}: first jump of W_V W_O^T from 10 to 50 %, over its time",
                 "at most",
-                10 * small**power,
-                overlap[small],
+                0.25,
+                width[-1] / half[-1],
             ),
-            # The same estimate from the other side.
-            Check(f"alpha = {large:g}: the same", "at least", 0.5 * large**power, overlap[large]),
-            # Its start alone is of rank one and more.
-            Check(f"alpha = {large:g}: rank of W_V W_O^T at the start", "at least", 1, ranks["VO"][0, 0]),
+            Check(f"alpha = {large:g}: the same", "at least", 0.25, width[0] / half[0]),
+            # The larger start, itself up to a tenth of the end, is not negligible: that changes the jump by as
+            # much as a few tenths.
+            Check(
+                f"width of that jump at {large:g} over that at {small:g}, by log(1/alpha)",
+                "equals",
+                stretch,
+                width[0] / width[-1],
+                0.3 * stretch,
+            ),
+            # Left of the second direction is alpha^2 exp(2 g_2 t), with t = log(1/alpha) / g_1. A factor of
+            # e over the range is allowed for.
+            Check(
+                "power of alpha by which the second value is behind when the first is at 50 %",
+                "equals",
+                2 * float(1 - rates[1] / rates[0]),
+                power,
+                1 / np.log(large / small),
+            ),
         ],
         condition=f"the start is small, alpha <= {SMALL:g}; at {large:g} the steps run into each other (the "
         "theorem is about diagonal weights, and leaves this case out)",
     )
 
 
-def _overlap(values: np.ndarray) -> float:
-    """The second singular value over its end when the first passes half of its own; values (T, d)."""
-    return float(values[np.argmax(values[:, 0] > values[-1, 0] / 2), 1] / values[-1, 1])
+def _passes(taus: np.ndarray, values: np.ndarray, share: float) -> float:
+    """When values (T,) first pass a share of their end, interpolated; at once if they start there."""
+    level = values / values[-1] - share
+    i = max(int(np.argmax(level > 0)), 1)
+    return float(np.interp(0.0, level[i - 1 : i + 1], taus[i - 1 : i + 1]))
 
 
 def _value_first(
@@ -280,7 +319,7 @@ def _network(rates: np.ndarray, gaps: dict[str, np.ndarray]) -> Claim:
             # The largest rates delay the jumps by a percent; the second order is a few percent of that.
             Check("order of the largest gap of an entry, over all alpha", "slope", 1.0, right, 0.05),
             # A gap that does not close has order 0 over most of the range.
-            Check("order with a gradient 2 % too large", "at most", 0.5, wrong),
+            Check("order with a gradient 2 % too large", "at most", 0.6, wrong),
         ],
     )
 
