@@ -215,8 +215,8 @@ def _stepwise(
                 width[-1] / half[-1],
             ),
             Check(f"alpha = {large:g}: the same", "at least", 0.25, width[0] / half[0]),
-            # The larger start, itself up to a tenth of the end, is not negligible: that changes the jump by as
-            # much as a few tenths.
+            # The larger start, itself up to a tenth of the end, is not negligible: it may change the jump by
+            # a few tenths.
             Check(
                 f"width of that jump at {large:g} over that at {small:g}, by log(1/alpha)",
                 "equals",
