@@ -124,6 +124,11 @@ def canonical_start(u0: ArrayLike, v0: ArrayLike) -> tuple[Float[Array, " p"], F
     u0, v0 = as_inexact(u0), as_inexact(v0)
     if u0.ndim != 1 or u0.shape != v0.shape:
         raise ValueError(f"u0 and v0 must have one shape (p,), got {u0.shape} and {v0.shape}")
+    return _canonical(u0, v0)
+
+
+@jax.jit
+def _canonical(u0, v0):
     large = jnp.maximum(jnp.abs(u0), jnp.abs(v0))
     small = jnp.minimum(jnp.abs(u0), jnp.abs(v0)) * jnp.sign(u0) * jnp.sign(v0)
     return large + small, large - small
@@ -264,30 +269,42 @@ def log_flow(
     rtol = (1e-7 if double else 1e-4) if rtol is None else rtol
     atol = (1e-9 if double else 1e-6) if atol is None else atol
 
-    good = jnp.all(jnp.minimum(w0, z0) > 0) & (lam > 0) & (taus[0] >= 0)
-    b0 = 1 - jnp.log(jnp.where(good, w0, jnp.ones_like(w0))) / jnp.where(good, lam, jnp.ones_like(lam))
-    # A hair before zero, so that taus[0] = 0 can be asked for.
-    start = jnp.where(good, -1e-30, jnp.nan).astype(dtype)
-    args = (neg_gradient, lam, jnp.log(w0 * z0))
+    b0, times, args = _log_problem(w0, z0, lam, taus)
     path = integrate(
         _log_field,
         b0,
-        jnp.concatenate([start[None], taus]),
-        args,
+        times,
+        (neg_gradient, *args),
         solver=solver,
         rtol=rtol,
         atol=atol,
         max_steps=max_steps,
         throw=throw,
     )
-    b = path.ys[1:]
-    beta = jax.vmap(_beta, in_axes=(0, None, None))(b, *args[1:])
-    within = jnp.all(jnp.abs(beta) < np.exp(_CLIP) / 4)
-    if throw and not is_traced(path.ok) and not bool(within):
+    products, within = _log_products(path.ys, *args)
+    if throw and not is_traced(within) and not bool(within):
         raise RuntimeError(
             "log_flow: a product grew above 1e8; the loss has no minimum that the flow reaches"
         )
-    return Trajectory(taus, LogProducts(beta, b), path.ok & within)
+    return Trajectory(taus, products, path.ok & within)
+
+
+@jax.jit
+def _log_problem(w0, z0, lam, taus):
+    """Start, times and constants of the flow; NaN where a traced argument is bad."""
+    good = jnp.all(jnp.minimum(w0, z0) > 0) & (lam > 0) & (taus[0] >= 0)
+    b0 = 1 - jnp.log(jnp.where(good, w0, jnp.ones_like(w0))) / jnp.where(good, lam, jnp.ones_like(lam))
+    # A hair before zero, so that taus[0] = 0 can be asked for.
+    start = jnp.where(good, -1e-30, jnp.nan).astype(w0.dtype)
+    return b0, jnp.concatenate([start[None], taus]), (lam, jnp.log(w0 * z0))
+
+
+@jax.jit
+def _log_products(bs, lam, log_c):
+    """What is returned of the log scales, the first of which was not asked for; and whether it is bounded."""
+    b = bs[1:]
+    beta = jax.vmap(_beta, in_axes=(0, None, None))(b, lam, log_c)
+    return LogProducts(beta, b), jnp.all(jnp.abs(beta) < np.exp(_CLIP) / 4)
 
 
 def _beta(b, lam, log_c):

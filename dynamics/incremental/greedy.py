@@ -49,11 +49,11 @@ class GreedyPath:
 class _State(NamedTuple):
     """Where the algorithm stands after a stage."""
 
-    time: Array
-    beta: Array
-    b: Array
-    complete: Array  # all remaining waits are infinite
-    stuck: Array  # the last stage reached no stationary point
+    time: Any
+    beta: Any
+    b: Any
+    complete: Any  # all remaining waits are infinite
+    stuck: Any  # the last stage reached no stationary point
 
 
 def time_until_active(b: ArrayLike, gradient: ArrayLike) -> Float[Array, " p"]:
@@ -147,35 +147,33 @@ def greedy(
         w0, z0 = canonical_start(u0, v0)
         if w0.shape != (size,):
             raise ValueError(f"u0 and v0 must have shape ({size},), got {w0.shape}")
-    zero = jnp.zeros_like(w0)
-    require_gradient(neg_gradient, size, zero.dtype)
-    first = neg_gradient(zero)
-    if not is_traced(first) and not np.all(np.isfinite(np.asarray(first))):
+    require_gradient(neg_gradient, size, w0.dtype)
+    none = np.zeros((), bool)
+    state = _State(np.zeros((), w0.dtype), np.zeros(size, w0.dtype), np.ones(size, w0.dtype), none, none)
+    count = 2 * size + 2 if max_stages is None else int(max_stages)
+    state, path, scale = _stages(neg_gradient, state, w0, z0, count)
+    if not is_traced(scale) and not np.isfinite(scale):
         raise ValueError("neg_gradient must be finite at beta = 0, got NaN or infinity")
-    none = jnp.zeros((), bool)
-    state = _State(zero[0], zero, zero + 1, none, none)
-    scale = jnp.max(jnp.abs(first))
-
     if max_stages is not None:
-        return _stages(neg_gradient, state, w0, z0, scale, int(max_stages))[1]
-    if is_traced(first, w0, z0):
+        return path
+    if is_traced(scale):
         raise ValueError("max_stages must be given where greedy is jitted or vmapped, got None")
     # The same program again from where it stopped, until there is nothing left.
-    pieces = []
-    while not pieces or not bool(state.complete | state.stuck):
+    pieces = [path]
+    while not bool(state.complete | state.stuck):
         before = float(state.time)
-        state, piece = _stages(neg_gradient, state, w0, z0, scale, 2 * size + 2)
+        state, piece, _ = _stages(neg_gradient, state, w0, z0, count)
         pieces.append(piece)
         if not float(state.time) > before and not bool(state.complete | state.stuck):
-            raise RuntimeError(f"greedy: {2 * size + 2} stages at the same time {before:g}; give max_stages")
-    count = sum(int(np.sum(np.isfinite(piece.times))) for piece in pieces)
+            raise RuntimeError(f"greedy: {count} stages at the same time {before:g}; give max_stages")
+    found = sum(int(np.sum(np.isfinite(piece.times))) for piece in pieces)
 
     def joined(name: str) -> Array:
-        return jnp.concatenate([getattr(piece, name) for piece in pieces])[:count]
+        return jnp.concatenate([getattr(piece, name) for piece in pieces])[:found]
 
     def joined_states(name: str) -> Array:
         later = [getattr(piece, name)[1:] for piece in pieces]
-        return jnp.concatenate([getattr(pieces[0], name)[:1], *later])[: count + 1]
+        return jnp.concatenate([getattr(pieces[0], name)[:1], *later])[: found + 1]
 
     return GreedyPath(
         joined("times"),
@@ -189,8 +187,10 @@ def greedy(
 
 
 @eqx.filter_jit
-def _stages(neg_gradient, state, w0, z0, scale, count):
-    """Up to `count` stages from a state: the state after them, and the path."""
+def _stages(neg_gradient, state, w0, z0, count):
+    """Up to `count` stages from a state: the state after them, the path, and the largest gradient at zero."""
+    state = jax.tree.map(jnp.asarray, state)
+    scale = jnp.max(jnp.abs(neg_gradient(jnp.zeros_like(w0))))
     path = GreedyPath(
         times=jnp.full(count, jnp.inf, w0.dtype),
         beta=jnp.broadcast_to(state.beta[None], (count + 1, w0.size)),
@@ -228,7 +228,7 @@ def _stages(neg_gradient, state, w0, z0, scale, count):
     # One stage fewer than there is room for: whether anything is left has to be asked.
     waits, _ = _waits(neg_gradient, state, scale)
     state = state._replace(complete=jnp.all(jnp.isinf(waits)) & ~state.stuck)
-    return state, eqx.tree_at(lambda p: p.complete, path, state.complete)
+    return state, eqx.tree_at(lambda p: p.complete, path, state.complete), scale
 
 
 def _waits(neg_gradient, state, scale):
@@ -315,8 +315,12 @@ def staircase(path: GreedyPath, tau: ArrayLike) -> Array:
         >>> staircase(path, [0.4, 0.6])[:, 0].round(6).tolist()
         [0.0, 2.0]
     """
-    tau = as_inexact(tau).astype(path.times.dtype)
-    return path.beta[jnp.searchsorted(path.times, tau, side="right")]
+    return _staircase(path, as_inexact(tau))
+
+
+@jax.jit
+def _staircase(path, tau):
+    return path.beta[jnp.searchsorted(path.times, tau.astype(path.times.dtype), side="right")]
 
 
 def staircase_distance(path: GreedyPath, taus: ArrayLike, beta: ArrayLike) -> Float[Array, ""]:
@@ -339,9 +343,12 @@ def staircase_distance(path: GreedyPath, taus: ArrayLike, beta: ArrayLike) -> Fl
         >>> round(float(staircase_distance(path, [0.0, 1.0, 2.0], beta)), 6)
         0.25
     """
-    taus, beta = as_inexact(taus), as_inexact(beta)
-    gaps = jnp.sum(jnp.abs(beta - staircase(path, taus)), axis=-1)
-    return jnp.trapezoid(gaps, taus)
+    return _distance(path, as_inexact(taus), as_inexact(beta))
+
+
+@jax.jit
+def _distance(path, taus, beta):
+    return jnp.trapezoid(jnp.sum(jnp.abs(beta - _staircase(path, taus)), axis=-1), taus)
 
 
 def jump_times(path: GreedyPath, taus: ArrayLike, beta: ArrayLike) -> Float[Array, " S"]:
@@ -360,8 +367,11 @@ def jump_times(path: GreedyPath, taus: ArrayLike, beta: ArrayLike) -> Float[Arra
         >>> jump_times(path, [0.0, 0.5, 1.0], [[0.0, 0.0], [0.5, 0.0], [1.5, 0.0]]).round(6).tolist()
         [0.75]
     """
-    taus, beta = as_inexact(taus), as_inexact(beta)
+    return _jumps(path, as_inexact(taus), as_inexact(beta))
 
+
+@jax.jit
+def _jumps(path, taus, beta):
     def one(coordinate, after, start):
         level = beta[:, coordinate] / jnp.where(after == 0, jnp.nan, after) - 0.5
         up = (level[:-1] < 0) & (level[1:] >= 0) & (taus[1:] > start)
