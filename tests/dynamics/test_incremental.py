@@ -210,4 +210,4 @@ def test_bad_input_of_the_algorithm():
     with pytest.raises(ValueError, match="neg_gradient must map"):
         greedy(lambda beta: jnp.sum(beta), 2)
     with pytest.raises(ValueError, match="neg_gradient must be finite"):
-        greedy(lambda beta: beta / beta, 2)
+        greedy(negative_gradient(quadratic, jnp.full((2, 2), jnp.nan), jnp.ones(2)), 2)
