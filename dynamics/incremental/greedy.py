@@ -194,7 +194,7 @@ def _stages(neg_gradient, state, w0, z0, count):
     path = GreedyPath(
         times=jnp.full(count, jnp.inf, w0.dtype),
         beta=jnp.broadcast_to(state.beta[None], (count + 1, w0.size)),
-        order=jnp.full(count, -1),
+        order=jnp.full(count, -1, int),
         log_scale=jnp.broadcast_to(state.b[None], (count + 1, w0.size)),
         tied=jnp.zeros(count, bool),
         converged=jnp.ones(count, bool),
