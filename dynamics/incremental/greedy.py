@@ -207,12 +207,15 @@ def _stages(neg_gradient, state, w0, z0, count):
 
     def stage(carry):
         k, before, path = carry
-        state, order, tied = _stage(neg_gradient, before, w0, z0, scale)
+        after, order, tied = _stage(neg_gradient, before, w0, z0, scale)
+        # Where nothing is left to enter, all stays as it was.
+        entered = jnp.isfinite(after.time)
+        kept = before._replace(complete=after.complete)
+        state = jax.tree.map(lambda new, old: jnp.where(entered, new, old), after, kept)
         # Rows from here to the end hold the last stage.
         later = jnp.arange(count + 1) > k
-        entered = jnp.isfinite(state.time)
         path = GreedyPath(
-            times=path.times.at[k].set(state.time),
+            times=path.times.at[k].set(after.time),
             beta=jnp.where(later[:, None], state.beta[None], path.beta),
             order=path.order.at[k].set(jnp.where(entered, order, -1)),
             log_scale=jnp.where(later[:, None], state.b[None], path.log_scale),
@@ -220,8 +223,6 @@ def _stages(neg_gradient, state, w0, z0, count):
             converged=path.converged.at[k].set(~state.stuck),
             complete=state.complete,
         )
-        kept = before._replace(complete=state.complete)
-        state = jax.tree.map(lambda new, old: jnp.where(entered, new, old), state, kept)
         return k + 1, state, path
 
     _, state, path = jax.lax.while_loop(go_on, stage, (0, state, path))
@@ -289,9 +290,9 @@ def _settle(neg_gradient, start, scale):
         horizon,
         neg_gradient,
         at_rest,
-        solver=diffrax.Kvaerno5() if double else diffrax.Dopri8(),
-        rtol=1e-5 if double else 1e-4,
-        atol=1e-6 if double else 1e-5,
+        solver=diffrax.Kvaerno3() if double else diffrax.Dopri8(),
+        rtol=1e-4,
+        atol=1e-5,
     )
     beta = products(y, None)
     return jnp.where(active & (y >= np.log(gone)), beta, jnp.zeros_like(beta)), settled
