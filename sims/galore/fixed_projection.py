@@ -136,7 +136,8 @@ def _contract(network: tuple[Array, ...], rates: Array, steps: int) -> dict[str,
     return jax.vmap(lane)(*network)
 
 
-def _scalar() -> dict[str, Any]:
+@jax.jit
+def _scalar() -> dict[str, Array]:
     """Contraction of one weight whose coefficient depends on it, and both factors."""
 
     def loss(w):
