@@ -411,7 +411,7 @@ def _depth(config: Config, path: GreedyPath, distance: np.ndarray, grid: tuple[i
         "incremental.heads/depth",
         f"Tied heads with a feed-forward part, {config.layers} deep: the flow approaches the staircase",
         "boixadsera2023, Example 3.2 and Theorem 4.5",
-        "stated",
+        "qualified",
         [
             all_of("tied stages before the first KQ", np.asarray(path.tied)[:plain]),
             # Jumps are late and wide by amounts of the order of 1 / log(1/alpha), which a squaring halves.
@@ -425,6 +425,7 @@ def _depth(config: Config, path: GreedyPath, distance: np.ndarray, grid: tuple[i
             # Slow exchange of shares: it falls, if not by half.
             Check(f"in all {config.stages} stages: largest ratio", "at most", 0.9, ratios.max()),
         ],
+        condition="no head of a tied pair attends yet; later it approaches more slowly than 1 / log(1/alpha)",
     )
 
 
