@@ -233,14 +233,14 @@ def integrate_until(
     y0: PyTree,
     horizon: ArrayLike,
     args: PyTree,
-    stop: Callable[[Any, Any], Bool[Array, ""]],
+    stop: Callable[[Any, Any, Any], Bool[Array, ""]],
     *,
     solver: diffrax.AbstractSolver,
     rtol: float,
     atol: float,
     max_steps: int = 10_000,
 ) -> tuple[PyTree, Bool[Array, ""]]:
-    """Integrate dy/dt = field(t, y, args) from t = 0 until `stop(y, args)` holds after a step.
+    """Integrate dy/dt = field(t, y, args) from t = 0 until `stop(t, y, args)` holds after a step.
 
     For use inside of compiled programs: nothing is checked, nothing is raised.
 
@@ -248,7 +248,7 @@ def integrate_until(
         The last state, and whether `stop` holds there: not where the horizon, or the most steps, came first.
 
     Example:
-        >>> decay, small = lambda t, y, rate: -rate * y, lambda y, rate: y < 1e-3
+        >>> decay, small = lambda t, y, rate: -rate * y, lambda t, y, rate: y < 1e-3
         >>> options = {"solver": diffrax.Tsit5(), "rtol": 1e-6, "atol": 1e-9}
         >>> y, stopped = integrate_until(decay, jnp.array(1.0), 100.0, jnp.array(1.0), small, **options)
         >>> bool(stopped), bool(y < 1e-3)
@@ -265,7 +265,7 @@ def integrate_until(
         args=args,
         stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
         max_steps=max_steps,
-        event=diffrax.Event(lambda t, y, args, **_: stop(y, args)),
+        event=diffrax.Event(lambda t, y, args, **_: stop(t, y, args)),
         adjoint=diffrax.ForwardMode(),
         throw=False,
     )

@@ -9,6 +9,9 @@ import jax
 import numpy as np
 
 from dynamics.flow import ArrayLike, Trajectory
+from sims.claims import Check, Claim
+
+WRONG_FACTOR = 1.02  # of the gradient in a theory that `first_order` must tell from the right one
 
 
 @dataclass(frozen=True)
@@ -162,3 +165,37 @@ def convergence_order(scales: ArrayLike, errors: ArrayLike) -> Fit:
         if not np.all(np.isfinite(values) & (values > 0)):
             raise ValueError(f"{name} must be positive and finite, got {values}")
     return fit_line(np.log(x), np.log(y))
+
+
+def first_order(
+    name: str, statement: str, source: str, rates: ArrayLike, right: ArrayLike, wrong: ArrayLike
+) -> Claim:
+    """The claim that training approaches a flow at first order in the learning rate.
+
+    Args:
+        name: id of the claim.
+        statement: what approaches what.
+        source: key and place.
+        rates: learning rates, shape (L,).
+        right: gaps of training to the flow, shape (L,).
+        wrong: gaps to the flow of a gradient that is `WRONG_FACTOR` times too large, shape (L,).
+    """
+    orders = [convergence_order(rates, gaps).slope for gaps in (right, wrong)]
+    return Claim(
+        name,
+        statement,
+        source,
+        "stated",
+        [
+            # The largest rates add a second order.
+            Check(
+                "order of the gap in the learning rate",
+                "slope",
+                1.0,
+                convergence_order(rates, right).slope,
+                0.1,
+            ),
+            # A gap that does not close has order 0 but for the largest rates.
+            Check("order with the gradient taken 2 % too large", "at most", 0.6, orders[1]),
+        ],
+    )

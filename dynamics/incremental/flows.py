@@ -245,15 +245,7 @@ def log_flow(
     """
     w0, z0 = canonical_start(u0, v0)
     dtype = w0.dtype
-    if not is_traced(w0, z0):
-        if not np.all(np.isfinite(np.asarray(w0))):
-            raise ValueError("u0 and v0 must be finite, got NaN or infinity")
-        equal = np.flatnonzero(np.asarray(jnp.minimum(w0, z0)) <= 0)
-        if equal.size:
-            raise ValueError(
-                f"u0 and v0 must differ in magnitude, got equal ones in coordinate {equal[0]}: "
-                "its product can take one sign only"
-            )
+    require_different(w0, z0)
     lam = require_number("log_inv_alpha", log_inv_alpha, dtype)
     if not is_traced(lam) and not float(lam) > 0:
         raise ValueError(f"log_inv_alpha must be positive, got {log_inv_alpha}")
@@ -284,7 +276,7 @@ def log_flow(
     products, within = _log_products(path.ys, *args)
     if throw and not is_traced(within) and not bool(within):
         raise RuntimeError(
-            "log_flow: a product grew above 1e8; the loss has no minimum that the flow reaches"
+            "log_flow: a product grew above 1e8, the most there may be; has the loss no minimum?"
         )
     return Trajectory(taus, products, path.ok & within)
 
@@ -318,6 +310,20 @@ def _beta(b, lam, log_c):
 def _log_field(tau, b, args):
     neg_gradient, lam, log_c = args
     return -neg_gradient(_beta(b, lam, log_c))
+
+
+def require_different(w0: Array, z0: Array) -> None:
+    """`ValueError` unless the factors of every product are finite and differ in magnitude."""
+    if is_traced(w0, z0):
+        return
+    if not np.all(np.isfinite(np.asarray(w0))):
+        raise ValueError("u0 and v0 must be finite, got NaN or infinity")
+    equal = np.flatnonzero(np.asarray(jnp.minimum(w0, z0)) <= 0)
+    if equal.size:
+        raise ValueError(
+            f"u0 and v0 must differ in magnitude, got equal ones in coordinate {equal[0]}: "
+            "its product can take one sign only"
+        )
 
 
 def require_gradient(neg_gradient: Any, size: int, dtype: Any) -> None:

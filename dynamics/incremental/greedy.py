@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,10 +14,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dynamics.flow import ArrayLike, as_inexact, integrate_until, is_traced
-from dynamics.incremental.flows import NegGradient, canonical_start, require_gradient
+from dynamics.incremental.flows import NegGradient, canonical_start, require_different, require_gradient
 
 # A coordinate that enters starts its stage at this product.
 _ENTRY = 1e-10
+# A coordinate that still falls at the end of a stage, below this share of the largest, leaves.
+_SMALL = 1e-2
 # Coordinates due within this share of the time are due together.
 _TIE = 1e-6
 
@@ -53,7 +56,7 @@ class _State(NamedTuple):
     beta: Any
     b: Any
     complete: Any  # all remaining waits are infinite
-    stuck: Any  # the last stage reached no stationary point
+    stuck: Any  # the last stage reached no stationary point, or there is no gradient at it
 
 
 def time_until_active(b: ArrayLike, gradient: ArrayLike) -> Float[Array, " p"]:
@@ -101,7 +104,8 @@ def greedy(
     - settles: from beta plus a tiny product in that coordinate, the flow d beta/dt = 2 |beta| g(beta) of
       balanced factors runs to a stationary point. Signs stay; a coordinate may leave, and come back with
       the other sign after b has gone all the way.
-    It ends when every remaining time is infinite: where |g| <= 1e-9 max |g(0)| (1e-4 in 32-bit).
+    It ends when every remaining time is infinite: where |g| <= 1e-9 max |g(0)| (1e-4 in 32-bit). Products
+    are taken to be of order one, from 1e-6 to 1e6 or so: scale the problem where they are not.
 
     Coordinates that are due at the same time, to one part in a million, enter together and are flagged: the
     theorem excludes this case. What they settle to may depend on the proportions of their starts, which
@@ -117,7 +121,7 @@ def greedy(
         size: the number p of products.
         max_stages: how many stages are returned; as many as there are where None.
         u0: first factors over alpha, (p,); used for coordinates that enter together, and equal there if None.
-        v0: second factors over alpha, (p,).
+        v0: second factors over alpha, (p,), of other magnitudes.
         dtype: floating dtype; that of u0, or JAX's default, where None.
 
     Returns:
@@ -126,7 +130,8 @@ def greedy(
     Raises:
         ValueError: an argument is bad, or the gradient at zero is not finite; or max_stages is missing where
             the call is traced.
-        RuntimeError: the path goes on without end, max_stages being None.
+        RuntimeError: max_stages being None, the path goes on without end, or the gradient ceases to be
+            finite. Otherwise the path ends there, with `converged` and `complete` false.
 
     Example:
         >>> g = jax.tree_util.Partial(jnp.subtract, jnp.array([2.0, -4.0]))  # of |beta - (2, -4)|^2 / 2
@@ -136,8 +141,9 @@ def greedy(
     """
     if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
         raise ValueError(f"size must be a positive integer, got {size!r}")
-    if max_stages is not None and (not isinstance(max_stages, (int, np.integer)) or max_stages < 0):
-        raise ValueError(f"max_stages must be an integer >= 0, or None, got {max_stages!r}")
+    if max_stages is not None and (not isinstance(max_stages, (int, np.integer)) or max_stages < 1):
+        raise ValueError(f"max_stages must be a positive integer, or None, got {max_stages!r}")
+    size = int(size)
     if (u0 is None) != (v0 is None):
         raise ValueError("u0 and v0 must be given together")
     if u0 is None or v0 is None:
@@ -147,6 +153,7 @@ def greedy(
         w0, z0 = canonical_start(u0, v0)
         if w0.shape != (size,):
             raise ValueError(f"u0 and v0 must have shape ({size},), got {w0.shape}")
+        require_different(w0, z0)
     require_gradient(neg_gradient, size, w0.dtype)
     none = np.zeros((), bool)
     state = _State(np.zeros((), w0.dtype), np.zeros(size, w0.dtype), np.ones(size, w0.dtype), none, none)
@@ -167,6 +174,9 @@ def greedy(
         if not float(state.time) > before and not bool(state.complete | state.stuck):
             raise RuntimeError(f"greedy: {count} stages at the same time {before:g}; give max_stages")
     found = sum(int(np.sum(np.isfinite(piece.times))) for piece in pieces)
+    # The last stage that was begun is the first without a time where there was no gradient to tell it.
+    if bool(state.stuck) and not np.all(pieces[-1].converged[~np.isfinite(pieces[-1].times)]):
+        raise RuntimeError(f"greedy: neg_gradient is not finite after {found} stages; give max_stages")
 
     def joined(name: str) -> Array:
         return jnp.concatenate([getattr(piece, name) for piece in pieces])[:found]
@@ -210,7 +220,7 @@ def _stages(neg_gradient, state, w0, z0, count):
         after, order, tied = _stage(neg_gradient, before, w0, z0, scale)
         # Where nothing is left to enter, all stays as it was.
         entered = jnp.isfinite(after.time)
-        kept = before._replace(complete=after.complete)
+        kept = before._replace(complete=after.complete, stuck=after.stuck)
         state = jax.tree.map(lambda new, old: jnp.where(entered, new, old), after, kept)
         # Rows from here to the end hold the last stage.
         later = jnp.arange(count + 1) > k
@@ -234,18 +244,22 @@ def _stages(neg_gradient, state, w0, z0, count):
 
 def _waits(neg_gradient, state, scale):
     """Times until active, and the gradient with zeros where it counts as zero."""
-    tiny = 1e-9 if jnp.finfo(scale.dtype).bits >= 64 else 1e-4
     g = neg_gradient(state.beta)
-    g = jnp.where((state.beta != 0) | (jnp.abs(g) <= tiny * scale), jnp.zeros_like(g), g)
+    g = jnp.where((state.beta != 0) | (jnp.abs(g) <= _tiny(scale) * scale), jnp.zeros_like(g), g)
     return time_until_active(state.b, g), g
+
+
+def _tiny(scale):
+    """The share of the largest gradient at zero up to which a gradient counts as zero."""
+    return 1e-9 if jnp.finfo(scale.dtype).bits >= 64 else 1e-4
 
 
 def _stage(neg_gradient, state, w0, z0, scale):
     """The next jump: its state, the coordinate that enters, and whether others do so too."""
     waits, g = _waits(neg_gradient, state, scale)
     wait = jnp.min(waits)
-    complete = jnp.isinf(wait)
-    time = state.time + wait
+    complete, lost = jnp.isinf(wait), jnp.isnan(wait)
+    time = state.time + jnp.where(lost, jnp.inf, wait)
     due = (waits <= wait + _TIE * time) & ~complete
     b = jnp.where(due, jnp.where(g > 0, jnp.zeros_like(g), 2 * jnp.ones_like(g)), state.b - g * wait)
     # Factors that enter together keep the proportions of their starts: those of w = u + v where both get
@@ -254,12 +268,36 @@ def _stage(neg_gradient, state, w0, z0, scale):
     share = share / jnp.max(jnp.where(due, share, jnp.zeros_like(share)))
     entry = jnp.where(due, jnp.sign(g) * _ENTRY * share**2, state.beta)
     beta, settled = _settle(neg_gradient, entry, scale)
-    after = _State(time, beta, b, complete, ~settled & ~complete)
+    after = _State(time, beta, b, complete, lost | (~settled & ~complete))
     return after, jnp.argmin(waits), jnp.sum(due) > 1
 
 
 def _settle(neg_gradient, start, scale):
-    """The stationary point that balanced factors reach from beta = start, and whether they do.
+    """The stationary point that balanced factors reach from beta = start, and whether they do."""
+    tiny = _tiny(scale)
+
+    def slow(beta):
+        return (beta != 0) & (jnp.abs(beta) <= _SMALL * jnp.max(jnp.abs(beta)))
+
+    def go_on(carry):
+        count, beta, settled = carry
+        return (count == 0) | ((count == 1) & ~settled & jnp.any(slow(beta)))
+
+    def flow(carry):
+        # The second time without what was on its way out: a coordinate whose gradient vanishes with it leaves
+        # like 1 / t.
+        count, beta, _ = carry
+        beta = jnp.where((count == 1) & slow(beta), jnp.zeros_like(beta), beta)
+        return count + 1, *_flow_to_rest(neg_gradient, beta, scale)
+
+    _, beta, settled = jax.lax.while_loop(go_on, flow, (0, start, jnp.zeros((), bool)))
+    # What has left must not be on its way back.
+    pull = jnp.where((start != 0) & (beta == 0), jnp.sign(start) * neg_gradient(beta), jnp.zeros_like(beta))
+    return beta, settled & jnp.all(pull <= tiny * scale)
+
+
+def _flow_to_rest(neg_gradient, start, scale):
+    """The state in which the flow of balanced factors comes to rest, and whether it does.
 
     In y = log |beta| of the active coordinates, dy/dt = 2 sign(beta) g(beta): signs cannot change, and a
     coordinate that leaves goes to minus infinity at a steady rate.
@@ -273,15 +311,16 @@ def _settle(neg_gradient, start, scale):
     horizon = 1e6 / jnp.where(push > 0, push, jnp.ones_like(push))
 
     def products(y, args):
-        return jnp.where(active, sign * jnp.exp(jnp.minimum(y, 0.25 * np.log(jnp.finfo(y.dtype).max))), 0)
+        return jnp.where(active, sign * jnp.exp(jnp.minimum(y, 0.25 * math.log(jnp.finfo(y.dtype).max))), 0)
 
     def field(t, y, neg_gradient):
         return jnp.where(active, 2 * sign * neg_gradient(products(y, None)), jnp.zeros_like(y))
 
-    def at_rest(y, neg_gradient):
-        rate = field(0.0, y, neg_gradient)
-        leaving = (rate < 0) & (y < np.log(gone))
-        return jnp.all(leaving | (jnp.abs(rate) <= rest * scale))
+    def at_rest(t, y, neg_gradient):
+        rate = field(t, y, neg_gradient)
+        leaving = (rate < 0) & (y < math.log(gone))
+        # Nothing is at rest that moves like a power or the logarithm of time, however slowly.
+        return jnp.all(leaving | ((jnp.abs(rate) <= rest * scale) & (t * jnp.abs(rate) <= 1e-2)))
 
     y0 = jnp.where(active, jnp.log(jnp.where(active, jnp.abs(start), jnp.ones_like(start))), 0)
     y, settled = integrate_until(
@@ -295,7 +334,7 @@ def _settle(neg_gradient, start, scale):
         atol=1e-5,
     )
     beta = products(y, None)
-    return jnp.where(active & (y >= np.log(gone)), beta, jnp.zeros_like(beta)), settled
+    return jnp.where(active & (y >= math.log(gone)), beta, jnp.zeros_like(beta)), settled
 
 
 def staircase(path: GreedyPath, tau: ArrayLike) -> Array:

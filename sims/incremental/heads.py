@@ -6,6 +6,9 @@ that the starts set, for any alpha. The ties last until a head's key and query p
 unequal shares wait unequally long for that, after which they are different functions. As they differ by
 little, they then exchange their shares slowly: at alpha = 1e-16 the flow may not have come to the next
 stationary point of the greedy path when another product enters, and goes elsewhere.
+
+How long the exchange takes depends on the instance, and so does when products enter: this is a recorded one.
+In others the flow keeps up with the path, or has not told close jumps apart at the same alpha.
 """
 
 from __future__ import annotations
@@ -37,12 +40,11 @@ from models.losses import bind, mean_squared_error
 from models.training import train_at_rates
 from sims import plotting
 from sims.claims import Check, Claim, Preset, all_of
-from sims.compare import convergence_order, lane, lane_gaps, require_sweeps
+from sims.compare import WRONG_FACTOR, first_order, lane, lane_gaps, require_sweeps
 from sims.results import Context, Result, Saved
 
 HEADS = 2
 HIDDEN = 4  # width of the feed-forward part
-WRONG_FACTOR = 1.02
 NETWORK_DECADES = 2.0  # the network starts at alpha = 1e-2
 KQ, VO = 0, 1  # the two kinds of products
 
@@ -51,6 +53,8 @@ KQ, VO = 0, 1  # the two kinds of products
 class Config:
     """Sizes, starts and learning rates."""
 
+    instance: int = 0
+    """Seed of teachers, tokens, starts and feed-forward weights; the seed of the run draws nothing else."""
     layers: int = 1
     """Layers of the stack with a feed-forward part; the other problem has one layer without it."""
     dim: int = 3
@@ -140,7 +144,7 @@ def run(config: Config, context: Context) -> Result:
     layers, dim = config.layers, config.dim
     grid = (layers, HEADS, 2, dim)
     size = int(np.prod(grid))
-    keys = jax.random.split(jax.random.key(context.seed), 5)
+    keys = jax.random.split(jax.random.key(config.instance), 5)
     task = diagonal_teacher(keys[0], config.samples, config.tokens, dim, kq_scale=config.kq_scale)
     feedforward = Feedforward(
         *(config.feedforward_scale * jax.random.normal(keys[1], (2, layers, dim, HIDDEN)))
@@ -236,7 +240,14 @@ def run(config: Config, context: Context) -> Result:
         _one_per_stage(config, one, paths, grid, split, (u0, v0)),
         _exchange(config, paths["one"], distances["one"], grid),
         _depth(config, paths["deep"], distances["deep"], grid),
-        _network(np.asarray(rates), gaps),
+        first_order(
+            "incremental.heads/network",
+            "Gradient descent on the stack's weights follows the flow of its products",
+            "boixadsera2023, Equations 3 and 4 and Example 3.2",
+            rates,
+            gaps["flow"],
+            gaps["wrong"],
+        ),
     )
     dims = {
         **{f"taus/{name}": (f"time_{name}",) for name in paths},
@@ -384,7 +395,7 @@ def _exchange(config: Config, path: GreedyPath, distance: np.ndarray, grid: tupl
     ]
     return Claim(
         "incremental.heads/exchange",
-        "One layer: the flow from small starts follows the greedy path",
+        "One layer: the flow from small starts follows the greedy path (here in one instance)",
         "boixadsera2023, Theorem 4.5 and Example 4.6",
         "qualified",
         [
@@ -426,22 +437,6 @@ def _depth(config: Config, path: GreedyPath, distance: np.ndarray, grid: tuple[i
             Check(f"in all {config.stages} stages: largest ratio", "at most", 0.9, ratios.max()),
         ],
         condition="no head of a tied pair attends yet; later it approaches more slowly than 1 / log(1/alpha)",
-    )
-
-
-def _network(rates: np.ndarray, gaps: dict[str, np.ndarray]) -> Claim:
-    orders = {name: convergence_order(rates, gap).slope for name, gap in gaps.items()}
-    return Claim(
-        "incremental.heads/network",
-        "Gradient descent on the stack's weights follows the flow of its products",
-        "boixadsera2023, Equations 3 and 4 and Example 3.2",
-        "stated",
-        [
-            # The largest of the rates adds a second order.
-            Check("order of the gap in the learning rate", "slope", 1.0, orders["flow"], 0.1),
-            # A gap that does not close has order 0 over most of the range.
-            Check("order with the gradient taken 2 % too large", "at most", 0.6, orders["wrong"]),
-        ],
     )
 
 

@@ -115,12 +115,41 @@ def test_ties_enter_together_in_the_proportions_of_their_starts():
     np.testing.assert_allclose(path.beta[1].sum(), 2.0)
 
 
-def test_a_loss_without_minimum_is_flagged():
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_loss_without_minimum_is_flagged(dtype):
     # Logistic loss on separable data: weights grow for ever.
-    g = negative_gradient(lambda beta: jnp.sum(jax.nn.softplus(-beta)))
-    path = greedy(g, 1)
+    path = greedy(jax.nn.sigmoid, 1, dtype=dtype)
+    assert path.beta.dtype == dtype
     assert path.converged.tolist() == [False]
     assert not path.complete
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_products_that_leave_for_good(dtype):
+    # What the teacher lacks is learned for a while, and leaves like 1 / t: its gradient vanishes with it.
+    left = 0
+    for seed in range(12):
+        A = np.random.default_rng(seed).normal(size=(5, 3))
+        teacher = np.array([2.0, 0.0, -1.0])
+        g = negative_gradient(quadratic, jnp.asarray(A.T @ A, dtype), jnp.asarray(A.T @ A @ teacher, dtype))
+        path = greedy(g, 3, dtype=dtype)
+        assert path.converged.all(), seed
+        assert path.complete, seed
+        np.testing.assert_allclose(path.beta[-1], teacher, atol=1e-7 if dtype == "float64" else 2e-3)
+        left += bool(np.any(path.order == 1))
+    assert left >= 3
+
+
+def test_a_gradient_that_ceases_to_be_finite():
+    def g(beta):
+        return jnp.stack([2 - beta[0], jnp.where(jnp.abs(beta[0]) > 1, jnp.nan, 0.5)])
+
+    path = greedy(g, 2, max_stages=6)
+    np.testing.assert_array_equal(path.times, [0.5] + 5 * [np.inf])
+    assert not path.complete
+    assert not path.converged.all()
+    with pytest.raises(RuntimeError, match="neg_gradient is not finite after 1 stages"):
+        greedy(g, 2)
 
 
 def test_nothing_to_learn():
@@ -207,6 +236,10 @@ def test_bad_input_of_the_flow(arguments, message):
 def test_bad_input_of_the_algorithm():
     with pytest.raises(ValueError, match="size must be a positive integer"):
         greedy(lambda beta: -beta, 0)
+    with pytest.raises(ValueError, match="max_stages must be a positive integer"):
+        greedy(lambda beta: -beta, 2, max_stages=0)
+    with pytest.raises(ValueError, match="u0 and v0 must differ in magnitude"):
+        greedy(lambda beta: -beta, 2, u0=[1.0, 1.0], v0=[0.5, -1.0])
     with pytest.raises(ValueError, match="neg_gradient must map"):
         greedy(lambda beta: jnp.sum(beta), 2)
     with pytest.raises(ValueError, match="neg_gradient must be finite"):
