@@ -88,7 +88,7 @@ def refresh_bases(
 
         def renew(old, gradients, count, members=members):
             return [
-                _renew(basis, gradient, count, layouts[i], refresh, align)
+                _renew_each(basis, gradient, count, layouts[i], refresh, align)
                 for i, basis, gradient in zip(members, old, gradients, strict=True)
             ]
 
@@ -100,8 +100,20 @@ def refresh_bases(
     return bases
 
 
+def _renew_each(
+    old: Basis, gradient: Array, count: Array, layout: Layout, refresh: str, align: bool
+) -> Basis:
+    """The renewed bases of a leaf, one matrix after the other: all at once take the workspace of all."""
+    batch = layout.batch_shape
+    if not batch:
+        return _renew(old, gradient, count, layout, refresh, align)
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), (old, gradient))
+    new = jax.lax.map(lambda one: _renew(one[0], one[1], count, layout, refresh, align), flat)
+    return map_sides(lambda side: side.reshape(*batch, *side.shape[-2:]), new)
+
+
 def _renew(old: Basis, gradient: Array, count: Array, layout: Layout, refresh: str, align: bool) -> Basis:
-    """The leading singular vectors of each gradient; the old basis where it is zero or not finite."""
+    """The leading singular vectors of a gradient; the old basis where it is zero or not finite."""
     dtype = jnp.promote_types(gradient.dtype, jnp.float32)
     gradient = gradient.astype(dtype)
     # Squares of a tiny gradient would underflow.
