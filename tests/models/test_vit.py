@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,8 @@ def test_without_positions_the_order_of_the_patches_does_not_matter():
 
 @pytest.mark.parametrize(("scale", "gain_scale"), [(0.25, None), (0.5, 1.0)])
 def test_the_scale_multiplies_everything_but_the_embedder(scale, gain_scale):
-    model = VisionTransformer(jax.random.key(0), (4, 6, 2), 4, **SIZES | {"depth": 1})
+    sizes: Any = SIZES | {"depth": 1}
+    model = VisionTransformer(jax.random.key(0), (4, 6, 2), 4, **sizes)
     _, params = as_function(model)
     scaled = jax.jit(lambda s, g: scale_initial(params, s, gain_scale=g))(scale, gain_scale)
     before, after = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (params, scaled))
