@@ -251,8 +251,8 @@ def slow_split(G0: ArrayLike, S: ArrayLike, form: Form | str) -> SlowSplit:
     Args:
         G0: gradient at step 0, (m, n).
         S: symmetric, (mn, mn).
-        form: "printed" takes eigenvalues of S, "valid" those that G0 excites. Components below the
-            square root of the machine epsilon, relative to G0, count as none: rounding makes such.
+        form: "printed" takes eigenvalues of S, "valid" those that G0 excites. Components below 1.5e-8,
+            relative to G0, and such as rounding makes (in 32-bit), count as none.
 
     Returns:
         The split. NaN where a traced input is bad, or where "valid" is asked for and G0 is zero.
@@ -278,7 +278,7 @@ def _split(G0, S, learning_rate, valid):
     values, vectors = jnp.linalg.eigh(S)
     peak = jnp.max(jnp.abs(G0))
     weights = vectors.T @ _vec(G0 / jnp.where(peak > 0, peak, 1))
-    floor = jnp.sqrt(epsilon) * jnp.linalg.norm(weights)
+    floor = max(1.5e-8, 10 * values.size * float(epsilon)) * jnp.linalg.norm(weights)
     excited = (jnp.abs(weights) > floor) | jnp.logical_not(valid)
     # Eigenvalues that rounding alone tells apart are one.
     width = 10 * values.size * epsilon * jnp.max(jnp.abs(values))

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 # Words of a parameter's path, lower case, numbers dropped.
-_LOOKUPS = {"wte", "wpe", "logits", "classifier"}
+_LOOKUPS = {"emb", "wte", "wpe", "logits", "classifier"}
 _NORMS = {"ln", "bn", "scale", "gamma", "beta"}
 _BIASES = {"bias", "b"}
 
@@ -14,9 +14,9 @@ _BIASES = {"bias", "b"}
 def is_hidden_kernel(name: str, leaf: Any) -> bool:
     """Whether a path names none of: an embedding, a head, a norm, a bias.
 
-    An embedding has a word that begins with "embed" or "unembed"; a head is a key that ends with the word
-    "head" ("lm_head", not "MultiHeadAttention"); a norm has a word that ends with "norm", or is called "ln";
-    biases and scales are last keys.
+    An embedding has a word "emb", or one that begins with "embed" or "unembed"; a head is a key that ends
+    with the word "head" ("lm_head", not "MultiHeadAttention"), and no other name of an output is known; a
+    norm has a word that ends with "norm", or is called "ln"; biases and scales are last keys.
     """
     del leaf
     keys = [words for key in name.split("/") if key != "value" and (words := _words(key))]

@@ -18,7 +18,7 @@ Refresh = Literal["eigh", "svd", "randomized", "warm"]
 # Subspace iteration: random columns beyond the rank, and applications of G G^T. A warm start needs few of
 # either, but its very first start is random, and has to be a good one.
 _OVERSAMPLING, _WARM_OVERSAMPLING = 16, 8
-_APPLICATIONS, _WARM_APPLICATIONS, _FIRST_APPLICATIONS = 4, 2, 8
+_APPLICATIONS, _WARM_APPLICATIONS, _FIRST_APPLICATIONS = 4, 3, 8
 
 # Accelerators round float32 products to fewer bits by default, which the small singular values would feel.
 _product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -55,7 +55,8 @@ def when_due(due: Array, renew: Callable[..., Any], old: Any, *operands: Any) ->
     """
 
     def renewed(old, *operands):
-        return jax.tree.map(lambda new, old: jnp.where(due, new, old), renew(old, *operands), old)
+        new = renew(old, *operands)
+        return jax.tree.map(lambda new, old: jnp.where(due, new, old).astype(old.dtype), new, old)
 
     return jax.lax.cond(_in_any_lane(due), renewed, lambda old, *_: old, old, *operands)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -189,6 +190,13 @@ def scale_by_galore(
             states.append(place_inner(inner, inner_state, _masked(wanted, members, treedef)))
         return GaloreState(jnp.zeros((), jnp.int32), treedef.unflatten(bases), tuple(states))
 
+    # Compiled at once, so that nothing is compiled again where `update` is called outside of `jit`.
+    @partial(jax.jit, static_argnums=(2, 3, 4, 5))
+    def reset_when_due(state, count, layout, group, structure, shapes):
+        start = _over_batch(inner.init, group)
+        zeros = _zeros(jax.tree.unflatten(structure, shapes), group)
+        return when_due(is_due(count, layout), lambda _: start(zeros), state)
+
     def update(updates, state, params=None):
         # A checkpoint may come back in NumPy arrays.
         updates, state = jax.tree.map(jnp.asarray, (updates, state))
@@ -218,10 +226,9 @@ def scale_by_galore(
         for (group, members), inner_state in zip(_groups(layouts, moments).items(), state.inner, strict=True):
             proxies = _proxies(like, layouts, members, treedef)
             if moments == "reset" and group[1] is not None:
-                due = is_due(state.count, projected[members[0]])
-                start = _over_batch(inner.init, group)
-                inner_state = when_due(
-                    due, lambda _, start=start, p=proxies, g=group: start(_zeros(p, g)), inner_state
+                shapes, structure = jax.tree.flatten(proxies)
+                inner_state = reset_when_due(
+                    inner_state, state.count, projected[members[0]], group, structure, tuple(shapes)
                 )
             if moments == "transport":
                 inner_state = _transport(inner_state, old, bases, state.count, layouts, members)
@@ -251,13 +258,18 @@ def galore(
     mask: Any = None,
     labels: Any = None,
     plain: Any = None,
+    update_gap: Any = 200,
+    scale: Any = 0.25,
+    projection: Projection | str = "std",
+    inner: Any = None,
+    refresh: Refresh | str = "eigh",
+    moments: Moments | str = "align",
     matrix_axes: Any = None,
+    stagger: bool = False,
     b1: Any = 0.9,
     b2: Any = 0.999,
     eps: Any = 1e-8,
     eps_convention: EpsConvention | str = "corrected",
-    inner: Any = None,
-    **options: Any,
 ) -> optax.GradientTransformation:
     r"""GaLore on the hidden matrices, Adam on the rest, decoupled weight decay on all.
 
@@ -270,7 +282,7 @@ def galore(
 
     Args:
         learning_rate: a number or a schedule.
-        rank: as for `scale_by_galore`, like every option that is not named here.
+        rank: as for `scale_by_galore`.
         weight_decay: decay, times the learning rate, of the old value; not multiplied by `scale`.
         mask: which parameters decay: a pytree of booleans or a function of the parameters, as in
             `optax.add_decayed_weights`; all where None.
@@ -278,13 +290,18 @@ def galore(
             `(path, leaf)`. Where None, "adam" for those with, in the words of a path, one that begins with
             "embed" or ends with "norm", a key that ends with "head", or the last key a "bias" or "scale".
         plain: the transformation for what is not projected; `optax.scale_by_adam(b1, b2, eps)` where None.
-        matrix_axes: as for `scale_by_galore`.
+        update_gap: as for `scale_by_galore`, like the options up to `stagger`.
+        scale: factor of the projected updates.
+        projection: which side is projected.
+        inner: the transformation on projected gradients.
+        refresh: the decomposition.
+        moments: what a refresh does to the inner state.
+        matrix_axes: which axes are the matrix.
+        stagger: whether leaves refresh in turns.
         b1: decay of the first moment, for both where `inner` or `plain` are not given.
         b2: decay of the second moment.
         eps: epsilon.
         eps_convention: where epsilon is added, as for `scale_by_galore`.
-        inner: as for `scale_by_galore`.
-        **options: the other options of `scale_by_galore`.
 
     Returns:
         The optimizer. `update` needs the parameters where `weight_decay` is not zero.
@@ -302,7 +319,17 @@ def galore(
     adam = {"b1": b1, "b2": b2, "eps": eps, "eps_convention": eps_convention}
     inner = _adam(**adam) if inner is None else inner
     plain = _adam(**adam) if plain is None else plain
-    projected = scale_by_galore(rank, matrix_axes=matrix_axes, inner=inner, **options)
+    projected = scale_by_galore(
+        rank,
+        update_gap=update_gap,
+        scale=scale,
+        projection=projection,
+        inner=inner,
+        refresh=refresh,
+        moments=moments,
+        matrix_axes=matrix_axes,
+        stagger=stagger,
+    )
 
     def label(tree):
         named = jax.tree_util.tree_leaves_with_path(tree)
@@ -415,11 +442,15 @@ def _transport(
             layout = layouts[i]
             if layout is not None:
                 pair = mu[place], nu[place]
-                due = is_due(count, layout)
-                mu[place], nu[place] = when_due(due, _move, pair, old[i], new[i])
+                mu[place], nu[place] = _move_when_due(pair, old[i], new[i], count, layout)
         moved.append(adam._replace(mu=treedef.unflatten(mu), nu=treedef.unflatten(nu)))
     places = iter(moved)
     return jax.tree.map(lambda node: next(places) if _is_adam(node) else node, state, is_leaf=_is_adam)
+
+
+@partial(jax.jit, static_argnums=4)
+def _move_when_due(pair, old, new, count, layout):
+    return when_due(is_due(count, layout), _move, pair, old, new)
 
 
 def _move(pair: tuple[Array, Array], old: Basis, new: Basis) -> tuple[Array, Array]:
@@ -473,6 +504,9 @@ def _reaches(jaxpr: Any, marked: list[bool]) -> list[bool]:
         called = equation.params.get("jaxpr")
         if called is not None and equation.primitive.name in ("jit", "pjit"):
             outputs = _reaches(called.jaxpr, inputs)
+        elif equation.primitive.name == "cond" and not inputs[0]:
+            branches = [_reaches(branch.jaxpr, inputs[1:]) for branch in equation.params["branches"]]
+            outputs = [any(of_branches) for of_branches in zip(*branches, strict=True)]
         else:
             outputs = [any(inputs)] * len(equation.outvars)
         reached |= {var for var, mark in zip(equation.outvars, outputs, strict=True) if mark}

@@ -474,7 +474,7 @@ def _bar(programs: dict[str, np.ndarray]) -> Claim:
             # Four copies of 13.5 GB are printed as 14; activations depend on the implementation: 10 %.
             Check("Adam: GB", "equals", BAR_PRINTED[0], full, 0.1 * BAR_PRINTED[0]),
             Check("8-bit GaLore, per layer: GB", "at most", BAR_PRINTED[1], by_layer),
-            # Weights and all gradients alone are 27 GB; a refresh decomposes those of all layers at once.
+            # Weights and all gradients alone are 27 GB; on a CPU float32 copies of these add to it.
             Check("GaLore, joint update: GB", "at least", BAR_PRINTED[1], joint),
         ],
         condition="gradients are used and forgotten layer by layer",

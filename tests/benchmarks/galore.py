@@ -2,8 +2,9 @@
 
 All take the same steps in turns, in one process, each with its own parameters: a step is the update and its
 application, compiled, with parameters and state given away. A basis is renewed every few steps, and those
-steps are told from the others. Gradients have spectra that fall like a power and change by 30 % from step to
-step. The energy that each new basis captures is over that of the best one, by a decomposition in float64.
+steps are told from the others. Gradients have spectra that fall like a power and change by 30 % from refresh
+to refresh. The energy that a new basis captures is over that of the best one, by a decomposition in float64;
+the least of all refreshes and matrices of the first layer is shown.
 The floor of a projected step is the time of its matrix products, P^T G and P N, alone.
 
     python -m tests.benchmarks.galore --rounds 6
@@ -58,7 +59,7 @@ def main(options: Options) -> None:
     rng = np.random.default_rng(options.seed)
     base = {name: _gradient(rng, shape) for name, shape in shapes.items()}
     noise = {name: 0.3 * np.std(G) * rng.standard_normal(G.shape, np.float32) for name, G in base.items()}
-    # Two gradients in turns, 30 % apart.
+    # Two gradients in turns, 30 % apart, each for as long as a basis.
     gradients = [base, {name: base[name] + noise[name] for name in base}]
     runs = {name: _optax_run(optimizer, gradients) for name, optimizer in _optimizers(options).items()}
     if all(importlib.util.find_spec(name) for name in ("torch", "galore_torch")):
@@ -68,11 +69,19 @@ def main(options: Options) -> None:
 
     steps = options.gap * (options.rounds + 1)
     seconds = {name: np.zeros(steps) for name in runs}
+    energies: dict[str, list[float]] = {name: [] for name in runs}
+    best = [
+        {name: np.linalg.svd(np.asarray(G[name], float), compute_uv=False) for name in hidden[:7]}
+        for G in gradients
+    ]
     for step in range(steps):
-        for name, (take_step, _) in runs.items():
+        which = step // options.gap % 2
+        for name, (take_step, look) in runs.items():
             started = time.perf_counter()
-            take_step(step)
+            take_step(which)
             seconds[name][step] = time.perf_counter() - started
+            if step % options.gap == 0 and "galore," in name:
+                energies[name] += _energies(look()[0], gradients[which], best[which])
 
     late = np.arange(steps) >= options.gap
     refresh = late & (np.arange(steps) % options.gap == 0)
@@ -89,8 +98,7 @@ def main(options: Options) -> None:
             row += ["", "", ""]
         else:
             row += [f"{1e3 * np.median(slow):.0f} ms", f"{np.median(slow / theirs[refresh]):.2f}"]
-            energies = _energies(look()[0], gradients[(steps - options.gap) % 2], hidden)
-            row += [f"{min(energies):.5f}" if energies else ""]
+            row += [f"{min(energies[name]):.5f}" if energies[name] else ""]
         state = look()[1]
         print("| " + " | ".join([*row, f"{state / 1e6:.2f} MB" if state else ""]) + " |")
 
@@ -144,7 +152,7 @@ def _optax_run(optimizer: optax.GradientTransformation, gradients: list[dict[str
     compiled = compiled.lower(*carried, on_device[0]).compile()
 
     def take_step(index: int) -> None:
-        carried[:] = jax.block_until_ready(compiled(*carried, on_device[index % 2]))
+        carried[:] = jax.block_until_ready(compiled(*carried, on_device[index]))
 
     def look() -> tuple[dict[str, Any], int]:
         leaves = jax.tree_util.tree_leaves_with_path(carried[1])
@@ -190,7 +198,7 @@ def _torch_run(name: str, gradients: list[dict[str, np.ndarray]], options: Optio
 
     def take_step(index: int) -> None:
         for key, weight in weights.items():
-            weight.grad = held[index % 2][key]
+            weight.grad = held[index][key]
         optimizer.step()
 
     def look() -> tuple[dict[str, Any], int]:
@@ -203,16 +211,16 @@ def _torch_run(name: str, gradients: list[dict[str, np.ndarray]], options: Optio
     return take_step, look
 
 
-def _energies(bases: dict[str, Any], gradient: dict[str, np.ndarray], hidden: list[str]) -> list[float]:
-    """Energy captured by the basis of each matrix of the first layer, over the largest there is."""
+def _energies(
+    bases: dict[str, Any], gradient: dict[str, np.ndarray], best: dict[str, np.ndarray]
+) -> list[float]:
+    """Energy captured by the basis of each matrix, over the largest there is."""
     ratios = []
-    for name in hidden[:7]:
-        if name in bases:
-            basis, left = bases[name]
-            G = np.asarray(gradient[name], float)
-            G = G if left else G.T
-            best = np.sum(np.linalg.svd(G, compute_uv=False)[: basis.shape[1]] ** 2)
-            ratios.append(float(np.sum((np.asarray(basis, float).T @ G) ** 2) / best))
+    for name, values in best.items():
+        basis, left = bases[name]
+        G = np.asarray(gradient[name], float)
+        projected = np.asarray(basis, float).T @ (G if left else G.T)
+        ratios.append(float(np.sum(projected**2) / np.sum(values[: basis.shape[1]] ** 2)))
     return ratios
 
 

@@ -15,6 +15,7 @@ import optax
 import pytest
 
 from models.galore import galore, scale_by_adam_8bit, scale_by_galore, state_bytes
+from tests.helpers import count_compilations
 
 RANK, GAP = 3, 3
 SHAPES = {"tall": (9, 5), "wide": (5, 8), "square": (6, 6), "thin": (2, 7)}  # the last has r > min(m, n)
@@ -572,6 +573,32 @@ def test_stacked_norms_are_no_matrices():
     state: Any = galore(0.1, 2, matrix_axes=(-2, -1)).init(params)
     shapes = {leaf.shape for leaf in jax.tree.leaves(state)}
     assert shapes == {(), (3,), (3, 4), (3, 4, 2), (3, 2, 6)}
+
+
+@pytest.mark.parametrize("moments", ["transport", "reset"])
+def test_outside_of_jit_nothing_is_compiled_again(moments):
+    gradients = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), draw({"w": (5, 8)}, 4))
+    # Gradients wider than the parameters, whose dtype the state keeps.
+    transform: Any = scale_by_galore(2, update_gap=1, moments=moments)
+    state = transform.init({"w": jnp.zeros((5, 8), jnp.bfloat16)})
+    dtypes = jax.tree.map(jnp.result_type, state)
+    for step in range(3):
+        _, state = transform.update({"w": gradients["w"][step]}, state)
+    assert jax.tree.map(jnp.result_type, state) == dtypes
+    with count_compilations() as names:
+        transform.update({"w": gradients["w"][3]}, state)
+    assert names == []
+
+
+def test_inner_transformations_that_wait_and_injected_hyperparameters():
+    params = {"w": jnp.zeros((5, 8))}
+    every_second = optax.MultiSteps(optax.scale_by_adam(), 2).gradient_transformation()
+    state: Any = scale_by_galore(2, inner=every_second).init(params)
+    assert state.inner[0].inner_opt_state.mu["w"].shape == (2, 8)
+    static = ("rank", "update_gap", "scale", "b1", "b2", "eps")
+    injected = optax.inject_hyperparams(galore, static_args=static)(learning_rate=0.1, rank=2)
+    injected_state: Any = injected.init(params)
+    assert float(injected_state.hyperparams["learning_rate"]) == pytest.approx(0.1)
 
 
 def test_flax_modules_are_labelled_by_their_attributes():
