@@ -15,10 +15,10 @@ from .projection import Basis, Layout, map_sides
 
 Refresh = Literal["eigh", "svd", "randomized", "warm"]
 
-# Subspace iteration: random columns beyond the rank, and applications of G G^T. A warm start needs few of
-# either, but its very first start is random, and has to be a good one.
+# Subspace iteration: random columns beyond the rank, and further rounds of two applications of G G^T where
+# the start is random, as the very first one of a warm one is.
 _OVERSAMPLING, _WARM_OVERSAMPLING = 16, 8
-_APPLICATIONS, _WARM_APPLICATIONS, _FIRST_APPLICATIONS = 4, 3, 8
+_ROUNDS, _FIRST_ROUNDS = 1, 3
 
 # Accelerators round float32 products to fewer bits by default, which the small singular values would feel.
 _product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -175,10 +175,18 @@ def _subspace_iteration(A: Array, start: Array | None, count: Array, rank: int) 
     drawn = min(rank + _OVERSAMPLING, rows) if start is None else min(_WARM_OVERSAMPLING, rows - rank)
     random = jax.random.normal(jax.random.fold_in(jax.random.key(1), count), (rows, drawn), A.dtype)
     X = jnp.broadcast_to(random, (*A.shape[:-2], rows, drawn))
-    applications = _APPLICATIONS
+    rounds = _ROUNDS
     if start is not None:
         X = jnp.concatenate([start, X], axis=-1)
-        applications = jnp.where(count == 0, _FIRST_APPLICATIONS, _WARM_APPLICATIONS)
-    X = jax.lax.fori_loop(0, applications, lambda _, X: jnp.linalg.qr(_product(A, _product(A.mT, X)))[0], X)
+        rounds = jnp.where(count == 0, _FIRST_ROUNDS, 0)
+
+    def apply(X):
+        return _product(A, _product(A.mT, X))
+
+    def orthonormal(X):
+        return jnp.linalg.qr(X)[0]
+
+    X = jax.lax.fori_loop(0, rounds, lambda _, X: orthonormal(apply(apply(X))), X)
+    X = orthonormal(apply(orthonormal(apply(apply(X)))))
     small = _product(A.mT, X)
     return _product(X, _leading_eigenvectors(_product(small.mT, small), rank))
