@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 from matplotlib.figure import Figure
 
-from dynamics.flow import Trajectory, integrate
+from dynamics.flow import ArrayLike, Trajectory, integrate
 from dynamics.joma import Kind, saturating_flow
 from dynamics.spectra import entropy
 from models.attention import JomaBlock, JomaInputs, JomaState, as_function
@@ -93,8 +93,9 @@ def _mean_squared_error(params, data):
     return squared_error(params, data) / len(data[2])
 
 
-def _attention_entropy(logits: Array) -> Array:
-    return entropy(jax.nn.softmax(logits, axis=-1))
+@jax.jit
+def _entropies(logits: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: entropy(jax.nn.softmax(leaf, axis=-1)), logits)
 
 
 @jax.jit
@@ -114,21 +115,21 @@ def _reduced_field(t, v, args):
     return (targets - v * attention) * attention / TOKENS
 
 
-def _targets(largest, size: int) -> Array:
-    return jnp.linspace(largest / 20, largest, size)
+def _targets(largest: ArrayLike, size: int) -> np.ndarray:
+    return np.linspace(np.divide(largest, 20), largest, size, axis=-1)
 
 
 def _block(tokens: int, activation: Callable[[Array], Array]) -> JomaBlock:
     """One hidden node on exp attention, without a residual, at the small start."""
-    start = jnp.full((tokens, 1), START)
-    no_query = jnp.zeros((tokens, 1))
-    return JomaBlock(jnp.eye(tokens), no_query, start, start.T**2 / 2, kind="exp", activation=activation)
+    start = np.full((tokens, 1), START)
+    no_query = np.zeros((tokens, 1))
+    return JomaBlock(np.eye(tokens), no_query, start, start.T**2 / 2, kind="exp", activation=activation)
 
 
 def _one_hot(activation: Callable[[Array], Array]):
     """Data and parameters of the network that sees one token at a time, each with a target of its own."""
     predict, params = as_function(_block(TOKENS, activation))
-    tokens = JomaInputs(jnp.eye(TOKENS), jnp.zeros(TOKENS, jnp.int32))
+    tokens = JomaInputs(jnp.asarray(np.eye(TOKENS)), jnp.asarray(np.zeros(TOKENS, np.int32)))
     return (predict, tokens, _targets(LARGEST, TOKENS)[:, None]), params
 
 
@@ -167,7 +168,7 @@ def _train_others(key: Array, config: Config) -> Trajectory:
         optax.sgd(1.0),
         steps=config.steps,
         every=config.steps // 1000,
-        observe=_entropies,
+        observe=lambda params: _entropies({name: values["z"][...][0] for name, values in params.items()}),
     )
     return path
 
@@ -178,10 +179,6 @@ def _sum_of_losses(params, parts) -> Array:
     return jnp.sum(jnp.stack(losses))
 
 
-def _entropies(params) -> dict[str, Array]:
-    return {name: _attention_entropy(values["z"][...][0]) for name, values in params.items()}
-
-
 def _observe(params) -> JomaState:
     return JomaState(params["W"][...][:, 0], params["z"][...][0])
 
@@ -189,59 +186,59 @@ def _observe(params) -> JomaState:
 def run(config: Config, context: Context) -> Result:
     """Integrate the fields, train the networks, and take the entropy of attention along each."""
     context.progress("the source's fields", 0.0)
-    figure_targets = jnp.asarray(FIGURE_4_TARGETS)
-    drawn = _drawn_field(figure_targets)
+    figure_targets = np.array(FIGURE_4_TARGETS)
+    drawn = np.asarray(_drawn_field(figure_targets))
     # Elementwise: one state holds the components of three fields.
-    targets = [figure_targets, *map(jnp.asarray, OTHER_TARGETS.values())]
-    ts = jnp.concatenate([jnp.zeros(1), jnp.geomspace(0.01, 200.0, 4000)])
-    mu = jnp.concatenate(targets)
+    targets = [figure_targets, *map(np.array, OTHER_TARGETS.values())]
+    ts = np.append(0.0, np.geomspace(0.01, 200.0, 4000))
+    mu = np.concatenate(targets)
     # Targets below four are not too stiff for an explicit solver, which is quicker to compile.
-    printed = saturating_flow(jnp.zeros_like(mu), mu, ts, solver=diffrax.Dopri8())
-    parts = jnp.split(printed.ys, np.cumsum([len(part) for part in targets])[:-1], axis=1)
-    fields = {
-        "drawn": _attention_entropy(drawn**2 / 3),
-        **{
-            name: _attention_entropy(v**2 / 2)
-            for name, v in zip(("printed", *OTHER_TARGETS), parts, strict=True)
-        },
+    printed = saturating_flow(np.zeros_like(mu), mu, ts, solver=diffrax.Dopri8())
+    parts = np.split(np.asarray(printed.ys), np.cumsum([len(part) for part in targets])[:-1], axis=1)
+    logits = {
+        "drawn": drawn**2 / 3,
+        **{name: v**2 / 2 for name, v in zip(("printed", *OTHER_TARGETS), parts, strict=True)},
     }
 
     context.progress("the reduced flow of one-hot tokens", 0.2)
-    times = jnp.linspace(0.0, config.horizon, config.points + 1)
+    times = np.linspace(0.0, config.horizon, config.points + 1)
     # Elementwise again: rows are largest targets. The second row is wrong, its exponent off by a few percent.
-    largest = jnp.array([LARGEST, LARGEST, *config.largest])
-    targets = jax.vmap(lambda largest: _targets(largest, TOKENS))(largest)
-    factors = jnp.ones_like(largest).at[1].set(WRONG_FACTOR)[:, None]
-    flows = integrate(_reduced_field, jnp.full_like(targets, START), times, (targets, factors))
-    theory, wrong = (
-        Trajectory(times, JomaState(v, v**2 / 2), flows.ok) for v in jnp.moveaxis(flows.ys, 1, 0)[:2]
-    )
-    by_size = _attention_entropy(jnp.delete(flows.ys, 1, axis=1) ** 2 / 2)
+    largest = np.array([LARGEST, LARGEST, *config.largest])
+    factors = np.where(np.arange(len(largest)) == 1, WRONG_FACTOR, 1.0)[:, None]
+    targets = _targets(largest, TOKENS)
+    flows = integrate(_reduced_field, np.full_like(targets, START), times, (targets, factors))
+    V = jax.tree.map(np.asarray, flows.ys)
+    theory, wrong = (Trajectory(times, JomaState(v, v**2 / 2), flows.ok) for v in (V[:, 0], V[:, 1]))
 
     context.progress("training on one-hot tokens", 0.4)
     data, params = _one_hot(jax.nn.identity)
-    rates, trained = train_at_rates(
-        bind(_mean_squared_error, data),
-        params,
-        config.substeps,
-        horizon=config.horizon,
-        points=config.points,
-        observe=_observe,
+    rates, trained = jax.tree.map(
+        np.asarray,
+        train_at_rates(
+            bind(_mean_squared_error, data),
+            params,
+            config.substeps,
+            horizon=config.horizon,
+            points=config.points,
+            observe=_observe,
+        ),
     )
     gaps = {"flow": lane_gaps(theory, trained), "wrong": lane_gaps(wrong, trained)}
     finest = lane(trained, int(np.argmin(rates)))
 
     context.progress("training the other networks", 0.7)
-    others = _train_others(jax.random.key(context.seed), config)
-    networks = {"one_hot_linear": _attention_entropy(finest.ys.z), **others.ys}
+    others = jax.tree.map(np.asarray, _train_others(jax.random.key(context.seed), config))
+    paths = (logits, V**2 / 2, finest.ys.z)
+    fields, by_size, one_hot_linear = jax.tree.map(np.asarray, _entropies(paths))
+    networks = {"one_hot_linear": one_hot_linear, **others.ys}
     bounces = {name: _bounce(path) for name, path in networks.items()}
     falls = {name: float(path[0] - path.min()) for name, path in networks.items()}
     sizes = {
         "largest": np.array([LARGEST, *config.largest]),
-        "bounce": np.array(list(map(_bounce, by_size.T))),
+        "bounce": np.array(list(map(_bounce, np.delete(by_size, 1, axis=1).T))),
     }
 
-    shown = jnp.unique(jnp.round(jnp.geomspace(1, config.points + 1, 400)).astype(int) - 1)
+    shown = np.unique(np.round(np.geomspace(1, config.points + 1, 400)).astype(int) - 1)
     data = {
         "fields": {"ts": ts, "drawn_ts": FIGURE_4_RATE * np.arange(len(drawn)), **fields},
         "ts": times[shown],
@@ -272,13 +269,13 @@ def run(config: Config, context: Context) -> Result:
     return Result(data, claims, dims)
 
 
-def _bounce(path: Array) -> float:
+def _bounce(path: np.ndarray) -> float:
     """How far the entropy comes back up from its lowest point."""
-    return float(path[-1] - jnp.min(path))
+    return float(path[-1] - path.min())
 
 
 def _figure_4(fields) -> Claim:
-    drawn, printed = np.asarray(fields["drawn"]), np.asarray(fields["printed"])
+    drawn, printed = fields["drawn"], fields["printed"]
     return Claim(
         "joma.bounce/figure",
         "The figure's entropy falls to 0.94 and comes back: it is of v' = (mu - v) exp(v^2 / 2)",
@@ -294,8 +291,8 @@ def _figure_4(fields) -> Claim:
     )
 
 
-def _large_targets(ts: Array, fields) -> Claim:
-    printed = np.asarray(fields["printed"])
+def _large_targets(ts: np.ndarray, fields) -> Claim:
+    printed = fields["printed"]
     return Claim(
         "joma.bounce/flow",
         "Along v' = (mu - v) exp(v^2 / 2) attention becomes sparser and then denser",
@@ -315,8 +312,7 @@ def _large_targets(ts: Array, fields) -> Claim:
     )
 
 
-def _network(ts: Array, rates, gaps, trained: Array) -> Claim:
-    path = np.asarray(trained)
+def _network(ts: np.ndarray, rates, gaps, path: np.ndarray) -> Claim:
     return Claim(
         "joma.bounce/network",
         "A network on one-hot tokens follows v' = (mu - v e^{v^2/2}) e^{v^2/2} / M; its attention bounces",
