@@ -123,7 +123,7 @@ def _growth(settings, ts):
 
 @eqx.filter_jit
 def _solve(flow, classes, rates, ts):
-    """A flow in every lane (L): xi by both formulas, and |z'| of the first class's likeliest token."""
+    """A flow in every lane (L): xi by the flow's own formula, |z'| of the first class's likeliest token."""
 
     def one(classes, rates, ts):
         rate_Y, rate_Z = rates
@@ -132,11 +132,11 @@ def _solve(flow, classes, rates, ts):
 
         def measure(t, weights):
             velocity = rate_Z * scan_snap.population_field(weights, classes).Z
-            return {
-                "growth_rate": scan_snap.growth_rate(weights, classes),
-                "weak_growth_rate": scan_snap.weak_growth_rate(weights.Z, classes, t, rate_Y),
-                "speed": jnp.abs(velocity[classes.query[0], likeliest]),
-            }
+            if flow is scan_snap.weak_correlation_flow:
+                xi = scan_snap.weak_growth_rate(weights.Z, classes, t, rate_Y)
+            else:
+                xi = scan_snap.growth_rate(weights, classes)
+            return {"growth_rate": xi, "speed": jnp.abs(velocity[classes.query[0], likeliest])}
 
         return Trajectory(ts, jax.vmap(measure)(ts, path.ys), path.ok)
 
@@ -159,8 +159,7 @@ def run(config: Config, context: Context) -> Result:
     # Times in units of K ln(M), with those at which the claims look.
     units = np.unique([0.0, 0.1, 2.0, 200.0, *np.geomspace(1e-2, 400, 93)])
     scale = settings[:, 0] * np.log(settings[:, 1])
-    growth = _growth(tuple(jnp.asarray(settings.T)), jnp.asarray(scale[:, None] * units[None]))
-    growth = jax.tree.map(np.asarray, growth)
+    growth = jax.tree.map(np.asarray, _growth(tuple(settings.T), scale[:, None] * units[None]))
     units, parts = units[1:], np.split(np.arange(len(settings)), [len(grid), len(grid) + len(over_Z)])
     on_grid, by_Z, by_Y = ({name: leaf[part] for name, leaf in growth.items()} for part in parts)
 
@@ -175,10 +174,10 @@ def run(config: Config, context: Context) -> Result:
     def solve(flow: Callable[..., Trajectory], shape: tuple[int, int], lanes, units) -> Trajectory:
         K, M = shape
         classes = [one_common_token(overlap, K, DISTINCT, M) for overlap, *_ in lanes]
-        rates = jnp.asarray(lanes)[:, 1:].T
-        ts = jnp.asarray(units) * (K * np.log(M) / rates[0])[:, None]
-        path = _solve(flow, jax.tree.map(lambda *leaves: jnp.stack(leaves), *classes), tuple(rates), ts)
-        if not bool(jnp.all(path.ok)):
+        rates = np.array(lanes)[:, 1:].T
+        ts = units * (K * np.log(M) / rates[0])[:, None]
+        path = _solve(flow, jax.tree.map(lambda *leaves: np.stack(leaves), *classes), tuple(rates), ts)
+        if not np.all(path.ok):
             raise RuntimeError(f"a flow was not solved for K, M = {shape}")
         return jax.tree.map(np.asarray, path)
 
@@ -198,7 +197,6 @@ def run(config: Config, context: Context) -> Result:
         lane(solve(flow, shape, [network_lane], network_units[None]), 0)
         for flow in (scan_snap.fast_decoder_flow, scan_snap.weak_correlation_flow)
     )
-    weak.ys["growth_rate"] = weak.ys["weak_growth_rate"]
 
     context.progress("training the network", 0.85)
     classes = one_common_token(STRONG_OVERLAP, shape[0], DISTINCT, shape[1])
@@ -215,9 +213,10 @@ def run(config: Config, context: Context) -> Result:
 
     def growth_along(path: Trajectory, growth_rate) -> Trajectory:
         """B, the integral of xi times learning_rate_Z."""
-        B = config.trained_ratio * cumulative_simpson(np.asarray(growth_rate), x=full.ts, axis=-2, initial=0)
+        B = config.trained_ratio * cumulative_simpson(growth_rate, x=full.ts, axis=-2, initial=0)
         return Trajectory(path.ts, B, path.ok)
 
+    trained = jax.tree.map(np.asarray, trained)
     network = growth_along(trained, trained.ys)
     theory = {
         name: growth_along(path, path.ys["growth_rate"])
@@ -225,7 +224,7 @@ def run(config: Config, context: Context) -> Result:
     }
     gaps = lane_gaps(theory["full"], network)
     reduced_gap = compare(theory["fast"], lane(network, -1)).gap
-    fastest = [np.argmax(np.asarray(xi)[:, 0]) for xi in (full.ys["growth_rate"], trained.ys[-1])]
+    fastest = [np.argmax(xi[:, 0]) for xi in (full.ys["growth_rate"], trained.ys[-1])]
     claims = (
         _closed_form(growth, on_grid, settings[: len(grid)], units),
         _crossover(growth, settings),
