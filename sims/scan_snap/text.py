@@ -200,13 +200,13 @@ def run(config: Config, context: Context) -> Result:
     unseen = [select_windows(text, out) for text, out in zip(texts, held_out, strict=True)]
     real = fitted[0]
     rates = (float(config.num_classes), config.num_classes * config.rate_ratio)
-    ts = jnp.linspace(0.0, config.horizon, config.points + 1)
+    ts = np.linspace(0.0, config.horizon, config.points + 1)
 
     def flow_rows(flow):
         # The gaps to be told apart are a hundred times larger than what these tolerances leave.
         options = {"rtol": 1e-6, "atol": 1e-8, "solver": diffrax.Tsit5()}
         path = flow(real.classes, ts, learning_rate_Y=rates[0], learning_rate_Z=rates[1], **options)
-        return Trajectory(ts, path.ys.Z[:, real.classes.query], path.ok)
+        return Trajectory(ts, np.asarray(path.ys.Z)[:, np.asarray(real.classes.query)], path.ok)
 
     context.progress("integrating the theory", 0.1)
     theory, fast = flow_rows(scan_snap.population_flow), flow_rows(scan_snap.fast_decoder_flow)
@@ -219,9 +219,9 @@ def run(config: Config, context: Context) -> Result:
     trained = train_on_population(
         predict,
         params,
-        jax.tree.map(lambda *leaves: jnp.stack(leaves), *(text.classes for text in fitted)),
+        jax.tree.map(lambda *leaves: np.stack(leaves), *(text.classes for text in fitted)),
         rates,
-        jnp.array(lanes),
+        np.array(lanes),
         (*substeps, substeps[0], substeps[0]),
         config.points,
         config.horizon,
@@ -230,7 +230,7 @@ def run(config: Config, context: Context) -> Result:
 
     context.progress("training on windows of the text", 0.7)
     per_class = np.bincount(real.label)
-    arrays = tuple(map(jnp.asarray, (real.next_token, np.cumsum(per_class) - per_class, per_class)))
+    arrays = (real.next_token, np.cumsum(per_class) - per_class, per_class)
     on_windows = train_on_windows(
         predict,
         params,
@@ -247,8 +247,9 @@ def run(config: Config, context: Context) -> Result:
     )
 
     context.progress("measuring", 0.9)
+    trained, on_windows = jax.tree.map(np.asarray, (trained, on_windows))
     # The smallest learning rate on real text, the controls, and windows as they are.
-    learned = np.concatenate([np.asarray(trained.ys)[[len(substeps) - 1, -2, -1]], on_windows.ys[:1]])
+    learned = np.concatenate([trained.ys[[len(substeps) - 1, -2, -1]], on_windows.ys[:1]])
     order = [0, 1, 2, 0]
     queries = np.stack([fitted[index].classes.query for index in order])
     P, P_unseen = (np.stack([half[index].classes.P for index in order]) for half in (fitted, unseen))
@@ -267,7 +268,7 @@ def run(config: Config, context: Context) -> Result:
     form = scanning_form(P[0], queries[0])
     scanning, _ = rank_correlations(learned[0, 1], form[None], P[0] > 0)
     windows = [compare(theory, lane(on_windows, index)) for index in range(len(config.pooled))]
-    overlap = np.asarray(scan_snap.class_overlap(jnp.zeros((config.vocab_size,) * 2), real.classes))
+    overlap = np.asarray(jax.jit(scan_snap.class_overlap)(np.zeros((config.vocab_size,) * 2), real.classes))
     mean_overlap = float(np.mean(overlap[~np.eye(config.num_classes, dtype=bool)]))
     # The class with a query of its own whose attention has moved most towards what is its own.
     moved = np.where(alone[0, :, 0], np.nansum(learned[0, -1] * scores[0, -1], axis=1), -np.inf)
@@ -287,11 +288,11 @@ def run(config: Config, context: Context) -> Result:
         "shown": shown,
         "theory": Trajectory(ts, theory.ys[:, shown], theory.ok),
         "fast": Trajectory(ts, fast.ys[:, shown], fast.ok),
-        "trained": Trajectory(ts, learned[0][:, shown], jnp.all(trained.ok)),
+        "trained": Trajectory(ts, learned[0][:, shown], np.all(trained.ok)),
         "rates": learning_rates,
         "gap": lane_gaps(theory, jax.tree.map(lambda leaf: leaf[: len(substeps)], trained)),
         "windows": {
-            "length": np.array(config.pooled) * np.mean(np.sum(real.contexts.counts, axis=1)),
+            "length": np.array(config.pooled) * np.mean(np.sum(np.asarray(real.contexts.counts), axis=1)),
             "relative_l2": np.array([found.relative_l2[-1] for found in windows]),
             "correlation": np.array([found.correlation[-1] for found in windows]),
         },
