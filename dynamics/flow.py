@@ -43,6 +43,7 @@ def is_traced(*trees: PyTree) -> bool:
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
 
 
+@jax.jit
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """Whether every number in a pytree is finite."""
     finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]

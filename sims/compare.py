@@ -101,7 +101,7 @@ def _centred(x: np.ndarray) -> np.ndarray:
 
 def lane(paths: Trajectory, index: int) -> Trajectory:
     """One trajectory of a batch, such as that of one learning rate."""
-    return jax.tree.map(lambda leaf: leaf[index], paths)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[index], paths)
 
 
 def lane_gaps(theory: Trajectory, trained: Trajectory) -> np.ndarray:

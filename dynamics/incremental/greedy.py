@@ -83,6 +83,11 @@ def time_until_active(b: ArrayLike, gradient: ArrayLike) -> Float[Array, " p"]:
     b, g = as_inexact(b), as_inexact(gradient)
     if b.ndim != 1 or b.shape != g.shape:
         raise ValueError(f"b and gradient must have one shape (p,), got {b.shape} and {g.shape}")
+    return _time_until_active(b, g)
+
+
+@jax.jit
+def _time_until_active(b: Array, g: Array) -> Array:
     distance = jnp.where(g > 0, b, 2 - b)
     return jnp.where(g == 0, jnp.inf, distance / jnp.where(g == 0, jnp.ones_like(g), jnp.abs(g)))
 
@@ -178,12 +183,14 @@ def greedy(
     if bool(state.stuck) and not np.all(pieces[-1].converged[~np.isfinite(pieces[-1].times)]):
         raise RuntimeError(f"greedy: neg_gradient is not finite after {found} stages; give max_stages")
 
+    pieces = jax.tree.map(np.asarray, pieces)
+
     def joined(name: str) -> Array:
-        return jnp.concatenate([getattr(piece, name) for piece in pieces])[:found]
+        return jnp.asarray(np.concatenate([getattr(piece, name) for piece in pieces])[:found])
 
     def joined_states(name: str) -> Array:
         later = [getattr(piece, name)[1:] for piece in pieces]
-        return jnp.concatenate([getattr(pieces[0], name)[:1], *later])[: found + 1]
+        return jnp.asarray(np.concatenate([getattr(pieces[0], name)[:1], *later])[: found + 1])
 
     return GreedyPath(
         joined("times"),

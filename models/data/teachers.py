@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -225,10 +226,16 @@ def diagonal_teacher(
         if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
             raise ValueError(f"{name} must be a positive integer, got {size!r}")
     dtype = jnp.result_type(float) if dtype is None else dtype
+    scales = jnp.asarray(kq_scale, dtype), jnp.asarray(vo_scale, dtype)
+    return _diagonal_teacher(key, *scales, (int(samples), int(tokens), int(dim)))
+
+
+@partial(jax.jit, static_argnums=3)
+def _diagonal_teacher(key: Array, kq_scale: Array, vo_scale: Array, shape: tuple[int, int, int]) -> HeadTask:
     of_tokens, of_kq, of_vo = jax.random.split(key, 3)
-    X = jax.random.normal(of_tokens, (samples, tokens, dim), dtype)
-    kq = jnp.asarray(kq_scale, dtype) * jax.random.normal(of_kq, (dim,), dtype)
-    vo = jnp.asarray(vo_scale, dtype) * jax.random.normal(of_vo, (dim,), dtype)
+    X = jax.random.normal(of_tokens, shape, kq_scale.dtype)
+    kq = kq_scale * jax.random.normal(of_kq, shape[2:], kq_scale.dtype)
+    vo = vo_scale * jax.random.normal(of_vo, shape[2:], vo_scale.dtype)
     return HeadTask(X, diagonal_head(kq, vo, X), kq, vo)
 
 

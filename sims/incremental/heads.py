@@ -14,6 +14,7 @@ In others the flow keeps up with the path, or has not told close jumps apart at 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import diffrax
@@ -124,6 +125,22 @@ def _outputs(products: Any, inputs: Any) -> Array:
     return diagonal_stack(*products, *inputs)
 
 
+@partial(jax.jit, static_argnames="config")
+def _draw(config: Config):
+    """Task of one layer, feed-forward weights, target of the stack, and the starts u0 and v0."""
+    dim, scale = config.dim, config.feedforward_scale
+    grid = (config.layers, HEADS, 2, dim)
+    keys = jax.random.split(jax.random.key(config.instance), 5)
+    task = diagonal_teacher(keys[0], config.samples, config.tokens, dim, kq_scale=config.kq_scale)
+    feedforward = Feedforward(*(scale * jax.random.normal(keys[1], (2, config.layers, dim, HIDDEN))))
+    kq, vo = jax.random.normal(keys[4], (2, config.layers, HEADS, dim))
+    target = diagonal_stack(config.kq_scale * kq, vo, task.X, feedforward)
+    heads = jnp.array([1.0, config.second])[None, :, None, None]
+    u0 = (heads * jax.random.uniform(keys[2], grid, minval=0.8, maxval=1.2)).ravel()
+    v0 = (heads * jax.random.uniform(keys[3], grid, minval=-0.3, maxval=0.3)).ravel()
+    return task, feedforward, target, u0, v0
+
+
 @eqx.filter_jit
 def _flows(g, u0, v0, lams, taus, solver):
     """The flow at every alpha, each with its own times (A, T)."""
@@ -132,6 +149,18 @@ def _flows(g, u0, v0, lams, taus, solver):
         return incremental.log_flow(g, u0, v0, lam, taus, solver=solver)
 
     return jax.vmap(one)(lams, taus)
+
+
+@jax.jit
+def _distances(path: GreedyPath, ends: Array, taus: Array, beta: Array) -> Array:
+    """Distances to the staircase up to each of the ends, (E, A), of every flow (A, T, p)."""
+
+    def one(end, beta):
+        # Times beyond the end are taken for the last one before it, and add nothing.
+        last = jnp.max(jnp.where(taus <= end, taus, 0))
+        return incremental.staircase_distance(path, jnp.minimum(taus, last), beta)
+
+    return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(ends, beta)
 
 
 @eqx.filter_jit
@@ -144,56 +173,49 @@ def run(config: Config, context: Context) -> Result:
     layers, dim = config.layers, config.dim
     grid = (layers, HEADS, 2, dim)
     size = int(np.prod(grid))
-    keys = jax.random.split(jax.random.key(config.instance), 5)
-    task = diagonal_teacher(keys[0], config.samples, config.tokens, dim, kq_scale=config.kq_scale)
-    feedforward = Feedforward(
-        *(config.feedforward_scale * jax.random.normal(keys[1], (2, layers, dim, HIDDEN)))
-    )
-    heads = jnp.array([1.0, config.second])[None, :, None, None]
-    u0 = (heads * jax.random.uniform(keys[2], grid, minval=0.8, maxval=1.2)).ravel()
-    v0 = (heads * jax.random.uniform(keys[3], grid, minval=-0.3, maxval=0.3)).ravel()
+    task, feedforward, target, u0, v0 = jax.tree.map(np.asarray, _draw(config))
 
     # Of one layer: residuals in student and teacher cancel, and all other layers are left out.
-    alone = jnp.zeros(grid).at[0].set(1.0).ravel()
-    nothing = jax.tree.map(jnp.zeros_like, feedforward)
+    alone = np.repeat(np.arange(layers) == 0, size // layers).astype(u0.dtype)
+    nothing = jax.tree.map(np.zeros_like, feedforward)
     one = incremental.negative_gradient(_loss, alone, task.X, task.X + task.Y, nothing)
-    products = jax.random.normal(keys[4], (2, layers, HEADS, dim))
-    target = diagonal_stack(config.kq_scale * products[0], products[1], task.X, feedforward)
-    deep = incremental.negative_gradient(_loss, jnp.ones(size), task.X, target, feedforward)
+    deep = incremental.negative_gradient(_loss, np.ones_like(alone), task.X, target, feedforward)
 
     paths, ends = {}, {}
     for index, (name, g) in enumerate({"one": one, "deep": deep}.items()):
         context.progress(f"greedy path, {name}", 0.1 + 0.25 * index)
-        paths[name] = incremental.greedy(g, size, max_stages=config.stages + 1, u0=u0, v0=v0)
+        path = incremental.greedy(g, size, max_stages=config.stages + 1, u0=u0, v0=v0)
+        paths[name] = jax.tree.map(np.asarray, path)
         ends[name] = _ends(paths[name])
 
     context.progress("integrating the flows", 0.6)
     flows = {}
-    taus = {name: jnp.linspace(0.0, ends[name][config.stages - 1], config.points) for name in paths}
+    taus = {name: np.linspace(0.0, ends[name][config.stages - 1], config.points) for name in paths}
     # The network's times, and the same of a gradient 2 % too large, ride along with the stack's flows.
     horizon = float(1.5 * paths["deep"].times[0])
-    network = jnp.linspace(0.0, horizon, config.points)
+    network = np.linspace(0.0, horizon, config.points)
     lams = {
-        "one": np.log(10) * jnp.asarray(config.shares),
-        "deep": np.log(10) * jnp.asarray([*config.decades, NETWORK_DECADES, NETWORK_DECADES]),
+        "one": np.log(10) * np.asarray(config.shares),
+        "deep": np.log(10) * np.asarray([*config.decades, NETWORK_DECADES, NETWORK_DECADES]),
     }
     for name, g in (("one", one), ("deep", deep)):
-        times = jnp.broadcast_to(taus[name][None], (lams[name].size, config.points))
+        times = np.tile(taus[name], (lams[name].size, 1))
         if name == "deep":
-            times = times.at[-2:].set(jnp.stack([network, WRONG_FACTOR * network]))
-        flows[name] = _flows(g, u0, v0, lams[name], times, diffrax.Dopri8()).ys.beta
+            times[-2:] = network, WRONG_FACTOR * network
+        flows[name] = np.asarray(_flows(g, u0, v0, lams[name], times, diffrax.Dopri8()).ys.beta)
     if config.far:
         context.progress("integrating far flows", 0.7)
-        more = np.log(10) * jnp.asarray(config.far)
-        times = jnp.broadcast_to(taus["one"][None], (more.size, config.points))
+        more = np.log(10) * np.asarray(config.far)
+        times = np.tile(taus["one"], (more.size, 1))
         far = _flows(one, u0, v0, more, times, diffrax.Kvaerno5()).ys.beta
-        flows["one"] = jnp.concatenate([flows["one"], far])
+        flows["one"] = np.concatenate([flows["one"], far])
 
     context.progress("training at every learning rate", 0.75)
     lam = float(lams["deep"][-1])
     kept = slice(None, None, (config.points - 1) // config.records)
-    weights = [np.exp(-lam) * half for x in (u0, v0) for half in split_products(x, dim, layers, HEADS)]
-    stack = AttentionStack(*(weights[index] for index in (0, 2, 1, 3)), feedforward=feedforward)
+    u, v = (np.exp(-lam) * x.reshape(grid) for x in (u0, v0))
+    weights = (x[:, :, kind] for kind in (KQ, VO) for x in (u, v))  # key, query, value, output
+    stack = AttentionStack(*map(jnp.asarray, weights), feedforward=feedforward)
     predict, params = as_function(stack)
     rates, trained = train_at_rates(
         bind(mean_squared_error, (predict, task.X, target)),
@@ -204,22 +226,15 @@ def run(config: Config, context: Context) -> Result:
         observe=observe_products,
     )
     gaps = {
-        name: lane_gaps(Trajectory(trained.ts[0], flows["deep"][index, kept], jnp.asarray(True)), trained)
+        name: lane_gaps(Trajectory(trained.ts[0], flows["deep"][index, kept], np.True_), trained)
         for name, index in (("flow", -2), ("wrong", -1))
     }
 
     context.progress("comparing", 0.95)
+    followed = {"one": flows["one"], "deep": flows["deep"][: len(config.decades)]}
     distances = {
-        name: np.array(
-            [
-                [
-                    incremental.staircase_distance(paths[name], taus[name][: count + 1], beta[: count + 1])
-                    for beta in flows[name][: len(config.decades) if name == "deep" else None]
-                ]
-                for count in np.searchsorted(taus[name], ends[name][: config.stages], side="right") - 1
-            ]
-        )
-        for name in paths
+        name: np.asarray(_distances(path, ends[name][: config.stages], taus[name], followed[name]))
+        for name, path in paths.items()
     }
     split = _shares(one, paths["one"], grid, taus["one"], flows["one"])
     stairs = {name: np.asarray(incremental.staircase(paths[name], taus[name])) for name in paths}
@@ -228,7 +243,7 @@ def run(config: Config, context: Context) -> Result:
         "steps": {name: path.beta for name, path in paths.items()},
         "tied": {name: path.tied for name, path in paths.items()},
         "taus": taus,
-        "flow": {"one": flows["one"], "deep": flows["deep"][: len(config.decades)]},
+        "flow": followed,
         "stairs": stairs,
         "distance": distances,
         "share": {name: split[name] for name in ("predicted", "measured")},
@@ -272,17 +287,17 @@ def _entered(path: GreedyPath, grid: tuple[int, ...]) -> np.ndarray:
     return (beta[1:] != 0) & (beta[:-1] == 0)
 
 
-def _shares(g, path: GreedyPath, grid, taus: Array, beta: Array) -> dict[str, Any]:
+def _shares(g, path: GreedyPath, grid, taus: np.ndarray, beta: np.ndarray) -> dict[str, Any]:
     """Second head's product over the first one's after the first jump: predicted, and of the flows."""
     first = tuple(np.argwhere(_entered(path, grid)[0])[0])
     position = (Ellipsis, first[0], slice(None), *first[2:])
-    pair = np.asarray(path.beta[1]).reshape(grid)[position]
-    middle = int(np.searchsorted(np.asarray(taus), _ends(path)[0]))
-    flows = np.asarray(beta[:, middle]).reshape(-1, *grid)
+    pair = path.beta[1].reshape(grid)[position]
+    middle = int(np.searchsorted(taus, _ends(path)[0]))
+    flows = beta[:, middle].reshape(-1, *grid)
     # All in one head: what the sum is stays.
-    moved = np.asarray(path.beta[1]).reshape(grid).copy()
+    moved = path.beta[1].reshape(grid).copy()
     moved[position] = [pair.sum(), 0.0]
-    gradients = _gradients(g, jnp.stack([jnp.zeros_like(path.beta[0]), path.beta[1], moved.ravel()]))
+    gradients = _gradients(g, np.stack([path.beta[0], path.beta[1], moved.ravel()]))
     return {
         "position": first,
         "predicted": pair[1] / pair[0],

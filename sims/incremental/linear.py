@@ -91,7 +91,8 @@ PRESETS: dict[Preset, Config] = {
 }
 
 
-def _loss(beta: Array, X: Array, y: Array) -> Array:
+@jax.jit
+def _loss(beta: Array, X: Any, y: Any) -> Array:
     return 0.5 * jnp.mean(jnp.square(y - X @ beta))
 
 
@@ -103,27 +104,27 @@ def _products(params: dict[str, Array]) -> Array:
     return params["u"] * params["v"]
 
 
-def _problem(seed: int, samples: int) -> tuple[Array, Array]:
+def _problem(seed: int, samples: int) -> tuple[np.ndarray, np.ndarray]:
     """Correlated Gaussian inputs (N, p) and what a Gaussian teacher makes of them."""
     # NumPy's generator: the path of its seed 0 is on record.
     rng = np.random.default_rng(seed)
     X = rng.normal(size=(samples, SIZE))
     X = X @ (np.eye(SIZE) + 0.6 * rng.normal(size=(SIZE, SIZE)) / SIZE**0.5)
-    return jnp.asarray(X), jnp.asarray(X @ rng.normal(size=SIZE))
+    return X, X @ rng.normal(size=SIZE)
 
 
-def _quadratic(S: Any, c: Any, samples: int) -> tuple[Array, Array]:
+def _quadratic(S: Any, c: Any, samples: int) -> tuple[np.ndarray, np.ndarray]:
     """Data whose loss is beta S beta / 2 - c beta, up to a constant; more coordinates have c = 0."""
     size = len(c)
     X, y = np.eye(samples, SIZE), np.zeros(samples)
     root = np.linalg.cholesky(np.asarray(S, float))
     X[:size, :size], y[:size] = root.T, np.linalg.solve(root, np.asarray(c, float))
-    return jnp.asarray(samples**0.5 * X), jnp.asarray(samples**0.5 * y)
+    return samples**0.5 * X, samples**0.5 * y
 
 
 def _times(path: GreedyPath, config: Config) -> tuple[np.ndarray, np.ndarray]:
     """Times that resolve narrow jumps near those of the path, and where among them the records are."""
-    jumps = np.asarray(path.times)
+    jumps = path.times
     end = max(config.beyond * jumps[-1], config.horizon)
     around = np.geomspace(1e-6, 0.5, config.points // (4 * jumps.size))
     records = np.linspace(0, config.horizon, config.records + 1)
@@ -140,8 +141,8 @@ def _flows(g: Partial, powers: tuple[int, ...], taus: np.ndarray) -> Trajectory:
     options: dict[str, Any] = {"solver": diffrax.Kvaerno5()}
     if powers[-1] <= EXPLICIT:
         options = {"solver": diffrax.Dopri8(), "rtol": 1e-9, "atol": 1e-11}
-    lams = LOG10 * jnp.asarray(powers, taus.dtype)
-    return jax.vmap(lambda lam: log_flow(g, u0, v0, lam, taus, **options))(lams)
+    lams = LOG10 * np.asarray(powers, taus.dtype)
+    return jax.tree.map(np.asarray, jax.vmap(lambda lam: log_flow(g, u0, v0, lam, taus, **options))(lams))
 
 
 def run(config: Config, context: Context) -> Result:
@@ -156,7 +157,7 @@ def run(config: Config, context: Context) -> Result:
     g = {name: negative_gradient(_loss, *pair) for name, pair in data.items()}
 
     context.progress("greedy algorithm", 0.0)
-    paths = {name: greedy(gradient, SIZE) for name, gradient in g.items()}
+    paths = {name: jax.tree.map(np.asarray, greedy(gradient, SIZE)) for name, gradient in g.items()}
     path = paths["correlated"]
 
     context.progress("flow from every alpha", 0.25)
@@ -166,27 +167,27 @@ def run(config: Config, context: Context) -> Result:
     g["wrong"] = negative_gradient(_loss, WRONG_FACTOR**0.5 * X, WRONG_FACTOR**0.5 * y)
     moderate = tuple(power for power in config.powers if power <= EXPLICIT)
     flows = {name: _flows(g[name], moderate, grid) for name, grid in times.items()}
-    beta, ok = flows["correlated"].ys.beta, jnp.stack([flow.ok for flow in flows.values()]).ravel()
+    beta, ok = flows["correlated"].ys.beta, np.concatenate([flow.ok for flow in flows.values()])
     if len(config.powers) > len(moderate):
         rest = _flows(g["correlated"], config.powers[len(moderate) :], taus)
-        beta, ok = jnp.concatenate([beta, rest.ys.beta]), jnp.concatenate([ok, rest.ok])
-    stairs = incremental.staircase(path, taus)
-    distance = jax.vmap(lambda beta: incremental.staircase_distance(path, taus, beta))(beta)
+        beta, ok = np.concatenate([beta, rest.ys.beta]), np.concatenate([ok, rest.ok])
+    stairs = np.asarray(incremental.staircase(path, taus))
+    distance = np.asarray(jax.vmap(lambda beta: incremental.staircase_distance(path, taus, beta))(beta))
 
     context.progress("flow of the weights", 0.7)
     u0, v0 = np.random.default_rng(context.seed).normal(size=(2, SIZE))
-    free = raw_flow(g["correlated"], u0, v0, even)
+    free = jax.tree.map(np.asarray, raw_flow(g["correlated"], u0, v0, even))
     raw = {}
     for power in (KEPT, LOST):
         start = np.full(SIZE, 10.0**-power)
         ts = power * LOG10 * even
         # Weights this small are seen by a relative tolerance only, which is out of reach in 32-bit.
         weights = raw_flow(g["turning"], FIRST * start, SECOND * start, ts, atol=1e-250, throw=False).ys
-        raw[power] = np.asarray(weights.u * weights.v)
+        raw[power] = np.asarray(weights.u) * np.asarray(weights.v)
 
     context.progress("training at every learning rate", 0.8)
     alpha, lam = 10.0 ** -config.powers[0], LOG10 * config.powers[0]
-    start = jnp.full(SIZE, alpha)
+    start = np.full(SIZE, alpha)
     rates, trained = train_at_rates(
         bind(mean_squared_error, (_predict, X, y)),
         {"u": FIRST * start, "v": SECOND * start},
@@ -217,9 +218,7 @@ def run(config: Config, context: Context) -> Result:
         },
     }
     claims = (
-        _staircase(
-            config.powers, np.asarray(distance), np.asarray(ok), path, taus, np.asarray(beta[-1] - stairs)
-        ),
+        _staircase(config.powers, distance, ok, path, taus, beta[-1] - stairs),
         _first_activation(moderate, paths, data, even, flows["orthogonal"]),
         _support(paths),
         _leaving(paths),
@@ -297,7 +296,7 @@ def _staircase(
                 "smallest alpha, at all times: largest gap, over the largest jump",
                 "at least",
                 0.5,
-                np.abs(gap).max() / np.abs(np.diff(np.asarray(path.beta), axis=0)).max(),
+                np.abs(gap).max() / np.abs(np.diff(path.beta, axis=0)).max(),
             ),
         ],
     )
@@ -306,11 +305,11 @@ def _staircase(
 def _first_activation(
     powers: tuple[int, ...],
     paths: dict[str, GreedyPath],
-    data: dict[str, tuple[Array, Array]],
+    data: dict[str, tuple[np.ndarray, np.ndarray]],
     taus: np.ndarray,
     flow: Trajectory,
 ) -> Claim:
-    X, y = (np.asarray(array) for array in data["correlated"])
+    X, y = data["correlated"]
     at_zero = np.abs(X.T @ y) / len(y)
     # Of an unbalanced start only the factor that grows counts, w for one sign and z for the other: what is
     # left out is of the order of alpha^2.
@@ -320,7 +319,7 @@ def _first_activation(
     lams = LOG10 * powers_used[:, None]
     odds = 2 * lams + np.log(4 * size / grows**2) + np.log1p(-np.exp(-2 * lams) * grows**2 / (4 * size))
     half = odds / (2 * size * lams)
-    beta = np.asarray(flow.ys.beta)[-len(lams) :, :, :-1]
+    beta = flow.ys.beta[-len(lams) :, :, :-1]
     measured = np.array([[_half_time(taus, one[:, i] / s[i]) for i in range(s.size)] for one in beta])
     at = int(np.flatnonzero(powers_used == KEPT)[0])
     logistic = s * expit(2 * size * lams[at] * taus[:, None] - odds[at])
@@ -391,7 +390,7 @@ def _support(paths: dict[str, GreedyPath]) -> Claim:
 
 
 def _leaving(paths: dict[str, GreedyPath]) -> Claim:
-    betas = {name: np.asarray(path.beta) for name, path in paths.items()}
+    betas = {name: path.beta for name, path in paths.items()}
     left = {name: np.sum((beta[:-1] != 0) & (beta[1:] == 0)) for name, beta in betas.items()}
     beta = betas["leaving"]
     back = (beta.min(axis=0) < 0) & (beta.max(axis=0) > 0) & (beta[-1] != 0)
@@ -411,7 +410,7 @@ def _leaving(paths: dict[str, GreedyPath]) -> Claim:
     )
 
 
-def _losses(paths: dict[str, GreedyPath], data: dict[str, tuple[Array, Array]]) -> Claim:
+def _losses(paths: dict[str, GreedyPath], data: dict[str, tuple[np.ndarray, np.ndarray]]) -> Claim:
     losses = {
         name: np.asarray(jax.vmap(_loss, (0, None, None))(path.beta, *data[name]))
         for name, path in paths.items()
@@ -436,9 +435,9 @@ def _losses(paths: dict[str, GreedyPath], data: dict[str, tuple[Array, Array]]) 
 
 
 def _conserved(free: Trajectory) -> Claim:
-    drift = incremental.conserved_quantity(free.ys.u, free.ys.v)
-    drift = np.abs(np.asarray(drift - drift[:1]))
-    moved = np.asarray(free.ys.u * free.ys.v)
+    conserved = np.asarray(incremental.conserved_quantity(free.ys.u, free.ys.v))
+    drift = np.abs(conserved - conserved[:1])
+    moved = free.ys.u * free.ys.v
     return Claim(
         "incremental.linear/conserved",
         "Gradient flow conserves u^2 - v^2 of every coordinate",
@@ -456,7 +455,7 @@ def _conserved(free: Trajectory) -> Claim:
 def _cancellation(
     powers: tuple[int, ...], path: GreedyPath, raw: dict[int, np.ndarray], flow: Trajectory
 ) -> Claim:
-    logs = {power: np.asarray(flow.ys.beta[powers.index(power)]) for power in raw}
+    logs = {power: flow.ys.beta[powers.index(power)] for power in raw}
     final = float(path.beta[-1, 1])
     return Claim(
         "incremental.linear/cancellation",

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dynamics import incremental
-from dynamics.flow import ArrayLike, Trajectory, as_inexact
+from dynamics.flow import Trajectory
 from dynamics.incremental import GreedyPath, Products
 from models.attention import AttentionHead, as_function, diagonal_head, product_coordinates, split_products
 from models.data.teachers import diagonal_teacher
@@ -144,7 +144,7 @@ def _curvature(neg_gradient: Partial, beta: Array) -> Array:
 def _starts(key: Array, path: GreedyPath, config: Config) -> tuple[Factors, np.ndarray]:
     """Perturbed factors, (kind, draw, stage, p) each, and the products that they should end at, alike."""
     stages = np.array(config.stages)
-    beta, order, log_scale = (np.asarray(leaf) for leaf in (path.beta, path.order, path.log_scale))
+    beta, order, log_scale = path.beta, path.order, path.log_scale
     before, after = beta[stages], beta[stages + 1]
     noise = np.asarray(jax.random.normal(key, (2, config.draws, *before.shape), before.dtype))
     noise = np.where(before != 0, noise, 0)  # inactive weights stay zero
@@ -163,13 +163,13 @@ def _starts(key: Array, path: GreedyPath, config: Config) -> tuple[Factors, np.n
     return starts, np.stack(targets)
 
 
-def predicted_factors(start: Products, beta: ArrayLike) -> Products:
+@jax.jit
+def predicted_factors(start: Products, beta: Array) -> Products:
     r"""Where factors end that keep u^2 - v^2 and the signs of u + v and u - v, the product being beta.
 
     With c = u^2 - v^2 and r = sqrt(c^2 + 4 beta^2), which is u^2 + v^2, they have (u + v)^2 = r + 2 beta and
     (u - v)^2 = r - 2 beta.
     """
-    beta = as_inexact(beta)
     total = jnp.hypot(incremental.conserved_quantity(start.u, start.v), 2 * beta)
     w = jnp.sign(start.u + start.v) * jnp.sqrt(jnp.maximum(total + 2 * beta, 0))
     z = jnp.sign(start.u - start.v) * jnp.sqrt(jnp.maximum(total - 2 * beta, 0))
@@ -185,11 +185,12 @@ def run(config: Config, context: Context) -> Result:
     context.progress("following the greedy path", 0.0)
     last = max(config.stages)
     path = incremental.greedy(neg_gradient, 2 * config.dim, max_stages=last + 1)
+    path = jax.tree.map(np.asarray, path)
     found = int(np.sum(np.isfinite(path.times)))
     if found <= last:
         raise ValueError(f"stages must be less than {found}, which there are, got {config.stages}")
     hessians = np.asarray(_curvature(neg_gradient, path.beta[1:]))
-    active = np.asarray(path.beta[1:] != 0)
+    active = path.beta[1:] != 0
     least = np.array(
         [np.linalg.eigvalsh(H[np.ix_(on, on)])[0] for H, on in zip(hessians, active, strict=True)]
     )
@@ -198,7 +199,7 @@ def run(config: Config, context: Context) -> Result:
     lanes = Products(*(jnp.asarray(leaf.reshape(-1, shape[-1])) for leaf in start))
 
     context.progress("relaxing by gradient descent", 0.4)
-    split = [part.reshape(-1, 2, config.dim) for part in lanes]
+    split = [np.asarray(part).reshape(-1, 2, config.dim) for part in lanes]
     weights = [part[:, kind] for kind in range(2) for part in split]  # key, query, value, output
     predict, params = jax.vmap(lambda *weights: as_function(AttentionHead(*weights)))(*weights)
     rates, trained = train_at_rates(
@@ -209,28 +210,29 @@ def run(config: Config, context: Context) -> Result:
         points=config.points,
         observe=jax.vmap(product_coordinates),
     )
-    trained = Trajectory(trained.ts, Products(*trained.ys), trained.ok)
+    trained = jax.tree.map(np.asarray, Trajectory(trained.ts, Products(*trained.ys), trained.ok))
 
     context.progress("relaxing by gradient flow", 0.7)
     ts = trained.ts[0]
     # A gradient that is 2 % too large is a time that runs 2 % too fast.
-    marks = jnp.unique(jnp.concatenate([ts, WRONG_FACTOR * ts]))
+    marks = np.unique(np.concatenate([ts, WRONG_FACTOR * ts]))
     solutions = jax.vmap(
         lambda one: incremental.raw_flow(
             neg_gradient, one.u, one.v, marks, rtol=1e-9, atol=1e-11, throw=False
         )
     )(lanes)
-    flow, wrong = (_at(solutions, jnp.searchsorted(marks, factor * ts), ts) for factor in (1.0, WRONG_FACTOR))
+    solutions = jax.tree.map(np.asarray, solutions)
+    flow, wrong = (_at(solutions, np.searchsorted(marks, factor * ts), ts) for factor in (1.0, WRONG_FACTOR))
     gaps = {
         name: lane_gaps(_products(theory), _products(trained))
         for name, theory in (("flow", flow), ("wrong", wrong))
     }
 
     context.progress("measuring", 0.9)
-    by_rate = [Factors(*map(np.asarray, lane(trained, index).ys)) for index in np.argsort(rates)[:2]]
+    by_rate = [Factors(*lane(trained, index).ys) for index in np.argsort(rates)[:2]]
     goal = target.reshape(-1, shape[-1])
     ends = Factors(*map(np.asarray, predicted_factors(lanes, goal)))
-    seen = {"flow": Factors(*map(np.asarray, flow.ys)), "trained": by_rate[0]}
+    seen = {"flow": Factors(*flow.ys), "trained": by_rate[0]}
     distance = {name: _distances(weights, goal, shape) for name, weights in seen.items()}
     # The error is of first order in the learning rate, which halves.
     limit = Factors(*((2 * fine - coarse)[-1] for fine, coarse in zip(*by_rate, strict=True)))
@@ -279,10 +281,10 @@ def run(config: Config, context: Context) -> Result:
     return Result(data, claims, dims)
 
 
-def _at(paths: Trajectory, index: Array, ts: Array) -> Trajectory:
+def _at(paths: Trajectory, index: np.ndarray, ts: np.ndarray) -> Trajectory:
     """Some times of a batch of trajectories, all of them side by side: leaves (T, L, ...)."""
-    ys = jax.tree.map(lambda leaf: jnp.swapaxes(leaf[:, index], 0, 1), paths.ys)
-    return Trajectory(ts, ys, jnp.all(paths.ok))
+    ys = jax.tree.map(lambda leaf: np.swapaxes(leaf[:, index], 0, 1), paths.ys)
+    return Trajectory(ts, ys, np.all(paths.ok))
 
 
 def _products(path: Trajectory) -> Trajectory:

@@ -148,14 +148,15 @@ class Observed(NamedTuple):
 def read(config: Config, context: Context) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     """Training and test set: images and labels, the digits in random order."""
     if config.data == "digits":
-        images, labels = digits(config.dtype)
+        images, labels = map(np.asarray, digits(config.dtype))
         order = np.random.default_rng(context.seed).permutation(len(images))
         images, labels = images[order], labels[order]
         whole, test = (images, labels), (images[-config.test_images :], labels[-config.test_images :])
         count = len(images) - config.test_images
     else:
         reader = {"mnist": mnist, "cifar10": cifar10, "cifar100": cifar100}[config.data]
-        whole, test = (reader(context.data_dir, split, config.dtype) for split in ("train", "test"))
+        parts = (reader(context.data_dir, split, config.dtype) for split in ("train", "test"))
+        whole, test = jax.tree.map(np.asarray, tuple(parts))
         count = len(whole[0])
     wanted = count if config.train_images is None else config.train_images
     for name, number, most in (
@@ -164,10 +165,11 @@ def read(config: Config, context: Context) -> tuple[tuple[Array, Array], tuple[A
     ):
         if not 1 <= number <= most:
             raise ValueError(f"{name} must be from 1 to {most}, got {number}")
-    return (whole[0][:wanted], whole[1][:wanted]), (
-        test[0][: config.test_images],
-        test[1][: config.test_images],
-    )
+
+    def first(count, images, labels):
+        return jnp.asarray(images[:count]), jnp.asarray(labels[:count])
+
+    return first(wanted, *whole), first(config.test_images, *test)
 
 
 @eqx.filter_jit
@@ -287,8 +289,7 @@ def run(config: Config, context: Context) -> Result:
     if not bool(path.ok):
         raise RuntimeError("training gave numbers that are not finite: lower learning_rate")
     ys: Observed = jax.tree.map(np.asarray, path.ys)
-    first = jax.tree.map(lambda leaf: leaf[0], starts)
-    initial = jax.vmap(lambda params: tuple(map(_of_product, thin_products(head_weights(params)))))(first)
+    initial = jax.tree.map(np.asarray, _initial_spectra(starts))
 
     sizes = [(config.depth, config.heads, config.width), *config.variants]
     small = _small(config.scales)
@@ -341,8 +342,14 @@ def run(config: Config, context: Context) -> Result:
     return Result(data, claims, dims)
 
 
-def _of_product(matrix: Array) -> Spectrum:
-    return spectrum(matrix, 0)
+@jax.jit
+def _initial_spectra(starts: Any) -> tuple[Spectrum, ...]:
+    """Spectra of the products that all seeds start from, at the first scale."""
+
+    def one(params):
+        return tuple(spectrum(product, 0) for product in thin_products(head_weights(params)))
+
+    return jax.vmap(one)(jax.tree.map(lambda leaf: leaf[0], starts))
 
 
 def _small(scales: Any) -> int:
