@@ -193,38 +193,51 @@ def test_the_rank_of_the_change_grows_by_r_in_each_interval():
 
 @pytest.mark.parametrize("moments", ["align", "transport"])
 def test_rotations_of_the_projected_side_and_signed_permutations_of_the_other_commute(moments):
-    gradients = draw({"std": (5, 8)}, 2 * GAP + 1)
+    gradients = draw(SHAPES, 2 * GAP + 1)
     transform: Any = scale_by_galore(RANK, update_gap=GAP, moments=moments)
     generator = np.random.default_rng(1)
-    rotation = np.linalg.qr(generator.normal(size=(5, 5)))[0]
-    order, signs = generator.permutation(8), generator.choice([-1.0, 1.0], 8)
+    turns = {}
+    for name, shape in SHAPES.items():
+        projected, other = sorted(shape)
+        rotation = np.linalg.qr(generator.normal(size=(projected, projected)))[0]
+        permutation = np.eye(other)[generator.permutation(other)] * generator.choice([-1.0, 1.0], other)[None]
+        turns[name] = (rotation, permutation) if shape[0] <= shape[1] else (permutation, rotation)
 
-    def turn(G):
-        return (rotation @ G)[..., order] * signs[None, None]
+    def turn(trees):
+        return {name: turns[name][0] @ G @ turns[name][1] for name, G in trees.items()}
 
     # The exact decomposition by rotation: tie signs of the first basis do not matter either.
-    turned = run(transform, {"std": turn(gradients["std"])})
-    np.testing.assert_allclose(turned["std"], turn(run(transform, gradients)["std"]), rtol=0, atol=1e-11)
-    transposed = run(transform, {"std": np.swapaxes(gradients["std"], 1, 2)})
-    np.testing.assert_allclose(
-        np.swapaxes(transposed["std"], 1, 2), run(transform, gradients)["std"], rtol=0, atol=1e-11
-    )
+    updates = run(transform, gradients)
+    assert_close(run(transform, turn(gradients)), turn(updates), 1e-11)
+    # Square leaves are projected on the left, their transposes too.
+    del gradients["square"], updates["square"]
+    transposed = jax.tree.map(lambda G: np.swapaxes(G, 1, 2), (gradients, updates))
+    assert_close(run(transform, transposed[0]), transposed[1], 1e-11)
 
 
-def test_carried_moments_depend_on_signs_that_mean_nothing_and_others_do_not():
+@pytest.mark.parametrize(
+    ("moments", "invariant"), [("align", True), ("transport", True), ("reset", True), ("carry", False)]
+)
+def test_carried_moments_depend_on_signs_that_mean_nothing_and_others_do_not(moments, invariant):
     # In the middle of an interval, the sign of a basis vector is flipped together with its moments.
-    gradients = draw({"w": (5, 8)}, GAP + 2)["w"]
-    signs = np.array([-1.0, 1.0, -1.0])
-    for moments, invariant in (("align", True), ("transport", True), ("reset", True), ("carry", False)):
-        transform: Any = scale_by_galore(RANK, update_gap=GAP, moments=moments)
-        state, _ = advance(transform, transform.init(gradients[0]), gradients[:2])
-        (adam,) = state.inner
-        flipped = state._replace(
-            bases=state.bases._replace(left=state.bases.left * signs[None]),
-            inner=(adam._replace(mu=adam.mu * signs[:, None]),),
-        )
-        (_, expected), (_, updates) = (advance(transform, s, gradients[2:]) for s in (state, flipped))
-        difference = np.abs(updates - expected).max(axis=(1, 2))
+    gradients = draw(SHAPES, GAP + 2)
+    transform: Any = scale_by_galore(RANK, update_gap=GAP, moments=moments)
+    first, rest = (
+        jax.tree.map(lambda g, part=part: g[part], gradients) for part in (slice(2), slice(2, None))
+    )
+    state, _ = advance(transform, transform.init(like(gradients)), first)
+    (adam,) = state.inner
+    bases, mu = {}, {}
+    for name, (m, n) in SHAPES.items():
+        side = "left" if m <= n else "right"
+        basis = getattr(state.bases[name], side)
+        signs = np.where(np.arange(basis.shape[1]) == 1, 1.0, -1.0)
+        bases[name] = state.bases[name]._replace(**{side: basis * signs[None]})
+        mu[name] = adam.mu[name] * (signs[:, None] if side == "left" else signs[None])
+    flipped = state._replace(bases=bases, inner=(adam._replace(mu=mu),))
+    (_, expected), (_, updates) = (advance(transform, s, rest) for s in (state, flipped))
+    for name in SHAPES:
+        difference = np.abs(updates[name] - expected[name]).max(axis=(1, 2))
         np.testing.assert_allclose(difference[: GAP - 2], 0, atol=1e-13)
         assert np.all(difference[GAP - 2 :] < 1e-12) == invariant
 
@@ -234,7 +247,7 @@ def test_carried_moments_depend_on_signs_that_mean_nothing_and_others_do_not():
 
 @pytest.mark.parametrize("options", [{"moments": "reset"}, {"refresh": "warm", "stagger": True}])
 def test_eager_loop_jit_scan_and_an_interrupted_run_give_the_same_numbers(options):
-    gradients = draw({"tall": (9, 5), "wide": (5, 8)}, 2 * GAP)
+    gradients = draw(SHAPES, 2 * GAP)
     transform: Any = scale_by_galore(RANK, update_gap=GAP, **options)
     state = start = transform.init(like(gradients))
     last, scanned = advance(transform, start, gradients)
@@ -275,8 +288,7 @@ def decompositions(jaxpr, under_cond=False):
 @pytest.mark.parametrize("options", [{"refresh": "warm"}, {"moments": "reset", "stagger": True}])
 def test_vmap_over_seeds_is_the_loop_and_decomposes_in_refresh_steps_only(options):
     transform: Any = scale_by_galore(RANK, update_gap=GAP, **options)
-    shapes = {"tall": (9, 5), "wide": (5, 8)}
-    seeds = [draw(shapes, GAP + 2, seed) for seed in range(2)]
+    seeds = [draw(SHAPES, GAP + 2, seed) for seed in range(2)]
     together = jax.tree.map(lambda *leaves: np.stack(leaves), *seeds)
     first = jax.tree.map(lambda g: g[:, 0], together)
     states: Any = jax.vmap(transform.init)(first)
@@ -323,18 +335,17 @@ def test_lanes_whose_steps_differ_are_right_as_well():
     ids=["full", "8bit", "factored", "clipped"],
 )
 def test_stacked_layers_are_separate_ones(options):
-    stacked = draw({"stack": (2, 5, 8), "experts": (1, 2, 9, 5)}, GAP + 2)
-    one = {
-        "stack": [stacked["stack"][:, i] for i in range(2)],
-        "experts": [stacked["experts"][:, i, j] for i in range(1) for j in range(2)],
-    }
+    stacked = draw({"tall": (1, 2, 9, 5), "wide": (2, 5, 8), "square": (2, 4, 4), "thin": (2, 2, 7)}, GAP + 2)
+    split = {name: G.reshape(-1, 2, *G.shape[-2:]) for name, G in stacked.items()}
     options = {"update_gap": GAP, **options}
-    together = run(scale_by_galore(2, matrix_axes=(-2, -1), **options), stacked)
-    apart = run(scale_by_galore(2, **options), one)
+    together = run(scale_by_galore(RANK, matrix_axes=(-2, -1), **options), stacked)
+    alone: Any = scale_by_galore(RANK, **options)
     tolerance = 1e-6 if options.get("projection") == "full" else 1e-10
-    for name, leaf in together.items():
-        split = leaf.reshape(leaf.shape[0], -1, *leaf.shape[-2:])
-        assert_close(list(np.moveaxis(split, 1, 0)), apart[name], tolerance)
+    for layer in range(2):
+        expected = run(alone, {name: G[:, layer] for name, G in split.items()})
+        for name, updates in together.items():
+            found = updates.reshape(split[name].shape)[:, layer]
+            np.testing.assert_allclose(found, expected[name], rtol=0, atol=tolerance)
 
 
 def test_a_scan_over_layers_is_the_joint_update():
