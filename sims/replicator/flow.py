@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,12 +82,25 @@ def _attention_field(t, x, args):
     return replicator.attention_field(x, gradient(x), key_scale)
 
 
-@partial(jax.jit, static_argnames="config")
-def _draw(key: jax.Array, config: Config) -> tuple[jax.Array, ...]:
+class Task(NamedTuple):
     """Tokens (lane, N, n, d), prompt, value and targets.
 
     Lane 0: orthogonal keys; then keys that are orthogonal up to eps; the last lane: Gaussian keys.
     """
+
+    tokens: jax.Array
+    prompt: jax.Array
+    value: jax.Array
+    targets: jax.Array
+
+    def network(self):
+        """The network's function of parameters and tokens, its parameters, and its attention."""
+        model = PromptAttention(self.prompt, self.value, train_value=False)
+        return *as_function(model), attention_function(model)
+
+
+@partial(jax.jit, static_argnames="config")
+def _draw(key: jax.Array, config: Config) -> Task:
     k_keys, k_prompt, k_value, k_target, k_generic = jax.random.split(key, 5)
     shape = (config.samples, config.tokens, config.dim)
     near = jax.vmap(lambda eps: nearly_orthogonal_keys(k_keys, *shape, config.key_scale, eps))
@@ -94,17 +108,17 @@ def _draw(key: jax.Array, config: Config) -> tuple[jax.Array, ...]:
     tokens = jnp.concatenate([near(jnp.array([0.0, *config.eps])), generic[None]])
     prompt = jax.random.normal(k_prompt, (config.dim,))
     value = jax.random.normal(k_value, (config.dim,))
-    return tokens, prompt, value, jax.random.normal(k_target, (config.samples,))
+    return Task(tokens, prompt, value, jax.random.normal(k_target, (config.samples,)))
 
 
-def run(config: Config, context: Context) -> Result:
-    """Integrate the theory, train the network, and measure the gap over learning rates and over eps."""
-    tokens, prompt, value, targets = _draw(jax.random.key(context.seed), config)
-    model = PromptAttention(prompt, value, train_value=False)
-    predict, params = as_function(model)
-    attention = attention_function(model)
-    ts = jnp.linspace(0.0, config.horizon, config.points + 1)
-    eps = jnp.asarray(config.eps)
+def _times(config: Config) -> np.ndarray:
+    return np.linspace(0.0, config.horizon, config.points + 1)
+
+
+@partial(jax.jit, static_argnames="config")
+def _flows(task: Task, config: Config):
+    """Attention along separate and coupled flows in every lane; with one Jacobian, and in the shares."""
+    ts, tokens = _times(config), task.tokens
 
     def separate_flows(tokens, flow=replicator.softmax_flow):
         """N separate flows, one per sample; sees the values, the targets and the first logits."""
@@ -112,23 +126,49 @@ def run(config: Config, context: Context) -> Result:
         def one(values, target, z0):
             return flow(Partial(sample_gradient, values, target), z0, ts, config.key_scale)
 
-        path = jax.vmap(one)(tokens @ value, targets, tokens @ prompt)
+        path = jax.vmap(one)(tokens @ task.value, task.targets, tokens @ task.prompt)
         rows = jnp.moveaxis(jax.nn.softmax(path.ys, axis=-1), 0, 1)
         return Trajectory(ts, rows, jnp.all(path.ok))
 
     def coupled_flow(tokens):
         gram = jnp.einsum("iad,jbd->iajb", tokens, tokens)
-        gradient = Partial(all_gradients, tokens @ value, targets)
-        path = replicator.coupled_flow(gradient, tokens @ prompt, gram, ts)
+        gradient = Partial(all_gradients, tokens @ task.value, task.targets)
+        path = replicator.coupled_flow(gradient, tokens @ task.prompt, gram, ts)
         return Trajectory(ts, jax.nn.softmax(path.ys, axis=-1), path.ok)
 
-    def network_flow(tokens):
-        path = integrate(_network_field, params, ts, (predict, tokens, targets), rtol=1e-10, atol=1e-12)
+    def in_shares(values, target, x0):
+        args = (Partial(sample_gradient, values, target), config.key_scale)
+        return integrate(_attention_field, x0, ts, args).ys
+
+    separate = jax.vmap(separate_flows)(tokens)
+    coupled = jax.vmap(coupled_flow)(tokens)
+    single = separate_flows(tokens[0], flow=replicator.natural_gradient_flow)
+    shares = jax.vmap(in_shares, out_axes=1)(tokens[0] @ task.value, task.targets, separate.ys[0, 0])
+    return separate, coupled, single, shares
+
+
+@partial(jax.jit, static_argnames="config")
+def _network_flows(task: Task, config: Config) -> Trajectory:
+    """The network's attention along its own gradient flow, in every lane."""
+    predict, params, attention = task.network()
+    ts = _times(config)
+
+    def flow(tokens):
+        data = (predict, tokens, task.targets)
+        path = integrate(_network_field, params, ts, data, rtol=1e-10, atol=1e-12)
         return Trajectory(ts, jax.vmap(attention, in_axes=(0, None))(path.ys, tokens), path.ok)
+
+    return jax.vmap(flow)(task.tokens)
+
+
+@partial(jax.jit, static_argnames="config")
+def _train(task: Task, config: Config):
+    """Learning rates, and attention along gradient descent, on orthogonal and on Gaussian keys."""
+    predict, params, attention = task.network()
 
     def train(tokens):
         return train_at_rates(
-            bind(squared_error, (predict, tokens, targets)),
+            bind(squared_error, (predict, tokens, task.targets)),
             params,
             config.substeps,
             horizon=config.horizon,
@@ -136,32 +176,55 @@ def run(config: Config, context: Context) -> Result:
             observe=bind(attention, tokens),
         )
 
-    def in_shares(values, target, x0):
-        args = (Partial(sample_gradient, values, target), config.key_scale)
-        return integrate(_attention_field, x0, ts, args).ys
+    return jax.vmap(train, out_axes=(None, 0))(task.tokens[np.array([0, -1])])
+
+
+@jax.jit
+def _to_vertex(ts: jax.Array):
+    """Logit of the losing token over the other along a flow with constant gradient, and its closed form."""
+    gradient = Partial(_constant_gradient, jnp.array([0.0, 1.0]))
+    logits = replicator.softmax_flow(gradient, jnp.zeros(2), ts).ys
+    return logits[:, 1] - logits[:, 0], replicator.two_token_solution(ts, gap=1.0)
+
+
+def _constant_gradient(gradient: jax.Array, x: jax.Array) -> jax.Array:
+    return gradient
+
+
+@partial(jax.jit, static_argnames="config")
+def _loss_rates(task: Task, config: Config):
+    """dL/dt at the start on orthogonal keys: by autodiff, and by the theory's formula."""
+    predict, params, attention = task.network()
+    tokens = task.tokens[0]
+    gradient = jax.grad(squared_error)(params, (predict, tokens, task.targets))
+    network_rate = -sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradient))
+    x = attention(params, tokens)
+    pushed = replicator.softmax_jacobian_product(x, all_gradients(tokens @ task.value, task.targets, x))
+    return network_rate, -config.key_scale * jnp.sum(pushed**2)
+
+
+def run(config: Config, context: Context) -> Result:
+    """Integrate the theory, train the network, and measure the gap over learning rates and over eps."""
+    task = _draw(jax.random.key(context.seed), config)
 
     context.progress("integrating the theory", 0.0)
-    separate = jax.vmap(separate_flows)(tokens)
-    coupled = jax.vmap(coupled_flow)(tokens)
-    single = separate_flows(tokens[0], flow=replicator.natural_gradient_flow)
+    separate, coupled, single, shares = jax.tree.map(np.asarray, _flows(task, config))
     theory, generic_theory = lane(separate, 0), lane(coupled, -1)
-    shares = jnp.moveaxis(jax.vmap(in_shares)(tokens[0] @ value, targets, theory.ys[0]), 0, 1)
 
     context.progress("integrating the network's gradient flow", 0.4)
-    network = jax.vmap(network_flow)(tokens)
+    network = jax.tree.map(np.asarray, _network_flows(task, config))
+    eps = np.array(config.eps)
     eps_gap, eps_gap_coupled = (
-        jnp.max(jnp.abs(network.ys - flow.ys), axis=(1, 2, 3))[1:-1] for flow in (separate, coupled)
+        np.max(np.abs(network.ys - flow.ys), axis=(1, 2, 3))[1:-1] for flow in (separate, coupled)
     )
 
     context.progress("training at every learning rate", 0.6)
-    rates, both = jax.vmap(train)(tokens[jnp.array([0, -1])])
-    rates, trained, generic_trained = rates[0], lane(both, 0), lane(both, 1)
+    rates, both = jax.tree.map(np.asarray, _train(task, config))
+    trained, generic_trained = lane(both, 0), lane(both, 1)
 
     context.progress("following a flow to a vertex", 0.9)
-    vertex_ts = jnp.concatenate([jnp.zeros(1), jnp.logspace(-2, 6, 81)])
-    gradient = Partial(_constant_gradient, jnp.array([0.0, 1.0]))
-    logits = replicator.softmax_flow(gradient, jnp.zeros(2), vertex_ts).ys
-    vertex = logits[:, 1] - logits[:, 0]
+    vertex_ts = np.append(0.0, np.logspace(-2, 6, 81))
+    vertex, closed = map(np.asarray, _to_vertex(vertex_ts))
 
     gaps = {
         "theory": lane_gaps(theory, trained),
@@ -178,12 +241,11 @@ def run(config: Config, context: Context) -> Result:
         "eps": {"values": eps, "separate": eps_gap, "coupled": eps_gap_coupled},
         "vertex": {"ts": vertex_ts, "log_ratio": vertex},
     }
-    closed = replicator.two_token_solution(vertex_ts, gap=1.0)
     claims = (
         _follows_flow(rates, gaps, flow_gap, single_gap),
         _near_orthogonal(eps, eps_gap, eps_gap_coupled, rates, gaps),
         _interior(shares, theory),
-        _dissipation(config, model, tokens[0], value, targets),
+        _dissipation(*map(float, _loss_rates(task, config))),
         Claim(
             "replicator.flow/vertex",
             "Towards a vertex the losing token falls like 1/(2 k D t), not exponentially",
@@ -201,12 +263,8 @@ def run(config: Config, context: Context) -> Result:
     return Result(data, claims, {**dims, "theory/ts": ("time",), "rates": ("rate",), "eps/values": ("eps",)})
 
 
-def _constant_gradient(gradient: jax.Array, x: jax.Array) -> jax.Array:
-    return gradient
-
-
-def _sup(values: jax.Array) -> float:
-    return float(jnp.max(jnp.abs(values)))
+def _sup(values: np.ndarray) -> float:
+    return float(np.max(np.abs(values)))
 
 
 def _follows_flow(rates, gaps, flow_gap, single_gap) -> Claim:
@@ -228,8 +286,8 @@ def _follows_flow(rates, gaps, flow_gap, single_gap) -> Claim:
 
 
 def _near_orthogonal(eps, eps_gap, eps_gap_coupled, rates, gaps) -> Claim:
-    small = np.asarray(eps) <= 0.1
-    slope = convergence_order(np.asarray(eps)[small], np.asarray(eps_gap)[small]).slope
+    small = eps <= 0.1
+    slope = convergence_order(eps[small], eps_gap[small]).slope
     order = convergence_order(rates, gaps["coupled"])
     return Claim(
         "replicator.flow/near-orthogonal",
@@ -246,7 +304,7 @@ def _near_orthogonal(eps, eps_gap, eps_gap_coupled, rates, gaps) -> Claim:
     )
 
 
-def _interior(shares: jax.Array, theory: Trajectory) -> Claim:
+def _interior(shares: np.ndarray, theory: Trajectory) -> Claim:
     return Claim(
         "replicator.flow/interior",
         "The interior of the simplex is invariant",
@@ -256,7 +314,7 @@ def _interior(shares: jax.Array, theory: Trajectory) -> Claim:
             # The equation solved in the shares themselves, where neither is built in. A Runge-Kutta method
             # keeps a linear invariant of the field to rounding.
             Check("deviation of the shares' sum from one", "at most", 1e-10, _sup(shares.sum(axis=-1) - 1)),
-            Check("smallest share", "at least", 0.0, float(jnp.min(shares))),
+            Check("smallest share", "at least", 0.0, shares.min()),
             # Two solves at 1e-8.
             Check(
                 "distance of the shares from softmax of the logits", "at most", 1e-6, _sup(shares - theory.ys)
@@ -265,13 +323,7 @@ def _interior(shares: jax.Array, theory: Trajectory) -> Claim:
     )
 
 
-def _dissipation(config, model, tokens, value, targets) -> Claim:
-    predict, params = as_function(model)
-    gradient = jax.grad(squared_error)(params, (predict, tokens, targets))
-    network_rate = -sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(gradient))
-    x = model.attention(tokens)
-    pushed = replicator.softmax_jacobian_product(x, all_gradients(tokens @ value, targets, x))
-    theory_rate = -config.key_scale * float(jnp.sum(pushed**2))
+def _dissipation(network_rate: float, theory_rate: float) -> Claim:
     return Claim(
         "replicator.flow/dissipation",
         "The loss falls at the rate k sum |J g|^2",
@@ -279,7 +331,13 @@ def _dissipation(config, model, tokens, value, targets) -> Claim:
         "stated",
         [
             # The same number by two routes: rounding only.
-            Check("dL/dt by autodiff over the formula", "equals", 1.0, network_rate / theory_rate, 1e-12),
+            Check(
+                "dL/dt by autodiff over the formula",
+                "equals",
+                1.0,
+                network_rate / theory_rate,
+                1e-12,
+            ),
         ],
     )
 
