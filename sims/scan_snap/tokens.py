@@ -76,7 +76,7 @@ PRESETS: dict[Preset, Config] = {
 
 
 @partial(jax.jit, static_argnames="config")
-def _train_sampled(keys: jax.Array, config: Config) -> tuple[jax.Array, Trajectory]:
+def _train_sampled(key: jax.Array, config: Config) -> tuple[jax.Array, Trajectory]:
     """Loss of each batch before its step, (seed, steps), and the weights at every step."""
     classes = synthetic_classes(2)
     predict, params = as_function(ScanSnapAttention.zeros(classes.vocab_size))
@@ -93,7 +93,7 @@ def _train_sampled(keys: jax.Array, config: Config) -> tuple[jax.Array, Trajecto
         drawn = jax.vmap(lambda step: batches(jax.random.fold_in(key, step)))(jnp.arange(config.steps))
         return jax.vmap(loss)(before, drawn), Trajectory(path.ts, observe_weights(path.ys), path.ok)
 
-    return jax.vmap(one)(keys)
+    return jax.vmap(one)(jax.random.split(key, config.seeds))
 
 
 def run(config: Config, context: Context) -> Result:
@@ -102,7 +102,7 @@ def run(config: Config, context: Context) -> Result:
     predict, params = as_function(ScanSnapAttention.zeros(classes.vocab_size))
 
     context.progress("training on sampled sequences", 0.0)
-    losses, sampled = _train_sampled(jax.random.split(jax.random.key(context.seed), config.seeds), config)
+    losses, sampled = jax.tree.map(np.asarray, _train_sampled(jax.random.key(context.seed), config))
 
     context.progress("training with small steps", 0.4)
     rates, small = train_at_rates(
@@ -117,17 +117,20 @@ def run(config: Config, context: Context) -> Result:
 
     context.progress("integrating the flows", 0.7)
     # One solve of each flow serves the large steps, the small ones, and the times of the claims.
-    marks = jnp.unique(jnp.concatenate([sampled.ts[0], small.ts, jnp.array([1.0, 20.0, 140.0])]))
-    rate = {"learning_rate_Y": 1.0, "learning_rate_Z": 1.0}
-    flow = scan_snap.population_flow(classes, marks, **rate)
-    reduced = scan_snap.fast_decoder_flow(classes, marks, **rate)
-    at_large, at_small, at_claims = (
-        jnp.searchsorted(marks, ts) for ts in (sampled.ts[0], small.ts, jnp.array([1.0, 20.0, 140.0]))
+    times = (sampled.ts[0], small.ts, np.array([1.0, 20.0, 140.0]))
+    marks = np.unique(np.concatenate(times))
+    at_large, at_small, at_claims = (np.searchsorted(marks, ts) for ts in times)
+    flow, reduced = (
+        jax.tree.map(np.asarray, solve(classes, marks, learning_rate_Y=1.0, learning_rate_Z=1.0))
+        for solve in (scan_snap.population_flow, scan_snap.fast_decoder_flow)
     )
 
-    share = jax.jit(jax.vmap(lambda Z: scan_snap.context_distribution(Z, classes)))
-    c_sampled = jax.vmap(share)(sampled.ys.Z)
-    c_flow = share(flow.ys.Z[at_large])
+    @jax.jit
+    def attention(sampled, flow):
+        share = jax.vmap(lambda Z: scan_snap.context_distribution(Z, classes))
+        return jax.vmap(share)(sampled), share(flow)
+
+    c_sampled, c_flow = jax.tree.map(np.asarray, attention(sampled.ys.Z, flow.ys.Z[at_large]))
     tokens = _context_tokens(classes)
     data = {
         "losses": losses,
@@ -139,7 +142,7 @@ def run(config: Config, context: Context) -> Result:
         "small": {"ts": small.ts, "z": _logits(small, tokens)},
         "flow": {"z": _logits(_at(flow, at_small), tokens), "ts": small.ts},
         "reduced": {"z": _logits(_at(reduced, at_small), tokens), "ts": small.ts},
-        "rate": rates[0],
+        "rate": np.asarray(rates)[0],
     }
     claims = (
         _losses(losses, config),
@@ -157,7 +160,7 @@ def run(config: Config, context: Context) -> Result:
     return Result(data, claims, dims)
 
 
-def _at(path: Trajectory, index: jax.Array) -> Trajectory:
+def _at(path: Trajectory, index: np.ndarray) -> Trajectory:
     return Trajectory(path.ts[index], jax.tree.map(lambda leaf: leaf[index], path.ys), path.ok)
 
 
@@ -166,24 +169,21 @@ def _context_tokens(classes: scan_snap.SequenceClasses) -> np.ndarray:
     return np.stack([np.flatnonzero(row) for row in np.asarray(classes.P)])
 
 
-def _logits(path: Trajectory, tokens: np.ndarray) -> jax.Array:
+def _logits(path: Trajectory, tokens: np.ndarray) -> np.ndarray:
     """Attention logits of the tokens that occur, (T, K, COMMON + DISTINCT); queries go after the tokens."""
     queries = COMMON + 2 * DISTINCT + np.arange(2)[:, None]
     return path.ys.Z[:, queries, tokens]
 
 
-def _common(c: jax.Array) -> jax.Array:
+def _common(c: np.ndarray) -> np.ndarray:
     """Attention on the common tokens, mean over the classes."""
-    return jnp.mean(jnp.sum(c[..., :COMMON], axis=-1), axis=-1)
+    return np.mean(np.sum(c[..., :COMMON], axis=-1), axis=-1)
 
 
-def _losses(losses: jax.Array, config: Config) -> Claim:
+def _losses(losses: np.ndarray, config: Config) -> Claim:
     recorded = np.asarray(FIGURE_4_LOSSES)[: -(-config.steps // FIGURE_4_EVERY)]
     # Losses of a batch are skewed, and the record is of one run: geometric means over the seeds.
-    ratio = (
-        np.exp(np.mean(np.log(np.asarray(losses)[:, ::FIGURE_4_EVERY][:, : len(recorded)]), axis=0))
-        / recorded
-    )
+    ratio = np.exp(np.mean(np.log(losses[:, ::FIGURE_4_EVERY][:, : len(recorded)]), axis=0)) / recorded
     iterations = FIGURE_4_EVERY * np.arange(len(recorded))
     early, late = np.abs(ratio[iterations <= 10] - 1), np.log(ratio[iterations > 10])
     near = np.abs(late) < np.log(1.3)
@@ -210,8 +210,8 @@ def _losses(losses: jax.Array, config: Config) -> Claim:
     )
 
 
-def _common_mass(common: dict[str, jax.Array]) -> Claim:
-    mass = np.mean(np.asarray(common["trained"]), axis=0)
+def _common_mass(common: dict[str, np.ndarray]) -> Claim:
+    mass = np.mean(common["trained"], axis=0)
     return Claim(
         "scan_snap.tokens/common-mass",
         "Common tokens are suppressed: attention on them falls from 0.645, though not to zero",
@@ -232,16 +232,13 @@ def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
     return float(result.statistic)
 
 
-def _winners(flow_Z: jax.Array, trained_Z: jax.Array, classes: scan_snap.SequenceClasses) -> Claim:
+def _winners(flow_Z: np.ndarray, trained_Z: np.ndarray, classes: scan_snap.SequenceClasses) -> Claim:
     def order(Z):
         """Smallest rank correlation of z with P over the distinct tokens of a class, for each of many Z."""
         distinct = np.asarray(scan_snap.distinct_tokens(classes))
         P, query = np.asarray(classes.P), np.asarray(classes.query)
         return np.array(
-            [
-                min(rank_correlation(z[query[n], row], P[n, row]) for n, row in enumerate(distinct))
-                for z in np.asarray(Z)
-            ]
+            [min(rank_correlation(z[query[n], row], P[n, row]) for n, row in enumerate(distinct)) for z in Z]
         )
 
     in_flow, trained = order(flow_Z), order(trained_Z)
@@ -267,7 +264,7 @@ def _small_steps(small: Trajectory, flow: Trajectory, sampled: Trajectory, flow_
         return float(compare(*Z).relative_l2[-1])
 
     mean = Trajectory(
-        sampled.ts[0], Weights(sampled.ys.Y.mean(axis=0), sampled.ys.Z.mean(axis=0)), jnp.all(sampled.ok)
+        sampled.ts[0], Weights(sampled.ys.Y.mean(axis=0), sampled.ys.Z.mean(axis=0)), np.all(sampled.ok)
     )
     return Claim(
         "scan_snap.tokens/small-steps",
