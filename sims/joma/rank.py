@@ -7,6 +7,7 @@ blows up. V' collapses to that row long before V, which only follows in the loga
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -75,25 +76,56 @@ def _driven_by(params: Any, data: Any) -> Array:
     return -jnp.mean(jnp.sum(gradient * predict(params, inputs), axis=1))
 
 
-@jax.jit
-def _flows(deltas: Array, sizes: Array) -> tuple[Rescaled, Ranks]:
-    """The flow of every Delta, when its winning row has the given sizes, and stable ranks there."""
+class Flows(NamedTuple):
+    """Flow of a Delta at sizes of its winning row; its closed form at shares of the blow-up time."""
 
+    path: Rescaled | Any
+    ranks: Ranks | Any
+    blow_up: Array | Any
+    closed: Array | Any
+
+
+@jax.jit
+def _flows(deltas: Array, sizes: Array, progress: Array) -> Flows:
     def one(delta):
         # The winning row grows at unit rate in tau / |Delta|.
         taus = sizes / jnp.max(jnp.linalg.norm(delta, axis=1))
         path = joma.rescaled_mlp_flow(jnp.zeros_like(delta), delta, taus, rtol=1e-11, atol=1e-13)
         exponent = jnp.sum(path.ys.V**2, axis=-1) / 2
         growth = jnp.exp(exponent - jnp.max(exponent, axis=1, keepdims=True))
-        return path.ys, Ranks(stable_rank(path.ys.V), stable_rank(growth[..., None] * delta[None]))
+        ranks = Ranks(stable_rank(path.ys.V), stable_rank(growth[..., None] * delta[None]))
+        blow_up = joma.blow_up_time(delta)
+        return Flows(path.ys, ranks, blow_up, _closed_form(blow_up * progress, delta))
 
     return jax.vmap(one)(deltas)
+
+
+@jax.jit
+def _closed_form(t: Array, delta: Array) -> Array:
+    """Rows s_l(t) Delta_l / |Delta_l| from zero start, each growing like a single hidden node; (T, M, K)."""
+    norm = jnp.linalg.norm(delta, axis=-1)
+    return joma.modified_mlp_solution(t, norm)[..., None] * (delta / norm[:, None])[None]
 
 
 def _outsider() -> Array:
     """A Delta whose winner stands alone: all other tokens share a direction at a right angle to its row."""
     delta = jnp.zeros((TOKENS, HIDDEN)).at[:, 0].set(1.0)
     return delta.at[0].set(2.0 * jax.nn.one_hot(1, HIDDEN, dtype=delta.dtype))
+
+
+@partial(jax.jit, static_argnames="config")
+def _draw(key: Array, config: Config):
+    """Every Delta; data, parameters and coordinates of the network whose saliency is the first one."""
+    key_delta, key_x, key_block = jax.random.split(key, 3)
+    gaussian = jax.random.normal(key_delta, (config.seeds, TOKENS, HIDDEN))
+    deltas = jnp.concatenate([gaussian, _outsider()[None]])
+    x = jax.random.exponential(key_x, (config.samples, TOKENS))
+    x = x / jnp.sum(x, axis=1, keepdims=True)
+    gradient = config.samples * jnp.linalg.pinv(x).T @ deltas[0]
+    block = JomaBlock.standard(key_block, TOKENS, HIDDEN, kind="exp", scale=0.0, activation=jax.nn.identity)
+    predict, params = as_function(block)
+    inputs = JomaInputs(x, jnp.zeros(config.samples, int))
+    return deltas, (predict, inputs, gradient), params, joma_observer(block)
 
 
 @jax.jit
@@ -105,61 +137,53 @@ def _network_ranks(path: JomaState, x: Array, gradient: Array) -> Ranks:
 
 def run(config: Config, context: Context) -> Result:
     """Follow the flow of every Delta through its blow-up, and train a network with the first."""
-    key_delta, key_x, key_block = jax.random.split(jax.random.key(context.seed), 3)
-    gaussian = jax.random.normal(key_delta, (config.seeds, TOKENS, HIDDEN))
-    deltas = jnp.concatenate([gaussian, _outsider()[None]])
+    deltas, network_data, params, observe = _draw(jax.random.key(context.seed), config)
     # Shares of the blow-up time; the first are those of the network's records.
     left = np.geomspace(1 - HORIZON, 1e-8, 29)[1:]
     progress = np.append(np.linspace(0.0, HORIZON, config.points + 1), 1 - left)
-    sizes = jnp.asarray([*np.sqrt(2) * erfinv(progress), *SIZES])
+    sizes = np.array([*np.sqrt(2) * erfinv(progress), *SIZES])
 
     context.progress("following the flows", 0.0)
-    flows, ranks = _flows(deltas, sizes)
+    flows = jax.tree.map(np.asarray, _flows(deltas, sizes, progress))
 
     context.progress("training at every learning rate", 0.4)
-    delta = deltas[0]
-    x = jax.random.exponential(key_x, (config.samples, TOKENS))
-    x = x / jnp.sum(x, axis=1, keepdims=True)
-    gradient = config.samples * jnp.linalg.pinv(x).T @ delta  # its saliency is Delta
-    block = JomaBlock.standard(key_block, TOKENS, HIDDEN, kind="exp", scale=0.0, activation=jax.nn.identity)
-    predict, params = as_function(block)
-    inputs = JomaInputs(x, jnp.zeros(config.samples, int))
-    rates, trained = train_at_rates(
-        bind(_driven_by, (predict, inputs, gradient)),
+    descent = train_at_rates(
+        bind(_driven_by, network_data),
         params,
         config.substeps,
-        horizon=HORIZON * float(joma.blow_up_time(delta)),
+        horizon=HORIZON * float(flows.blow_up[0]),
         points=config.points,
-        observe=joma_observer(block),
+        observe=observe,
     )
+    rates, trained = jax.tree.map(np.asarray, descent)
 
     context.progress("comparing", 0.9)
-    ts, before = trained.ts[0], slice(config.points + 1)
+    ts, deltas = trained.ts[0], np.asarray(deltas)
     V = Trajectory(trained.ts, trained.ys.V, trained.ok)
-    theory = Trajectory(ts, flows.V[0, before], jnp.asarray(True))
-    gaps = {
-        "flow": lane_gaps(theory, V),
-        "wrong": lane_gaps(Trajectory(ts, _closed_form(ts, WRONG_FACTOR * delta), jnp.asarray(True)), V),
-    }
-    network = _network_ranks(lane(trained, int(np.argmin(rates))).ys, x, gradient)
+    theory = Trajectory(ts, flows.path.V[0, : config.points + 1], True)
+    wrong = Trajectory(ts, _closed_form(ts, WRONG_FACTOR * deltas[0]), True)
+    gaps = {"flow": lane_gaps(theory, V), "wrong": lane_gaps(wrong, V)}
+    _, inputs, gradient = network_data
+    finest = lane(trained, int(np.argmin(rates))).ys
+    network = jax.tree.map(np.asarray, _network_ranks(finest, inputs.x, gradient))
 
     # From the second record on: V is zero at the first.
-    measured = jax.tree.map(lambda leaf: np.asarray(leaf)[:, 1:], ranks)
+    measured = jax.tree.map(lambda leaf: leaf[:, 1:], flows.ranks)
+    network = jax.tree.map(lambda leaf: leaf[1:], network)
     data = {
         "left": 1 - progress[1:],
         "sizes": sizes[1:],
         "V": measured.V,
         "dV": measured.dV,
-        "network": {"V": network.V[1:], "dV": network.dV[1:]},
+        "network": {"V": network.V, "dV": network.dV},
         "rates": rates,
         "gap": gaps,
     }
-    theory_ranks = Ranks(*(np.asarray(leaf)[0, 1 : config.points + 1] for leaf in ranks))
     claims = (
         _low_rank(measured, data["left"], sizes[1:]),
-        _monotone(measured, np.asarray(gaussian), len(data["left"])),
-        _zero_start(flows, deltas, progress),
-        _network(rates, gaps, Ranks(*(np.asarray(leaf)[1:] for leaf in network)), theory_ranks),
+        _monotone(measured, deltas[:-1], len(data["left"])),
+        _zero_start(flows, progress),
+        _network(rates, gaps, network, Ranks(*(leaf[0, : config.points] for leaf in measured))),
     )
     dims = {
         "V": ("delta", "size"),
@@ -173,18 +197,12 @@ def run(config: Config, context: Context) -> Result:
     return Result(data, claims, dims)
 
 
-def _closed_form(t: Array, delta: Array) -> Array:
-    """Rows s_l(t) Delta_l / |Delta_l| from zero start, each growing like a single hidden node; (T, M, K)."""
-    norm = jnp.linalg.norm(delta, axis=-1)
-    return joma.modified_mlp_solution(t, norm)[..., None] * (delta / norm[:, None])[None]
-
-
-def _low_rank(ranks: Ranks, left: np.ndarray, sizes: Array) -> Claim:
-    late = np.asarray(sizes) >= min(SIZES)
+def _low_rank(ranks: Ranks, left: np.ndarray, sizes: np.ndarray) -> Claim:
+    late = sizes >= min(SIZES)
     law = convergence_order(sizes[late] ** 2, np.median(ranks.V[:-1], axis=0)[late] - 1)
 
     def at(part, share):
-        return np.asarray(part)[:-1, np.argmin(np.abs(np.log(left / share)))]
+        return part[:-1, np.argmin(np.abs(np.log(left / share)))]
 
     return Claim(
         "joma.rank/low-rank",
@@ -258,12 +276,8 @@ def _monotone(ranks: Ranks, deltas: np.ndarray, times: int) -> Claim:
     )
 
 
-def _zero_start(flows: Rescaled, deltas: Array, progress: np.ndarray) -> Claim:
+def _zero_start(flows: Flows, progress: np.ndarray) -> Claim:
     count = len(progress)
-    blow_up = jax.vmap(joma.blow_up_time)(deltas)
-    closed = jax.vmap(lambda t, delta: _closed_form(t, delta))(
-        blow_up[:, None] * jnp.asarray(progress)[None], deltas
-    )
     near = progress <= 0.9999 + 1e-9
     return Claim(
         "joma.rank/zero-start",
@@ -276,20 +290,20 @@ def _zero_start(flows: Rescaled, deltas: Array, progress: np.ndarray) -> Claim:
                 "largest gap of the flow to it, to 0.9999 t*",
                 "at most",
                 1e-6,
-                float(jnp.max(jnp.abs(flows.V[:, :count] - closed)[:, near])),
+                np.max(np.abs(flows.path.V[:, :count] - flows.closed)[:, near]),
             ),
             # The solver's error in time; the sizes of the winning row were chosen for these times.
             Check(
                 "largest gap of t / t* to its own closed form",
                 "at most",
                 1e-9,
-                float(jnp.max(jnp.abs(flows.t[:, :count] / blow_up[:, None] - jnp.asarray(progress)[None]))),
+                np.max(np.abs(flows.path.t[:, :count] / flows.blow_up[:, None] - progress)),
             ),
         ],
     )
 
 
-def _network(rates: Array, gaps: dict[str, np.ndarray], network: Ranks, theory: Ranks) -> Claim:
+def _network(rates: np.ndarray, gaps: dict[str, np.ndarray], network: Ranks, theory: Ranks) -> Claim:
     largest = max(np.abs(a - b).max() for a, b in zip(network, theory, strict=True))
     return Claim(
         "joma.rank/network",
