@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.scipy.stats import norm
 from jax.tree_util import Partial
 from jaxtyping import Array
 from matplotlib.figure import Figure
 from scipy.optimize import brentq
 from scipy.special import ndtr
+from scipy.stats import norm
 
 from dynamics.flow import Trajectory, integrate
 from dynamics.joma import Moments, gaussian_moments, isotropic_mixture_field, isotropic_moments
@@ -92,25 +92,25 @@ PRESETS: dict[Preset, Config] = {"quick": _QUICK, "standard": _STANDARD, "paper"
 class Mixture(NamedTuple):
     """A Gaussian mixture: centers (C, d), weights a_c and biases (C,), one width."""
 
-    centers: Array
-    weights: Array
-    bias: Array
-    scale: Array | float
+    centers: Array | Any
+    weights: Array | Any
+    bias: Array | Any
+    scale: Array | Any
 
 
 def _plane() -> Mixture:
     """Three clusters in the plane, of both signs, near enough to overlap."""
-    centers = jnp.array([[2.0, 0.0], [-1.0, 1.5], [-0.5, -1.8]])
-    return Mixture(centers, jnp.array([0.5, -0.35, -0.15]), jnp.array([0.3, 0.2, 0.4]), SCALE)
+    centers = np.array([[2.0, 0.0], [-1.0, 1.5], [-0.5, -1.8]])
+    return Mixture(centers, np.array([0.5, -0.35, -0.15]), np.array([0.3, 0.2, 0.4]), SCALE)
 
 
 def _plane_quadrature():
     """The same as data of `_node_loss`: Gauss-Hermite nodes around every center."""
     nodes, mass = np.polynomial.hermite_e.hermegauss(64)
-    grid = jnp.asarray(np.stack(np.meshgrid(nodes, nodes), axis=-1).reshape(-1, 2))
+    grid = np.stack(np.meshgrid(nodes, nodes), axis=-1).reshape(-1, 2)
     mixture = _plane()
-    share = jnp.asarray(np.outer(mass, mass).reshape(-1) / mass.sum() ** 2)
-    return mixture.centers[:, None, :] + SCALE * grid[None], share, mixture, jnp.array(GELU)
+    share = np.outer(mass, mass).reshape(-1) / mass.sum() ** 2
+    return mixture.centers[:, None, :] + SCALE * grid[None], share, mixture, np.array(GELU)
 
 
 def _blend(mix: Array, s: Array) -> Array:
@@ -140,6 +140,17 @@ def _flows(v0: Array, ts: Array, mixtures: Mixture, mixes: Array) -> Trajectory:
         return integrate(_field, v0, ts, (mixture, mix), solver=diffrax.Tsit5(), throw=False)
 
     return jax.vmap(jax.vmap(one, in_axes=(0, None, None)))(v0, mixtures, mixes)
+
+
+@partial(jax.jit, static_argnames="config")
+def _draw(key: Array, config: Config):
+    """Keys of the samples; hidden weights at which the field is compared; starts in each of `CASES`."""
+    keys = jax.random.split(key, 5)
+    vs = jax.random.normal(keys[0], (PROBES, 3))
+    starts = jax.random.normal(keys[3], (config.starts, DIM))
+    starts = 0.1 * starts / jnp.linalg.norm(starts, axis=1, keepdims=True)
+    samples = keys[1], jax.random.split(keys[2], config.seeds), keys[4]
+    return samples, vs, jnp.broadcast_to(starts, (len(CASES), *starts.shape))
 
 
 @partial(jax.jit, static_argnames="samples")
@@ -196,8 +207,8 @@ def _flat(u: Array) -> Array:
 
 def _solid() -> Mixture:
     """Three clusters in three dimensions, of both signs."""
-    centers = jnp.array([[1.0, 0.5, -0.5], [-1.0, 0.8, 0.2], [0.3, -1.2, 0.9]])
-    return Mixture(centers, jnp.array([0.5, -0.3, 0.2]), jnp.array([0.2, -0.4, 0.6]), SCALE)
+    centers = np.array([[1.0, 0.5, -0.5], [-1.0, 0.8, 0.2], [0.3, -1.2, 0.9]])
+    return Mixture(centers, np.array([0.5, -0.3, 0.2]), np.array([0.2, -0.4, 0.6]), SCALE)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -229,18 +240,18 @@ def _train_to_the_end(key: Array, v0: Array, mixtures: Mixture, mixes: Array) ->
     return jax.vmap(jax.vmap(one, in_axes=(0, None, None)))(v0, mixtures, mixes)
 
 
-def _at_right_angles() -> tuple[Mixture, Array]:
+def _at_right_angles() -> tuple[Mixture, np.ndarray]:
     """For each of `CASES` the clusters, of width one, and the activation."""
-    one = jnp.array([1.0, -1.0, -1.0, -1.0]) / DIM
-    two = jnp.array([1.0, 1.0, -1.0, -1.0]) / DIM
-    separations = jnp.array([SEPARATION, SEPARATION, SEPARATION, CLOSE])
+    one = np.array([1.0, -1.0, -1.0, -1.0]) / DIM
+    two = np.array([1.0, 1.0, -1.0, -1.0]) / DIM
+    separations = np.array([SEPARATION, SEPARATION, SEPARATION, CLOSE])
     mixtures = Mixture(
-        separations[:, None, None] * jnp.eye(DIM)[None],
-        jnp.stack([one, one, two, one]),
-        jnp.zeros((len(CASES), DIM)),
-        jnp.ones(len(CASES)),
+        separations[:, None, None] * np.eye(DIM)[None],
+        np.stack([one, one, two, one]),
+        np.zeros((len(CASES), DIM)),
+        np.ones(len(CASES)),
     )
-    return mixtures, jnp.array([RELU, LINEAR, RELU, RELU])
+    return mixtures, np.array([RELU, LINEAR, RELU, RELU])
 
 
 def _final_cosine(separation: float) -> float:
@@ -258,40 +269,40 @@ def _final_cosine(separation: float) -> float:
     return float(np.sqrt(1 - (DIM - 1) * s**2))
 
 
-def _cosines(v: Array) -> np.ndarray:
+def _cosines(v: np.ndarray) -> np.ndarray:
     """Cosine to the nearest center, the centers lying on the axes."""
-    return np.asarray(jnp.max(v, axis=-1) / jnp.linalg.norm(v, axis=-1))
+    return np.max(v, axis=-1) / np.linalg.norm(v, axis=-1)
 
 
 def run(config: Config, context: Context) -> Result:
     """Compare the field with samples, train a node, and follow many starts to where they end."""
-    keys = jax.random.split(jax.random.key(context.seed), 5)
+    (key, run_keys, end_key), vs, starts = _draw(jax.random.key(context.seed), config)
 
     context.progress("sampling the field", 0.0)
-    vs = jax.random.normal(keys[0], (PROBES, 3))
-    r, r_sampled = jnp.linspace(-3.0, 3.0, 61), jnp.linspace(-3.0, 3.0, 9)
-    sampled, drawn = _monte_carlo(keys[1], vs, r_sampled, config.samples)
-    fields, moments = _quadrature(vs, r)
+    r, r_sampled = np.linspace(-3.0, 3.0, 61), np.linspace(-3.0, 3.0, 9)
+    sampled, drawn = jax.tree.map(np.asarray, _monte_carlo(key, vs, r_sampled, config.samples))
+    fields, moments = jax.tree.map(np.asarray, _quadrature(vs, r))
 
     context.progress("integrating the field", 0.25)
-    ts = jnp.linspace(0.0, config.horizon, config.points + 1)
-    v0 = jnp.array([0.3, 0.6])
+    ts = np.linspace(0.0, config.horizon, config.points + 1)
+    v0 = np.array([0.3, 0.6])
     # Every second lane is wrong: its clusters are too wide.
-    plane = jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf)] * 4), _plane())
-    plane = plane._replace(scale=plane.scale * jnp.array([1.0, WRONG_FACTOR, 1.0, WRONG_FACTOR]))
-    flows = _flows(jnp.broadcast_to(v0, (4, 1, 2)), ts, plane, jnp.array([GELU, GELU, RELU, RELU]))
+    plane = jax.tree.map(lambda leaf: np.stack([leaf] * 4), _plane())
+    plane = plane._replace(scale=plane.scale * np.array([1.0, WRONG_FACTOR, 1.0, WRONG_FACTOR]))
+    flows = _flows(np.broadcast_to(v0, (4, 1, 2)), ts, plane, np.array([GELU, GELU, RELU, RELU]))
     smooth, smooth_wrong, kinked, kinked_wrong = (lane(lane(flows, index), 0) for index in range(4))
 
     context.progress("training on the mixture", 0.4)
-    rates, at_rates = train_at_rates(
+    descent = train_at_rates(
         bind(_node_loss, _plane_quadrature()),
         v0,
         config.substeps,
         horizon=config.horizon,
         points=config.points,
     )
+    rates, at_rates = jax.tree.map(np.asarray, descent)
     rate_gaps = {"flow": lane_gaps(smooth, at_rates), "wrong": lane_gaps(smooth_wrong, at_rates)}
-    on_samples = _train_on_samples(jax.random.split(keys[2], config.seeds), v0, config)
+    on_samples = jax.tree.map(np.asarray, _train_on_samples(run_keys, v0, config))
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), on_samples)
     size_gaps = {
         name: lane_gaps(flow, flat).reshape(len(config.sizes), config.seeds).mean(axis=1)
@@ -300,13 +311,10 @@ def run(config: Config, context: Context) -> Result:
 
     context.progress("following many starts to the end", 0.6)
     mixtures, mixes = _at_right_angles()
-    starts = jax.random.normal(keys[3], (config.starts, DIM))
-    starts = 0.1 * starts / jnp.linalg.norm(starts, axis=1, keepdims=True)
-    starts = jnp.broadcast_to(starts, (len(CASES), *starts.shape))
-    times = jnp.concatenate([jnp.zeros(1), jnp.geomspace(1e-3, config.end, 60)])
-    paths = _flows(starts, times, mixtures, mixes)
-    cosines = dict(zip(CASES, _cosines(paths.ys), strict=True))
-    trained = dict(zip(CASES, _cosines(_train_to_the_end(keys[4], starts, mixtures, mixes)), strict=True))
+    times = np.append(0.0, np.geomspace(1e-3, config.end, 60))
+    paths = _flows(starts, times, mixtures, mixes).ys
+    ends = _train_to_the_end(end_key, starts, mixtures, mixes)
+    cosines, trained = (dict(zip(CASES, _cosines(np.asarray(v)), strict=True)) for v in (paths, ends))
 
     data = {
         "r": r,
@@ -335,18 +343,18 @@ def _field_claim(sampled, fields, r, moments) -> Claim:
     def deviation(law):
         """Largest difference of a component in standard errors, over activations and probes."""
         return max(
-            float(jnp.max(jnp.abs(mean - fields[name]) / error))
+            np.max(np.abs(mean - fields[name]) / error)
             for name, (mean, error) in sampled.items()
             if name.endswith(law)
         )
 
     at = r / (SCALE * NORM)
     closed = {
-        "ReLU": Moments(norm.cdf(at), SCALE * norm.pdf(at) / NORM),
-        "square / 2": Moments(r, jnp.full_like(r, SCALE**2)),
+        "ReLU": (norm.cdf(at), SCALE * norm.pdf(at) / NORM),
+        "square / 2": (r, np.full_like(r, SCALE**2)),
     }
     errors = {
-        name: max(float(jnp.max(jnp.abs(a - b))) for a, b in zip(moments[name], closed[name], strict=True))
+        name: max(np.max(np.abs(a - b)) for a, b in zip(moments[name], closed[name], strict=True))
         for name in closed
     }
     return Claim(
