@@ -176,10 +176,11 @@ def run(config: Config, context: Context) -> Result:
         classes = [one_common_token(overlap, K, DISTINCT, M) for overlap, *_ in lanes]
         rates = np.array(lanes)[:, 1:].T
         ts = units * (K * np.log(M) / rates[0])[:, None]
-        path = _solve(flow, jax.tree.map(lambda *leaves: np.stack(leaves), *classes), tuple(rates), ts)
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *classes)
+        path = jax.tree.map(np.asarray, _solve(flow, stacked, tuple(rates), ts))
         if not np.all(path.ok):
             raise RuntimeError(f"a flow was not solved for K, M = {shape}")
-        return jax.tree.map(np.asarray, path)
+        return path
 
     solved = []
     for index, shape in enumerate(config.shapes):

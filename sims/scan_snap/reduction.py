@@ -71,7 +71,8 @@ def one_common_token(
 def unequal_common_tokens() -> SequenceClasses:
     """Three common tokens: one is probable in both classes, the others prefer a class each."""
     classes = synthetic_classes(2, num_common=3, vocab_size=VOCABULARY)
-    weights = np.array(classes.P / classes.P[0, 0])
+    weights = np.array(classes.P)
+    weights /= weights[0, 0]
     weights[:, :3] = [[4.0, 1.0, 0.2], [4.0, 0.2, 1.0]]
     return SequenceClasses(weights / weights.sum(axis=1, keepdims=True), classes.query, classes.next_token)
 
@@ -79,12 +80,12 @@ def unequal_common_tokens() -> SequenceClasses:
 def one_law() -> SequenceClasses:
     """Two classes with the same law of their tokens."""
     classes = synthetic_classes(2)
-    return SequenceClasses(jnp.tile(classes.P[:1], (2, 1)), classes.query, classes.next_token)
+    return SequenceClasses(np.tile(np.asarray(classes.P)[:1], (2, 1)), classes.query, classes.next_token)
 
 
 def ranked_tokens(classes: SequenceClasses) -> np.ndarray:
     """Ten tokens of each class, (K, 10): the distinct ones by their probability, then the others."""
-    order = np.asarray(classes.P + 2 * scan_snap.distinct_tokens(classes))
+    order = np.asarray(classes.P) + 2 * np.asarray(scan_snap.distinct_tokens(classes))
     return np.argsort(-order, axis=1)[:, :DISTINCT]
 
 
@@ -137,7 +138,7 @@ def run(config: Config, context: Context) -> Result:
     figure4, unequal = synthetic_classes(2), unequal_common_tokens()
     moving = [*map(one_common_token, overlaps), figure4, unequal]
     still = [synthetic_classes(2, num_common=0, vocab_size=VOCABULARY), one_law()]
-    classes = jax.tree.map(lambda *leaves: jnp.stack(leaves), *moving, *still)
+    classes = jax.tree.map(lambda *leaves: np.stack(leaves), *moving, *still)
     tokens = np.stack([ranked_tokens(each) for each in (*moving, *still)])
     horizon = config.horizon * figure4.num_classes * np.log(figure4.vocab_size)
     ts = horizon * np.linspace(0, 1, config.points + 1) ** 2
@@ -150,10 +151,10 @@ def run(config: Config, context: Context) -> Result:
     solved = {}
     for index, (name, flow) in enumerate(flows.items()):
         context.progress(f"solving for the {NAMES[name]}", index / len(flows))
-        path = _solve(flow, classes, jnp.asarray(ts), jnp.asarray(ratios))
-        if not bool(jnp.all(path.ok)):
+        path = _solve(flow, classes, ts, ratios)
+        if not np.asarray(path.ok).all():
             raise RuntimeError(f"the {NAMES[name]} was not solved at every ratio")
-        solved[name] = jax.tree.map(np.asarray, _measure(path, classes, jnp.asarray(tokens)))
+        solved[name] = jax.tree.map(np.asarray, _measure(path, classes, tokens))
     solved["weak"]["growth_rate"] = solved["weak"]["weak_growth_rate"]
 
     count = len(moving)
@@ -161,7 +162,7 @@ def run(config: Config, context: Context) -> Result:
     error = {name: _relative_error(z[name], z["full"])[:count] for name in ("fast", "weak")}
     # The strongest distinct token l0 of each class: ln chi, f at the start, and B, of shape (D, R, T, K).
     strongest = np.broadcast_to(tokens[:count, None, None, :, :1], (*z["full"][:count].shape[:-1], 1))
-    start = np.asarray(classes.P[:count] / jnp.linalg.norm(classes.P[:count], axis=-1, keepdims=True))
+    start = classes.P[:count] / np.linalg.norm(classes.P[:count], axis=-1, keepdims=True)
     f0 = np.take_along_axis(start, tokens[:count, :, :1], axis=-1)[:, None, None, :, 0]
     log_chi, growth = {}, {}
     for name, paths in solved.items():
