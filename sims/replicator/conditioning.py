@@ -135,7 +135,7 @@ def local_analysis(x: jax.Array, hessian: jax.Array) -> Local:
 def linearization(x: np.ndarray, hessian: np.ndarray) -> np.ndarray:
     """The formula -J^2 H on the tangent space, shape (count, n - 1, n - 1)."""
     basis = np.asarray(replicator.tangent_basis(x.shape[1]))
-    jacobian = np.asarray(jax.vmap(replicator.softmax_jacobian)(jnp.asarray(x)))
+    jacobian = np.asarray(jax.jit(jax.vmap(replicator.softmax_jacobian))(x))
     return -basis.T @ jacobian @ jacobian @ hessian @ basis
 
 
