@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.scipy.special import erf, erfinv
+from jax.scipy.special import erf
 from jaxtyping import Array
 from matplotlib.figure import Figure
+from scipy.special import erfinv
 from scipy.stats import spearmanr
 
 from dynamics import joma
@@ -97,7 +98,18 @@ def _sample(key: Array, config: Config) -> tuple[Array, Array]:
     return x, (1 - 2 * topic) * strength
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="config")
+def _draw(key: Array, config: Config):
+    """Saliency and its blow-up time; data, parameters and coordinates of the network."""
+    key_data, key_block = jax.random.split(key)
+    x, gradient = _sample(key_data, config)
+    delta = joma.saliency(gradient, x)
+    inputs = JomaInputs(x, jnp.zeros(config.samples, int))
+    block = JomaBlock.standard(key_block, x.shape[1], 1, kind="exp", scale=0.0, activation=jax.nn.identity)
+    predict, params = as_function(block)
+    return delta, joma.blow_up_time(delta), (predict, inputs, gradient), params, joma_observer(block)
+
+
 def _spreads(V: Array, delta: Array) -> tuple[Array, Array]:
     """Relative spread over the tokens of erf(v / 2) / Delta and of erf(v / sqrt 2) / Delta, at every time."""
 
@@ -108,54 +120,71 @@ def _spreads(V: Array, delta: Array) -> tuple[Array, Array]:
     return spread(V / 2), spread(V / jnp.sqrt(2.0))
 
 
+@jax.jit
+def _closed_forms(ts: Array, delta: Array) -> tuple[Array, ...]:
+    """The closed form of a saliency, and of one that is 2 % too large."""
+    return tuple(joma.modified_mlp_solution(ts, factor * delta) for factor in (1.0, WRONG_FACTOR))
+
+
+class Contest(NamedTuple):
+    """v of `CONTEST` at `BEFORE` of the blow-up time, and past it; the end of its rescaled flow."""
+
+    before: Array | Any
+    closed: Array | Any
+    limits: Array | Any
+    blow_up: Array | Any
+    through: joma.Rescaled | Any
+
+
+@jax.jit
+def _flows(delta: Array, progress: Array) -> tuple[tuple[Array, Array], Contest]:
+    """Spreads along the flow of the network's saliency, and the contest."""
+    # Padded with tokens that have no saliency, the contest shares a solve with the network.
+    contest = jnp.array(CONTEST)
+    deltas = jnp.stack([delta, jnp.pad(contest, (0, max(delta.size - contest.size, 0)))])
+
+    def flow(delta):
+        ts = progress * joma.blow_up_time(delta)
+        return joma.modified_mlp_flow(jnp.zeros_like(delta), delta, ts, rtol=1e-11, atol=1e-14).ys
+
+    V = jax.vmap(flow)(deltas)
+    taus = jnp.array([0.0, RESCALED_END])
+    through = joma.rescaled_mlp_flow(jnp.zeros_like(contest), contest, taus, rtol=1e-11, atol=1e-14).ys
+    blow_up = joma.blow_up_time(contest)
+    closed, limits = joma.modified_mlp_solution(jnp.array([BEFORE, 2.0]) * blow_up, contest)
+    end = jax.tree.map(lambda leaf: leaf[-1], through)
+    return _spreads(V[0, 1:], delta), Contest(V[1, -1, : contest.size], closed, limits, blow_up, end)
+
+
 def run(config: Config, context: Context) -> Result:
     """Train at every learning rate, and set the closed form and the flow beside it."""
-    key_data, key_block = jax.random.split(jax.random.key(context.seed))
-    x, gradient = _sample(key_data, config)
-    tokens = x.shape[1]
-    delta = joma.saliency(gradient, x)
-    blow_up = joma.blow_up_time(delta)
-    inputs = JomaInputs(x, jnp.zeros(config.samples, int))
-    block = JomaBlock.standard(key_block, tokens, 1, kind="exp", scale=0.0, activation=jax.nn.identity)
-    predict, params = as_function(block)
+    delta, blow_up, network_data, params, observe = _draw(jax.random.key(context.seed), config)
 
     context.progress("training at every learning rate", 0.0)
-    rates, trained = train_at_rates(
-        bind(_driven_by, (predict, inputs, gradient)),
+    descent = train_at_rates(
+        bind(_driven_by, network_data),
         params,
         config.substeps,
         horizon=HORIZON * float(blow_up),
         points=config.points,
-        observe=joma_observer(block),
+        observe=observe,
     )
+    rates, trained = jax.tree.map(np.asarray, descent)
     ts = trained.ts[0]
     V = Trajectory(trained.ts, trained.ys.V[..., 0], trained.ok)
-    closed, wrong = (
-        Trajectory(ts, joma.modified_mlp_solution(ts, factor * delta), jnp.asarray(True))
-        for factor in (1.0, WRONG_FACTOR)
-    )
+    closed, wrong = (Trajectory(ts, np.asarray(v), True) for v in _closed_forms(ts, delta))
     gaps = {
         "closed": lane_gaps(closed, V),
-        "z": np.max(np.abs(np.asarray(trained.ys.z[:, :, 0]) - np.asarray(V.ys) ** 2 / 2), axis=(1, 2)),
+        "z": np.max(np.abs(trained.ys.z[:, :, 0] - V.ys**2 / 2), axis=(1, 2)),
         "wrong": lane_gaps(wrong, V),
     }
 
     context.progress("integrating the flow", 0.6)
-    # The network's saliency, and the contest padded with tokens that have none: one solve for both.
-    contest = jnp.asarray(CONTEST)
     near = 1 - np.geomspace(1 - HORIZON, 1 - BEFORE, 7)[1:]
-    progress = jnp.asarray([*np.linspace(0.0, HORIZON, config.points + 1), *near])
-    deltas = jnp.stack([delta, jnp.pad(contest, (0, max(tokens - len(CONTEST), 0)))])
-    flows = jax.vmap(
-        lambda delta: joma.modified_mlp_flow(
-            jnp.zeros_like(delta), delta, progress * joma.blow_up_time(delta), rtol=1e-11, atol=1e-14
-        )
-    )(deltas)
-    printed, corrected = _spreads(flows.ys[0, 1:], delta)
-    taus = jnp.array([0.0, RESCALED_END])
-    through = joma.rescaled_mlp_flow(jnp.zeros_like(contest), contest, taus, rtol=1e-11, atol=1e-14)
+    progress = np.append(np.linspace(0.0, HORIZON, config.points + 1), near)
+    (printed, corrected), contest = jax.tree.map(np.asarray, _flows(delta, progress))
 
-    smallest = lane(trained, int(np.argmin(rates)))
+    delta, smallest = np.asarray(delta), lane(trained, int(np.argmin(rates)))
     data = {
         "delta": delta,
         "rates": rates,
@@ -163,16 +192,16 @@ def run(config: Config, context: Context) -> Result:
         "blow_up": blow_up,
         "trained": smallest.ys.V[..., 0],
         "closed": closed.ys,
-        "printed": 2 * erfinv(ts[:, None] * delta[None, :] / jnp.sqrt(jnp.pi)),
+        "printed": 2 * erfinv(ts[:, None] * delta[None, :] / np.sqrt(np.pi)),
         "gap": gaps,
         "progress": progress,
         "spread": {"printed": printed, "corrected": corrected},
     }
     claims = (
         _erf(data["spread"], config),
-        _winner(flows.ys[1, -1, : len(CONTEST)], through.ys, contest),
-        _network(np.asarray(rates), gaps, np.asarray(config.substeps) >= config.small),
-        _saliency(np.asarray(delta), smallest.ys),
+        _winner(contest),
+        _network(rates, gaps, np.asarray(config.substeps) >= config.small),
+        _saliency(delta, smallest.ys),
     )
     dims = {
         "delta": ("token",),
@@ -184,9 +213,9 @@ def run(config: Config, context: Context) -> Result:
     return Result(data, claims, dims)
 
 
-def _erf(spread: dict[str, Array], config: Config) -> Claim:
+def _erf(spread: dict[str, np.ndarray], config: Config) -> Claim:
     printed = float(spread["printed"][config.points - 1])  # the first time, zero, is left out
-    corrected = float(jnp.max(spread["corrected"]))
+    corrected = spread["corrected"].max()
     return Claim(
         "joma.linear/erf",
         "At any time erf(v_l / 2) / Delta_l is the same for all l; corrected: erf(v_l / sqrt 2) / Delta_l",
@@ -203,12 +232,10 @@ def _erf(spread: dict[str, Array], config: Config) -> Claim:
     )
 
 
-def _winner(before: Array, through: joma.Rescaled, delta: Array) -> Claim:
-    blow_up = joma.blow_up_time(delta)
+def _winner(contest: Contest) -> Claim:
+    delta, limits, end = np.array(CONTEST), contest.limits, contest.through.V
     wins = np.abs(delta) == np.max(np.abs(delta))
-    limits = np.asarray(joma.modified_mlp_solution(2 * blow_up, delta))
-    closed = joma.modified_mlp_solution(BEFORE * blow_up, delta)
-    end = np.asarray(through.V[-1])
+    gap = np.abs(contest.before - contest.closed)
     return Claim(
         "joma.linear/winner",
         "The token with the largest |Delta| goes to infinity, in finite time sqrt(pi/2) / max |Delta|; the "
@@ -217,15 +244,13 @@ def _winner(before: Array, through: joma.Rescaled, delta: Array) -> Claim:
         "stated",
         [
             # The solver's error, grown 2000-fold by the blow-up; erfinv loses as many digits.
-            Check(
-                "flow to closed form at 0.9999 t*", "at most", 1e-6, float(jnp.max(jnp.abs(before - closed)))
-            ),
+            Check("flow to closed form at 0.9999 t*", "at most", 1e-6, gap.max()),
             # They still move by sqrt(pi/2) share exp(limit^2/2) times what is left of the time: 4.4e-4.
             Check(
                 "others: distance to their limits at 0.9999 t*",
                 "at most",
                 5e-4,
-                np.abs(np.asarray(before) - limits)[~wins].max(),
+                np.abs(contest.before - limits)[~wins].max(),
             ),
             # The same with 2e-9 of the time left.
             Check("the same when |v| of the winner is 6", "at most", 1e-7, np.abs(end - limits)[~wins].max()),
@@ -233,7 +258,7 @@ def _winner(before: Array, through: joma.Rescaled, delta: Array) -> Claim:
                 "closed form past t*: winners at infinity", "all of", wins.sum(), np.isinf(limits[wins]).sum()
             ),
             # 2e-9 of the time is left, and the solver's error.
-            Check("time then, over t*", "equals", 1.0, float(through.t[-1] / blow_up), 1e-8),
+            Check("time then, over t*", "equals", 1.0, float(contest.through.t / contest.blow_up), 1e-8),
             # Equal numbers go through equal arithmetic, and zero stays.
             Check("a tie: difference of the two winners", "at most", 0.0, np.ptp(end[wins])),
             Check("Delta = 0: |v| at the end", "at most", 0.0, np.abs(end[delta == 0]).max()),
@@ -275,7 +300,7 @@ def _network(rates: np.ndarray, gaps: dict[str, np.ndarray], small: np.ndarray) 
 
 
 def _saliency(delta: np.ndarray, path: JomaState) -> Claim:
-    size = np.abs(np.asarray(path.V[..., 0]))
+    size = np.abs(path.V[..., 0])
     early, end = size[1] / size[1].max(), size[-1] / size[-1].max()
     relative = np.abs(delta) / np.abs(delta).max()
     rank: Any = spearmanr(np.abs(delta), size[-1])
