@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,15 +76,43 @@ def all_gradients(values: jax.Array, targets: jax.Array, x: jax.Array) -> jax.Ar
     return ((outputs - targets)[:, None, None] * values).reshape(x.shape)
 
 
-@partial(jax.jit, static_argnames="config")
-def _draw(key: jax.Array, config: Config) -> tuple[jax.Array, ...]:
+class Task(NamedTuple):
     """Tokens (N, n, d), prompts (H, 1, d), what tokens are worth to each head (N, H, n), targets (N,)."""
+
+    tokens: jax.Array
+    prompts: jax.Array
+    worth: jax.Array
+    targets: jax.Array
+
+    def owners(self) -> tuple[np.ndarray, np.ndarray]:
+        """Every sample, and the head it belongs to."""
+        samples, heads, _ = self.worth.shape
+        return np.arange(samples), np.arange(samples) % heads
+
+    def values_at(self, sharing) -> jax.Array:
+        """What tokens are worth to each head, to those that do not own them `sharing` times as much."""
+        _, owner = self.owners()
+        is_owner = owner[:, None] == np.arange(self.worth.shape[1])[None, :]
+        return self.worth * jnp.where(is_owner, 1.0, sharing)[:, :, None]
+
+    def network_at(self, sharing, key_scale: float):
+        """Data and parameters of the network, and the attention of every sample's own head, (N, n)."""
+        # Orthogonal keys let a value vector give every token any worth: X_i v_h = u_ih.
+        value = jnp.einsum("ind,ihn->hd", self.tokens, self.values_at(sharing)) / key_scale
+        model = PromptAttention(self.prompts, value, train_value=False)
+        predict, params = as_function(model)
+        observe = Partial(_own_attention, attention_function(model), self.tokens)
+        return (predict, self.tokens, self.targets[:, None]), params, observe
+
+
+@partial(jax.jit, static_argnames="config")
+def _draw(key: jax.Array, config: Config) -> Task:
     k_keys, k_prompt, k_worth, k_target = jax.random.split(key, 4)
     n, samples, heads = config.tokens, config.samples, config.heads
     tokens = orthogonal_keys(k_keys, samples, n, config.dim, config.key_scale)
     prompts = jax.random.normal(k_prompt, (heads, 1, config.dim))
     worth = jax.random.normal(k_worth, (samples, heads, n))
-    return tokens, prompts, worth, jax.random.normal(k_target, (samples,))
+    return Task(tokens, prompts, worth, jax.random.normal(k_target, (samples,)))
 
 
 _network_field = gradient_flow(squared_error)
@@ -95,50 +124,57 @@ def _own_attention(attention, tokens, params):
     return rows[sample, sample % rows.shape[1]]
 
 
-def run(config: Config, context: Context) -> Result:
-    """Integrate one-head and coupled flows, and train the network, over sharing and learning rate."""
-    n, samples, heads = config.tokens, config.samples, config.heads
-    tokens, prompts, worth, targets = _draw(jax.random.key(context.seed), config)
-    ts = jnp.linspace(0.0, config.horizon, config.points + 1)
-    logits = jnp.einsum("ind,hqd->ihn", tokens, prompts)
-    sample = jnp.arange(samples)
-    owner = sample % heads
-    is_owner = owner[:, None] == jnp.arange(heads)[None, :]
+def _times(config: Config) -> np.ndarray:
+    return np.linspace(0.0, config.horizon, config.points + 1)
 
-    def values_at(sharing):
-        return worth * jnp.where(is_owner, 1.0, sharing)[:, :, None]
 
-    def network_at(sharing):
-        """The network's function, its parameters, and the attention of every sample's own head, (N, n)."""
-        # Orthogonal keys let a value vector give every token any worth: X_i v_h = u_ih.
-        value = jnp.einsum("ind,ihn->hd", tokens, values_at(sharing)) / config.key_scale
-        model = PromptAttention(prompts, value, train_value=False)
-        return *as_function(model), Partial(_own_attention, attention_function(model), tokens)
+@partial(jax.jit, static_argnames="config")
+def _flows(task: Task, sharing: jax.Array, config: Config) -> tuple[Trajectory, Trajectory]:
+    """Attention of every sample's own head along the one-head flow, and along coupled flows."""
+    ts, (sample, owner) = _times(config), task.owners()
+    logits = jnp.einsum("ind,hqd->ihn", task.tokens, task.prompts)
+    samples, heads, n = task.worth.shape
 
     def one_head(values, target, z0):
         gradient = Partial(sample_gradient, values, target)
         path = replicator.softmax_flow(gradient, z0, ts, config.key_scale)
-        return Trajectory(ts, jax.nn.softmax(path.ys, axis=-1), path.ok)
+        return jax.nn.softmax(path.ys, axis=-1), path.ok
 
     def coupled_flow(sharing):
         # Rows of different heads do not see each other's keys: their prompts are different parameters.
         rows = samples * heads
         gram = config.key_scale * jnp.eye(rows * n).reshape(rows, n, rows, n)
-        gradient = Partial(all_gradients, values_at(sharing), targets)
+        gradient = Partial(all_gradients, task.values_at(sharing), task.targets)
         path = replicator.coupled_flow(gradient, logits.reshape(rows, n), gram, ts)
         attention = jax.nn.softmax(path.ys, axis=-1).reshape(len(ts), samples, heads, n)
         return Trajectory(ts, attention[:, sample, owner], path.ok)
 
-    def network_flow(sharing):
-        predict, params, observe = network_at(sharing)
-        data = (predict, tokens, targets[:, None])
+    own = task.worth[sample, owner], task.targets, logits[sample, owner]
+    ys, ok = jax.vmap(one_head, out_axes=(1, 0))(*own)
+    return Trajectory(ts, ys, jnp.all(ok)), jax.vmap(coupled_flow)(sharing)
+
+
+@partial(jax.jit, static_argnames="config")
+def _network_flows(task: Task, sharing: jax.Array, config: Config) -> Trajectory:
+    """The same along the network's own gradient flow."""
+    ts = _times(config)
+
+    def flow(sharing):
+        data, params, observe = task.network_at(sharing, config.key_scale)
         path = integrate(_network_field, params, ts, data, rtol=1e-10, atol=1e-12)
         return Trajectory(ts, jax.vmap(observe)(path.ys), path.ok)
 
+    return jax.vmap(flow)(sharing)
+
+
+@partial(jax.jit, static_argnames="config")
+def _train(task: Task, sharing: jax.Array, config: Config):
+    """Learning rates, and the same along gradient descent."""
+
     def train(sharing):
-        predict, params, observe = network_at(sharing)
+        data, params, observe = task.network_at(sharing, config.key_scale)
         return train_at_rates(
-            bind(squared_error, (predict, tokens, targets[:, None])),
+            bind(squared_error, data),
             params,
             config.substeps,
             horizon=config.horizon,
@@ -146,17 +182,22 @@ def run(config: Config, context: Context) -> Result:
             observe=observe,
         )
 
+    return jax.vmap(train, out_axes=(None, 0))(sharing)
+
+
+def run(config: Config, context: Context) -> Result:
+    """Integrate one-head and coupled flows, and train the network, over sharing and learning rate."""
+    task = _draw(jax.random.key(context.seed), config)
+    sharing = np.array([0.0, *config.sharing, 1.0])
+
     context.progress("integrating the theory", 0.0)
-    separate = jax.vmap(one_head)(worth[sample, owner], targets, logits[sample, owner])
-    theory = Trajectory(ts, jnp.moveaxis(separate.ys, 0, 1), jnp.all(separate.ok))
-    sharing = jnp.array([0.0, *config.sharing, 1.0])
-    coupled = jax.vmap(coupled_flow)(sharing)
+    theory, coupled = jax.tree.map(np.asarray, _flows(task, sharing, config))
 
     context.progress("integrating the network's gradient flow", 0.4)
-    network = jax.vmap(network_flow)(sharing)
+    network = jax.tree.map(np.asarray, _network_flows(task, sharing, config))
 
     context.progress("training at every learning rate", 0.7)
-    rates, trained = jax.vmap(train)(jnp.array([0.0, 1.0]))
+    rates, trained = jax.tree.map(np.asarray, _train(task, sharing[[0, -1]], config))
     shared_theory = lane(coupled, -1)
 
     sharing_gaps = {
@@ -172,7 +213,7 @@ def run(config: Config, context: Context) -> Result:
         "theory": theory,
         "shared_theory": shared_theory,
         "trained": trained,
-        "rates": rates[0],
+        "rates": rates,
         "rate_gap": rate_gaps,
         "sharing": sharing,
         "sharing_gap": sharing_gaps,
@@ -187,11 +228,11 @@ def run(config: Config, context: Context) -> Result:
         "sharing_gap/coupled": ("sharing",),
         "rates": ("rate",),
     }
-    return Result(data, (_decoupled(sharing, sharing_gaps, rates[0], rate_gaps),), dims)
+    return Result(data, (_decoupled(sharing, sharing_gaps, rates, rate_gaps),), dims)
 
 
 def _decoupled(sharing, sharing_gaps, rates, rate_gaps) -> Claim:
-    sharing, gaps = np.asarray(sharing), sharing_gaps["one_head"]
+    gaps = sharing_gaps["one_head"]
     small = (sharing > 0) & (sharing <= 0.1)
     orders = {name: convergence_order(rates, gap).slope for name, gap in rate_gaps.items()}
     return Claim(
