@@ -94,6 +94,7 @@ def require_tokens(name: str, tokens: ArrayLike, vocab_size: int) -> Int[Array, 
     return tokens
 
 
+@jax.jit
 def distinct_tokens(classes: SequenceClasses) -> Bool[Array, "K M"]:
     r"""Which tokens are distinct for a class: P(l | n) > 0 for it and for no other class.
 
@@ -108,6 +109,7 @@ def distinct_tokens(classes: SequenceClasses) -> Bool[Array, "K M"]:
     return occurs & (jnp.sum(occurs, axis=0, keepdims=True) == 1)
 
 
+@jax.jit
 def common_tokens(classes: SequenceClasses) -> Bool[Array, " M"]:
     r"""Which tokens are common: P(l | n) > 0 for several classes n.
 

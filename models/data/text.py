@@ -226,7 +226,7 @@ def select_windows(text: TextClasses, keep: np.ndarray) -> TextClasses:
     counts = np.asarray(text.contexts.counts)[keep]
     names = [text.words[word] for word in np.asarray(text.classes.next_token)]
     P = _context_law(counts, text.label[keep], names)
-    contexts = Contexts(jnp.asarray(counts), text.contexts.query[keep])
+    contexts = Contexts(jnp.asarray(counts), jnp.asarray(np.asarray(text.contexts.query)[keep]))
     classes = SequenceClasses(P, text.classes.query, text.classes.next_token)
     parts = (part[keep] for part in (text.next_token, text.label, text.position))
     return TextClasses(classes, text.words, contexts, *parts)
