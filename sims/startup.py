@@ -6,18 +6,28 @@ import os
 from importlib.metadata import version
 
 # Older versions fuse small products on CPU with what follows into kernels that compute wrong rows
-# (tests/test_canary.py). Products alone are right; without their kernels too, large batches of small matrices
-# have been seen to wait for ever on two cores.
+# (tests/test_canary.py). Products alone are right.
 _FUSION = "--xla_cpu_experimental_ynn_fusion_type="
 _SAFE_FUSION = f"{_FUSION}LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+# A batch of decompositions is split over XLA's pool of threads by a kernel that waits in one of them: as many
+# of these at once as there are threads wait for ever, which has been seen on two cores. Matrix products are a
+# few percent slower with more threads than cores.
+_THREADS = 16
 
 
 def set_xla_flags() -> None:
-    """Turn off a miscompiling CPU fusion in jaxlib below 0.11. Must run before JAX starts a backend."""
+    """Work around two faults of XLA on CPU. Must run before JAX starts a backend.
+
+    A fusion that computes wrong numbers is turned off in jaxlib below 0.11. Small pools of threads, in which
+    batches of decompositions can wait for each other for ever, get more threads. What the environment says
+    about either is left as it is.
+    """
     release = tuple(int(part) for part in version("jaxlib").split(".")[:2])
     flags = os.environ.get("XLA_FLAGS", "")
     if release < (0, 11) and _FUSION not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_SAFE_FUSION}".strip()
+    if "NPROC" not in os.environ:
+        os.environ.setdefault("PJRT_NPROC", str(max(_THREADS, os.cpu_count() or 1)))
 
 
 def configure_jax(x64: bool) -> None:

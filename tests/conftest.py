@@ -10,7 +10,7 @@ import jax  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 configure_jax(x64=True)
-# Tracing makes many small objects, none of them garbage: collecting after each 700 takes an eighth of the time.
+# Tracing makes many objects, few of them garbage: collecting after each 700 takes an eighth of the time.
 gc.set_threshold(100_000, 50, 100)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling makes the first example of a property slow.

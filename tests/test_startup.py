@@ -22,7 +22,22 @@ SAFE = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_INDIVIDUAL_DO
 def test_the_fusion_is_off_below_0_11(release, before, after, monkeypatch):
     monkeypatch.setattr(startup, "version", lambda _: release)
     monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.delenv("PJRT_NPROC", raising=False)
     if before is not None:
         monkeypatch.setenv("XLA_FLAGS", before)
     startup.set_xla_flags()
     assert os.environ.get("XLA_FLAGS") == after
+
+
+@pytest.mark.parametrize(
+    ("cores", "before", "after"),
+    [(2, {}, "16"), (64, {}, "64"), (2, {"PJRT_NPROC": "4"}, "4"), (2, {"NPROC": "4"}, None)],
+)
+def test_small_pools_of_threads_get_more(cores, before, after, monkeypatch):
+    for name in ("NPROC", "PJRT_NPROC"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in before.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(startup.os, "cpu_count", lambda: cores)
+    startup.set_xla_flags()
+    assert os.environ.get("PJRT_NPROC") == after
