@@ -18,7 +18,7 @@ from models.attention import (
 
 
 def draw(shape, seed):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
 
 
 def setting(N=6, n=4, d=3):

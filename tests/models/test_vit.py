@@ -30,7 +30,8 @@ def make(*, pool):
         predict, params = as_function(model)
         # Biases and gains that matter.
         leaves, tree = jax.tree.flatten(params)
-        noise = [0.3 * jax.random.normal(jax.random.key(i), leaf.shape) for i, leaf in enumerate(leaves)]
+        random = np.random.default_rng(0)
+        noise = [0.3 * random.normal(size=leaf.shape) for leaf in leaves]
         return predict, jax.tree.unflatten(tree, [a + b for a, b in zip(leaves, noise, strict=True)])
 
     predict, params = jax.jit(start)(jax.random.key(0))
@@ -38,7 +39,7 @@ def make(*, pool):
 
 
 def images(shape=(4, 6, 2)):
-    return jax.random.normal(jax.random.key(2), (5, *shape))
+    return jnp.asarray(np.random.default_rng(2).normal(size=(5, *shape)))
 
 
 def normed(x, norm):
