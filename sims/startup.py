@@ -10,9 +10,9 @@ from importlib.metadata import version
 _FUSION = "--xla_cpu_experimental_ynn_fusion_type="
 _SAFE_FUSION = f"{_FUSION}LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 # A batch of decompositions is split over XLA's pool of threads by a kernel that waits in one of them: as many
-# of these at once as there are threads wait for ever, which has been seen on two cores. Matrix products are a
-# few percent slower with more threads than cores.
-_THREADS = 16
+# of these at once as there are threads wait for ever, which has been seen on two cores. With more than four,
+# networks of small matrices train a fifth slower there.
+_THREADS = 4
 
 
 def set_xla_flags() -> None:

@@ -31,7 +31,7 @@ def test_the_fusion_is_off_below_0_11(release, before, after, monkeypatch):
 
 @pytest.mark.parametrize(
     ("cores", "before", "after"),
-    [(2, {}, "16"), (64, {}, "64"), (2, {"PJRT_NPROC": "4"}, "4"), (2, {"NPROC": "4"}, None)],
+    [(2, {}, "4"), (64, {}, "64"), (2, {"PJRT_NPROC": "3"}, "3"), (2, {"NPROC": "3"}, None)],
 )
 def test_small_pools_of_threads_get_more(cores, before, after, monkeypatch):
     for name in ("NPROC", "PJRT_NPROC"):
