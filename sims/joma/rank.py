@@ -121,7 +121,7 @@ def _draw(key: Array, config: Config):
     deltas = jnp.concatenate([gaussian, _outsider()[None]])
     x = jax.random.exponential(key_x, (config.samples, TOKENS))
     x = x / jnp.sum(x, axis=1, keepdims=True)
-    gradient = config.samples * jnp.linalg.pinv(x).T @ deltas[0]
+    gradient = config.samples * jnp.linalg.pinv(x).T @ deltas[0]  # its saliency is that Delta
     block = JomaBlock.standard(key_block, TOKENS, HIDDEN, kind="exp", scale=0.0, activation=jax.nn.identity)
     predict, params = as_function(block)
     inputs = JomaInputs(x, jnp.zeros(config.samples, int))
