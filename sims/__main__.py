@@ -1,31 +1,26 @@
-"""The command line: `python -m sims list | run NAME... | verify [NAME...]`."""
+"""The command line: `python -m sims list | run | verify | draw | judge`."""
 
 from __future__ import annotations
 
-import ast
 import difflib
-import importlib
+import json
 import os
 import re
-import shlex
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
-from sims import startup
+from sims import progress, simulations, startup
 from sims.claims import Preset
 
 if TYPE_CHECKING:
@@ -35,13 +30,17 @@ HELP = """usage: python -m sims COMMAND ...
 
 Theories of training dynamics beside the networks they describe.
 
-  list                      the simulations, one line each
+  list [PATTERN...]         the simulations, by theory
   run NAME... [options]     run simulations: figure, numbers and claims of each go to a folder
   verify [NAME...] [options]  run simulations and check their claims; exits with 1 when one fails
+  draw NAME... [options]    draw figures again from saved results
+  judge NAME... [options]   judge claims again from saved results; exits with 1 when one fails
 
-NAME is a name from `list`, a theory (all of its simulations) or `all`.
-`python -m sims run --help` shows the options, `python -m sims run NAME --help` also those of a simulation.
+NAME is a name from `list`, a theory (all of its simulations), a pattern such as 'joma.*', `all`, or the path
+of a file with a simulation of your own. `python -m sims COMMAND --help` shows the options of a command,
+`python -m sims run NAME --help` also those of a simulation; `python -m sims --version` shows the version.
 """
+COMMANDS = ("list", "run", "verify", "draw", "judge")
 
 
 class UsageError(Exception):
@@ -62,40 +61,24 @@ class Options:
     """Compute in 64-bit floats."""
     data_dir: Path | None = None
     """Folder of real data sets. Default: the environment variable DYNASCOPE_DATA."""
+    jobs: int | None = None
+    """Simulations at a time. Default: two where there are two cores and no accelerator."""
+    cache: str | None = None
+    """Folder of compiled programs, or `off`. Default: DYNASCOPE_CACHE, else the user's cache folder."""
+    format: Literal["table", "json"] = "table"
+    """How the claims are printed."""
 
 
-def available() -> dict[str, str]:
-    """Names of the simulations and the first line of each docstring, read without importing them."""
-    folder = Path(__file__).parent
-    found = {}
-    for file in sorted(folder.glob("*/[!_]*.py")):
-        doc = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-        found[f"{file.parent.name}.{file.stem}"] = doc.split("\n")[0]
-    return found
+@dataclass(frozen=True)
+class ViewOptions:
+    """Options of `draw` and `judge`."""
 
-
-def resolve(names: Sequence[str]) -> list[str]:
-    """Full names of simulations from names, theories and `all`; an unknown one is told its nearest."""
-    known = list(available())
-    theories = sorted({name.split(".")[0] for name in known})
-    chosen: list[str] = []
-    for name in names:
-        if name == "all":
-            chosen += known
-        elif name in theories:
-            chosen += [entry for entry in known if entry.startswith(f"{name}.")]
-        elif name in known:
-            chosen.append(name)
-        else:
-            near = difflib.get_close_matches(name, [*known, *theories], n=1, cutoff=0.3)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UsageError(f"unknown simulation {name!r}{hint} (`python -m sims list` shows all)")
-    return list(dict.fromkeys(chosen))
-
-
-def load_sim(name: str) -> ModuleType:
-    """The module of a simulation: it has `Config`, `PRESETS`, `run(config, context)` and `figure(saved)`."""
-    return importlib.import_module(f"sims.{name}")
+    preset: Preset = "quick"
+    """The preset whose results are meant, where no folder is given."""
+    out: Path | None = None
+    """Folder of the saved results. Default: figures/<preset>."""
+    format: Literal["png", "pdf", "svg", "table", "json"] | None = None
+    """Of a figure: png, pdf or svg. Of the claims: table or json."""
 
 
 def parse(command: str, names: list[str], arguments: list[str]) -> tuple[Options, Any]:
@@ -104,7 +87,7 @@ def parse(command: str, names: list[str], arguments: list[str]) -> tuple[Options
     if len(names) != 1:
         description = "Options of every simulation; name a single one to see and set its own too."
         return tyro.cli(Options, args=arguments, prog=prog, description=description), None
-    sim = load_sim(names[0])
+    sim = simulations.load_simulation(names[0])
     plain = [argument for argument in arguments if argument not in ("-h", "--help")]
     preset = tyro.cli(Options, args=plain, return_unknown_args=True, prog=prog)[0].preset
 
@@ -115,7 +98,7 @@ def parse(command: str, names: list[str], arguments: list[str]) -> tuple[Options
         "shared": tyro.conf.OmitArgPrefixes[Options],
         "simulation": tyro.conf.OmitArgPrefixes[sim.Config],
     }
-    both.__defaults__ = (Options(), sim.PRESETS[preset])
+    both.__defaults__ = (Options(), simulations.preset_config(sim, preset))
     description = f"{sim.__doc__}\n\nDefaults are those of --preset {preset}."
     return tyro.cli(both, args=arguments, prog=prog, description=description)
 
@@ -123,80 +106,85 @@ def parse(command: str, names: list[str], arguments: list[str]) -> tuple[Options
 def execute(
     names: Sequence[str], options: Options, config: Any = None, *, out: Path | None, console: Console
 ) -> list[Saved]:
-    """Run simulations one after the other; with a folder, save each and draw its figure at once."""
-    from sims import plotting, results
+    """Run simulations, several at a time where asked for; with a folder, save and draw each at once."""
+    from sims.ranges import check_ranges
 
     if out is not None:
-        _require_writable(out)
-    data_dir = options.data_dir or (Path(value) if (value := os.environ.get("DYNASCOPE_DATA")) else None)
-    if data_dir is not None and not data_dir.is_dir():
-        raise UsageError(f"data_dir must be a folder, got {data_dir}")
-    done = []
-    for name in names:
-        sim = load_sim(name)
-        chosen = sim.PRESETS[options.preset] if config is None else config
-        started = time.perf_counter()
-        with _progress(console, name) as report:
-            context = results.Context(options.seed, options.preset, data_dir, report)
-            result = sim.run(chosen, context)
-            seconds = time.perf_counter() - started
-            flags = _flags(chosen, sim.PRESETS[options.preset]) + ([] if options.x64 else ["--no-x64"])
-            saved = results.to_saved(name, chosen, context, result, seconds, shlex.join(flags))
-            if out is not None:
-                report("saving and drawing", 1.0)
-                # An older figure must not stand beside new numbers, should drawing fail.
-                (out / f"{name}.png").unlink(missing_ok=True)
-                results.save(saved, out)
-                with plotting.style():
-                    results.write_whole(out / f"{name}.png", sim.figure(saved).savefig)
-        verdicts = saved.verdicts
-        failing = verdicts.count("fails")
-        state = f"[red]{failing} fail[/red]" if failing else "none fails"
-        console.print(f"{name}: {seconds:.1f} s, {len(verdicts)} claims, {state}", highlight=False)
-        done.append(saved)
-    return done
+        progress.require_writable(out)
+    options = replace(options, out=out, data_dir=progress.require_data(options.data_dir))
+    for name in names:  # nothing runs before all is known to be in range
+        check_ranges(_config(name, options) if config is None else config)
+    jobs = min(len(names), _default_jobs() if options.jobs is None else options.jobs)
+    if jobs <= 1:
+        return [_execute_one(name, options, config, console) for name in names]
+    done = list(_in_workers(names, options, jobs))
+    return sorted(done, key=lambda saved: names.index(saved.record["file"] or saved.record["name"]))
 
 
-def _flags(config: Any, preset: Any) -> list[str]:
-    """The flags that turn a preset into a configuration."""
-    words: list[str] = []
-    for name, value in asdict(config).items():
-        if value == getattr(preset, name):
-            continue
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
-    return words
+def _config(name: str, options: Options) -> Any:
+    return simulations.preset_config(simulations.load_simulation(name), options.preset)
 
 
-def _require_writable(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise UsageError(f"out must be a folder that can be written, got {out} ({error.strerror})") from None
+def _execute_one(name: str, options: Options, config: Any, console: Console) -> Saved:
+    from sims import results
+
+    with progress.shown(name, console) as report:
+        context = results.Context(options.seed, options.preset, options.data_dir, report)
+        chosen = _config(name, options) if config is None else config
+        saved = simulations.measure(name, chosen, context)
+        if options.out is not None:
+            report("saving and drawing", 1.0)
+            # An older figure must not stand beside new numbers, should drawing fail.
+            simulations.figure_path(saved, options.out).unlink(missing_ok=True)
+            results.save(saved, options.out)
+            simulations.save_figure(saved, options.out)
+    failing = saved.verdicts.count("fails")
+    state = f"[red]{failing} fail[/red]" if failing else "none fails"
+    seconds = saved.record["seconds"]
+    console.print(f"{name}: {seconds:.1f} s, {len(saved.verdicts)} claims, {state}", highlight=False)
+    return saved
 
 
-@contextmanager
-def _progress(console: Console, name: str) -> Iterator[Callable[[str, float], None]]:
-    """A progress bar on a terminal, plain lines elsewhere."""
-    if console.is_terminal:
-        columns = (*Progress.get_default_columns()[:3], TimeElapsedColumn())  # stages give no time to go
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(name, total=1.0)
-            yield lambda label, fraction: bar.update(task, completed=fraction, description=f"{name}: {label}")
-        return
-    last: list[str] = []
+def _default_jobs() -> int:
+    return 2 if (os.cpu_count() or 1) >= 2 else 1
 
-    def report(label: str, fraction: float) -> None:
-        if last != [label]:
-            last[:] = [label]
-            console.print(f"{name}: {label} ({fraction:.0%})", highlight=False)
 
-    yield report
+def _in_workers(names: Sequence[str], options: Options, jobs: int) -> Iterator[Saved]:
+    """Results in the order of their ends, from processes of their own; one at a time on an accelerator."""
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (options,)) as workers:
+        # This process starts no device: an accelerator's memory would be taken from the workers.
+        if options.jobs is None and workers.submit(_backend).result() != "cpu":
+            jobs = 1
+        waiting, running = list(names), set()
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    running.add(workers.submit(_work, waiting.pop(0), options))
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        finally:
+            workers.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_worker(options: Options) -> None:
+    startup.prepare_environment()
+    startup.configure_jax(options.x64, options.cache)
+
+
+def _backend() -> str:
+    import jax
+
+    return jax.default_backend()
+
+
+def _work(name: str, options: Options) -> Saved:
+    return _execute_one(name, options, None, _console())
+
+
+def _console() -> Console:
+    # A file has no width: room for the statements of the claims.
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def claims_table(done: Sequence[Saved]) -> Table:
@@ -214,33 +202,10 @@ def claims_table(done: Sequence[Saved]) -> Table:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 1 when a claim fails in `verify`, 2 for a mistake."""
+    """Run the command line; returns the exit code: 1 when a claim fails, 2 for a mistake."""
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    # A file has no width: room for the statements of the claims.
-    console = Console(width=None if sys.stdout.isatty() else 120)
     try:
-        if command in ("-h", "--help"):
-            print(HELP, end="")
-            return 0
-        if command == "list":
-            return _list(rest)
-        if command not in ("run", "verify"):
-            near = difflib.get_close_matches(command, ["list", "run", "verify"], n=1)
-            raise UsageError(
-                f"unknown command {command!r}; " + (f"did you mean {near[0]!r}?" if near else "see --help")
-            )
-        first_flag = next((i for i, word in enumerate(rest) if word.startswith("-")), len(rest))
-        names, flags = rest[:first_flag], rest[first_flag:]
-        wants_help = "-h" in flags or "--help" in flags
-        late = sorted({*available(), "all"} & set(flags))
-        if late:
-            raise UsageError(f"names come before options: python -m sims {command} {late[0]} ...")
-        if not names and command == "run" and not wants_help:
-            raise UsageError("run needs a name (`python -m sims list` shows all; `all` runs all)")
-        chosen = resolve(names)
-        startup.set_xla_flags()
-        options, config = parse(command, chosen, flags)
-        return _run(command, chosen or resolve(["all"]), options, config, console)
+        return _dispatch(command, rest)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -260,33 +225,129 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _list(rest: list[str]) -> int:
-    if rest and rest[0] not in ("-h", "--help"):
-        raise UsageError(f"list takes no arguments, got {rest[0]!r}")
-    if rest:
-        print("usage: python -m sims list\n\nThe simulations by name, one line each.")
+def _dispatch(command: str, rest: list[str]) -> int:
+    if command in ("-h", "--help"):
+        print(HELP, end="")
         return 0
-    sims = available()
-    width = max(map(len, sims), default=0)
-    print("\n".join(f"{name:<{width}}  {line}" for name, line in sims.items()), flush=True)
+    if command == "--version":
+        from importlib.metadata import version
+
+        print(f"dynascope {version('dynascope')}")
+        return 0
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "see --help"
+        raise UsageError(f"unknown command {command!r}; {hint}")
+    if command == "list":
+        return _list(rest)
+    names, flags = _names_and_flags(rest, ViewOptions if command in ("draw", "judge") else Options)
+    wants_help = "-h" in flags or "--help" in flags
+    if not names and command != "verify" and not wants_help:
+        raise UsageError(f"{command} needs a name (`python -m sims list` shows all; `all` means all)")
+    if command in ("draw", "judge"):
+        return _view(command, names, flags)
+    chosen = _resolve(names)
+    startup.prepare_environment()
+    options, config = parse(command, chosen, flags)
+    return _run(command, chosen or _resolve(["all"]), options, config)
+
+
+def _names_and_flags(words: list[str], options: type) -> tuple[list[str], list[str]]:
+    """Names, which stand together, and flags; options that all simulations share may come before names."""
+    takes_value = {
+        f"--{name.replace('_', '-')}" for name, field in options.__dataclass_fields__.items() if name != "x64"
+    }
+    at = 0
+    while at < len(words) and words[at].startswith("-"):
+        at += 2 if words[at] in takes_value else 1
+    end = next((i for i in range(at, len(words)) if words[i].startswith("-")), len(words))
+    return words[at:end], words[:at] + words[end:]
+
+
+def _resolve(names: list[str], known: list[str] | None = None) -> list[str]:
+    try:
+        return simulations.resolve(names, known)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _list(rest: list[str]) -> int:
+    if rest and rest[0] in ("-h", "--help"):
+        print("usage: python -m sims list [PATTERN...]\n\nThe simulations by theory, one line each.")
+        return 0
+    sims = simulations.available()
+    chosen = _resolve(rest or ["all"])
+    width = max(map(len, chosen), default=0) + 2
+    theory = ""
+    for name in chosen:
+        if name.split(".")[0] != theory:
+            theory = name.split(".")[0]
+            print(theory)
+        room = 80 - 2 - width
+        line = sims[name] if len(sims[name]) <= room else sims[name][: room - 1].rsplit(" ", 1)[0] + " …"
+        print(f"  {name:<{width}}{line}".rstrip(), flush=True)
     return 0
 
 
-def _run(command: str, names: list[str], options: Options, config: Any, console: Console) -> int:
-    startup.configure_jax(options.x64)
+def _run(command: str, names: list[str], options: Options, config: Any) -> int:
+    startup.configure_jax(options.x64, options.cache)
     out = options.out
     if out is None and command == "run":
         out = Path("figures") / options.preset
-    done = execute(names, options, config, out=out, console=console)
-    console.print(claims_table(done))
-    verdicts = [verdict for saved in done for verdict in saved.verdicts]
-    print(f"{len(verdicts)} claims: " + ", ".join(f"{n} {v}" for v, n in _tally(verdicts)))
+    as_json = options.format == "json"
+    console = Console(stderr=True) if as_json else _console()
+    try:
+        done = execute(names, options, config, out=out, console=console)
+    except ValueError as error:
+        raise UsageError(str(error)) from None if not os.environ.get("DYNASCOPE_TRACEBACK") else error
+    _print_claims(done, as_json)
     if out is not None:
         from sims.ledger import write_page
 
         page = write_page(out)
-        print(f"figures, numbers and the page that shows them: {page}")
-    return int(command == "verify" and "fails" in verdicts)
+        console.print(f"figures, numbers and the page that shows them: {page}", highlight=False)
+    return int(command == "verify" and any("fails" in saved.verdicts for saved in done))
+
+
+def _view(command: str, names: list[str], flags: list[str]) -> int:
+    """Draw or judge again what was saved."""
+    prog = f"python -m sims {command} {' '.join(names) or 'NAME...'}"
+    options = tyro.cli(ViewOptions, args=flags, prog=prog)
+    allowed = ("table", "json") if command == "judge" else ("png", "pdf", "svg")
+    kind = allowed[0] if options.format is None else options.format
+    if kind not in allowed:
+        raise UsageError(f"format must be one of {', '.join(allowed)} for {command}, got {kind}")
+    from sims import ledger, results
+
+    out = Path("figures") / options.preset if options.out is None else options.out
+    known = sorted(path.stem for path in out.glob("[!.]*.json"))
+    if not known:
+        raise UsageError(f"out must be a folder with saved results, got {out}; `run` makes them")
+    stems = _resolve([Path(name).stem if name.endswith(".py") else name for name in names], known)
+    done = []
+    for stem in stems:
+        saved = results.load(out, stem)
+        if command == "draw":
+            print(simulations.save_figure(saved, out, kind))
+            continue
+        judged = simulations.judge(saved)
+        if judged.record != saved.record:
+            results.save_record(judged, out)
+        done.append(judged)
+    if command == "draw":
+        return 0
+    _print_claims(done, kind == "json")
+    ledger.write_page(out)
+    return int(any("fails" in saved.verdicts for saved in done))
+
+
+def _print_claims(done: Sequence[Saved], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({saved.name: saved.record["claims"] for saved in done}, indent=1))
+        return
+    _console().print(claims_table(done))
+    verdicts = [verdict for saved in done for verdict in saved.verdicts]
+    print(f"{len(verdicts)} claims: " + ", ".join(f"{n} {v}" for v, n in _tally(verdicts)))
 
 
 def _tally(verdicts: list[str]) -> list[tuple[str, int]]:

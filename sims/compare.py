@@ -1,17 +1,29 @@
-"""Comparison: how far a trained trajectory is from a theory's, and at which rate the gap closes."""
+"""Comparison: how far a trained trajectory is from a theory's, and at which rate the gap closes.
+
+With it go the batches that let one compiled program serve several runs, told apart by name.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import diffrax
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
-from dynamics.flow import ArrayLike, Trajectory
-from sims.claims import Check, Claim
+from dynamics.flow import ArrayLike, Trajectory, is_traced
+from sims.claims import SECOND_ORDER, Check, at_most, slope
 
-WRONG_FACTOR = 1.02  # of the gradient in a theory that `first_order` must tell from the right one
+# How simulations solve inside of compiled programs: they look at `ok` outside, since a program that can raise
+# is not kept in the cache, and differentiate nothing in reverse.
+SOLVE: dict[str, Any] = {"throw": False, "adjoint": diffrax.ForwardMode()}
+WRONG_FACTOR = (
+    1.02  # of a gradient that is wrong on purpose, which `first_order` must tell from the right one
+)
 
 
 @dataclass(frozen=True)
@@ -109,6 +121,48 @@ def lane_gaps(theory: Trajectory, trained: Trajectory) -> np.ndarray:
     return np.array([compare(theory, lane(trained, index)).gap for index in range(len(trained.ok))])
 
 
+def named_lanes(f: Callable[[Any], PyTree], /, **lanes: PyTree) -> dict[str, Any]:
+    """`f` of several arguments in one program, a `vmap`, with its results by the arguments' names.
+
+    Args:
+        f: function of one pytree.
+        **lanes: the arguments, all of the same structure and shapes.
+
+    Example:
+        >>> {name: float(value) for name, value in named_lanes(jnp.square, right=1.0, wrong=3.0).items()}
+        {'right': 1.0, 'wrong': 9.0}
+    """
+    stacked = jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(leaf) for leaf in leaves]), *lanes.values())
+    results = jax.vmap(f)(stacked)
+    if not is_traced(results):  # slices outside of a program would be small programs of their own
+        results = jax.device_get(results)
+    return {name: jax.tree.map(lambda leaf, i=i: leaf[i], results) for i, name in enumerate(lanes)}
+
+
+def right_and_wrong(flow: Callable[[Any], PyTree], factor: float = WRONG_FACTOR) -> dict[str, Any]:
+    """A flow of the gradient as it is, and of one that is `factor` times too large, from one solve.
+
+    Args:
+        flow: function of the factor of its gradient.
+        factor: the factor that is wrong.
+
+    Returns:
+        What the flow gives, as "right" and "wrong": what `first_order` tells apart.
+    """
+    return named_lanes(flow, right=1.0, wrong=factor)
+
+
+def require_ok(what: str, *paths: Trajectory) -> None:
+    """Raise `RuntimeError` unless all of these trajectories came to their end."""
+    if not all(bool(np.all(path.ok)) for path in paths):
+        raise RuntimeError(f"{what}: the solver gave up, or the numbers are not finite")
+
+
+def largest(values: ArrayLike) -> float:
+    """The largest absolute value, NaN where there is one."""
+    return float(np.max(np.abs(np.asarray(values))))
+
+
 class Fit(NamedTuple):
     """A straight-line fit: slope with its standard error, intercept and R^2."""
 
@@ -129,13 +183,6 @@ def fit_line(x: ArrayLike, y: ArrayLike) -> Fit:
 
     line: Any = linregress(np.asarray(x, float), np.asarray(y, float))
     return Fit(float(line.slope), float(line.stderr), float(line.intercept), float(line.rvalue**2))
-
-
-def require_sweeps(config: Any, *names: str) -> None:
-    """Raise `ValueError` unless these fields of a configuration have the two numbers that a slope takes."""
-    for name in names:
-        if len(getattr(config, name)) < 2:
-            raise ValueError(f"{name} must be at least two numbers, got {getattr(config, name)}")
 
 
 def convergence_order(scales: ArrayLike, errors: ArrayLike) -> Fit:
@@ -167,35 +214,42 @@ def convergence_order(scales: ArrayLike, errors: ArrayLike) -> Fit:
     return fit_line(np.log(x), np.log(y))
 
 
+def percent(factor: float) -> str:
+    """How far a factor is from one, in words.
+
+    Example:
+        >>> percent(1.02)
+        '2 %'
+    """
+    return f"{100 * abs(factor - 1):.3g} %"
+
+
 def first_order(
-    name: str, statement: str, source: str, rates: ArrayLike, right: ArrayLike, wrong: ArrayLike
-) -> Claim:
-    """The claim that training approaches a flow at first order in the learning rate.
+    rates: ArrayLike,
+    gaps: Mapping[str, np.ndarray],
+    *,
+    wrong: str = f"order with the gradient taken {percent(WRONG_FACTOR)} too large",
+) -> tuple[Check, Check]:
+    """The checks that training approaches a flow at first order in the learning rate.
 
     Args:
-        name: id of the claim.
-        statement: what approaches what.
-        source: key and place.
         rates: learning rates, shape (L,).
-        right: gaps of training to the flow, shape (L,).
-        wrong: gaps to the flow of a gradient that is `WRONG_FACTOR` times too large, shape (L,).
+        gaps: "right", the gaps of training to the flow, and "wrong", to a flow that is wrong by a factor, as
+            `right_and_wrong` gives it; shape (L,) each.
+        wrong: label of the second check.
     """
-    orders = [convergence_order(rates, gaps).slope for gaps in (right, wrong)]
-    return Claim(
-        name,
-        statement,
-        source,
-        "stated",
-        [
-            # The largest rates add a second order.
-            Check(
-                "order of the gap in the learning rate",
-                "slope",
-                1.0,
-                convergence_order(rates, right).slope,
-                0.1,
-            ),
-            # A gap that does not close has order 0 but for the largest rates.
-            Check("order with the gradient taken 2 % too large", "at most", 0.6, orders[1]),
-        ],
+    return (
+        slope(
+            "order of the gap in the learning rate",
+            convergence_order(rates, gaps["right"]).slope,
+            1.0,
+            0.1,
+            why=SECOND_ORDER,
+        ),
+        at_most(
+            wrong,
+            convergence_order(rates, gaps["wrong"]).slope,
+            0.6,
+            why="a gap that does not close has order 0, but for the largest rates",
+        ),
     )

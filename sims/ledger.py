@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import html
+import io
 import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from sims.claims import Check
 from sims.results import Saved, load, write_whole
 
 
@@ -55,8 +59,9 @@ def render(done: list[Saved]) -> str:
 
 def _section(saved: Saved) -> _Section:
     """What the page says of one result: rows of the table, and the lines below it."""
-    record, anchor = saved.record, saved.name.replace(".", "")
-    command = f"run {saved.name} --preset {record['preset']} --seed {record['seed']} {record['flags']}"
+    record, anchor = saved.record, re.sub(r"[^\w-]", "", saved.name)
+    options = f"--preset {record['preset']} --seed {record['seed']} {record['flags']}"
+    command = f"run {record['file'] or record['name']} {options}"
     precision = "64-bit" if record["x64"] else "32-bit"
     rows, body = [], ["", f"## {saved.name}", ""]
     body += [f"`python -m sims {command.strip()}` ({precision}, jax {record['versions']['jax']})", ""]
@@ -64,8 +69,32 @@ def _section(saved: Saved) -> _Section:
     for claim, verdict in zip(saved.claims, map(_text, saved.verdicts), strict=True):
         rows.append(f"| [`{claim.id}`](#{anchor}) | {_text(claim.source)} | {verdict} |")
         body.append(f"- **{verdict}** — {_text(f'{claim.statement} ({claim.source})')}")
-        body += [f"  - {'✓' if check.holds else '✗'} {_text(str(check))}" for check in claim.checks]
+        body += [f"  - {'✓' if check.holds else '✗'} {_text(_reasoned(check))}" for check in claim.checks]
     return _Section(rows, body)
+
+
+def _reasoned(check: Check) -> str:
+    """A check with the reason of its bound."""
+    return f"{check}; {check.why}" if check.why else str(check)
+
+
+def to_html(saved: Saved) -> str:
+    """A result as a notebook shows it: its figure, and the verdicts with the checks behind them."""
+    from sims import plotting
+
+    picture = io.BytesIO()
+    with plotting.style():
+        saved.figure().savefig(picture, format="png")
+    image = base64.b64encode(picture.getvalue()).decode()
+    items = []
+    for claim, verdict in zip(saved.claims, saved.verdicts, strict=True):
+        marks = ("✓" if check.holds else "✗" for check in claim.checks)
+        lines = (html.escape(_reasoned(check)) for check in claim.checks)
+        checks = "".join(f"<li>{mark} {line}</li>" for mark, line in zip(marks, lines, strict=True))
+        title = f"<b>{html.escape(verdict)}</b>: {html.escape(f'{claim.statement} ({claim.source})')}"
+        items.append(f"<li>{title}<ul>{checks}</ul></li>")
+    heading = f"<h4>{html.escape(saved.name)}</h4>"
+    return f'{heading}<img alt="" src="data:image/png;base64,{image}"><ul>{"".join(items)}</ul>'
 
 
 def _text(text: str) -> str:

@@ -1,23 +1,29 @@
-"""Results: what a simulation returns, and how it is saved, loaded and told apart later."""
+"""Results: what a simulation measured, and how it is saved, loaded, told apart and handed on."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import re
 import subprocess
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import numpy as np
 
 from sims.claims import Claim, Preset, from_json, to_json
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def _silent(label: str, fraction: float) -> None:
@@ -42,83 +48,127 @@ class Context:
 
 
 @dataclass(frozen=True)
-class Result:
-    """What a simulation returns.
-
-    Attributes:
-        data: pytrees by name: trajectories and arrays, all that the figure needs.
-        claims: the claims, each with its checks.
-        dims: names of an array's dimensions by its path in `data`, such as "gap/error": ("rate",).
-    """
-
-    data: Mapping[str, Any]
-    claims: tuple[Claim, ...]
-    dims: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Saved:
-    """A result as it lies on disk: all that a figure is drawn from.
+    """A result as it lies on disk: all that its claims are judged by and its figure is drawn from.
+
+    `saved["gap/flow"]` is an array; `saved["gap"]` is a dict of all arrays below that path.
 
     Attributes:
-        name: `<theory>.<experiment>`.
-        arrays: every array by path, such as "flow/theory/ys".
-        record: configuration, claims, versions, device and commit.
+        arrays: every array by path, such as "gap/flow".
+        record: configuration, claims, names of dimensions, versions, device and commit.
     """
 
-    name: str
     arrays: Mapping[str, np.ndarray]
     record: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Name of its files: that of the simulation, and what was set besides the preset."""
+        return self.record["name"] + (f"@{self.record['variant']}" if self.record["variant"] else "")
 
     @property
     def config(self) -> Mapping[str, Any]:
         """The configuration, as plain data."""
         return self.record["config"]
 
-    @property
+    @cached_property
     def claims(self) -> tuple[Claim, ...]:
-        """The claims."""
+        """The claims, each with its checks."""
         return tuple(from_json(claim) for claim in self.record["claims"])
 
     @property
     def verdicts(self) -> tuple[str, ...]:
         """The verdict on each claim, as seen from this run's preset and precision."""
-        return tuple(claim.at(self.record["preset"], self.record["x64"]) for claim in self.claims)
+        return tuple(claim["verdict"] for claim in self.record["claims"])
 
-    def __getitem__(self, path: str) -> np.ndarray:
-        return self.arrays[path]
+    def __getitem__(self, path: str) -> Any:
+        if path in self.arrays:
+            return self.arrays[path]
+        below = f"{path}/"
+        group = {key[len(below) :]: array for key, array in self.arrays.items() if key.startswith(below)}
+        if not group:
+            raise KeyError(f"{path!r} is not in the result {self.name}, which has {sorted(self.arrays)}")
+        return group
+
+    def figure(self) -> Figure:
+        """The figure, drawn anew."""
+        from sims.simulations import draw
+
+        return draw(self)
+
+    def to_xarray(self):
+        """The result as an `xarray.Dataset`; see `to_xarray`."""
+        return to_xarray(self)
+
+    def __repr__(self) -> str:
+        record = self.record
+        precision = "64-bit" if record["x64"] else "32-bit"
+        lines = [f"{self.name}: preset {record['preset']}, seed {record['seed']}, {precision}"]
+        lines += [f"  {claim.id}: {word}" for claim, word in zip(self.claims, self.verdicts, strict=True)]
+        for path, array in self.arrays.items():
+            sizes = zip(record["dims"][path], array.shape, strict=True)
+            lines.append(f"  {path} ({', '.join(f'{dim}: {size}' for dim, size in sizes)})")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The figure and the verdicts, as a notebook shows them."""
+        from sims.ledger import to_html
+
+        return to_html(self)
 
 
-def to_saved(
-    name: str, config: Any, context: Context, result: Result, seconds: float, flags: str = ""
-) -> Saved:
-    """A result with its provenance, as it is saved; `flags` are what was set besides preset and seed."""
+def to_arrays(measured: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, ...]]]:
+    """What a simulation's `run` returned, as arrays and as names of their dimensions, both by path.
+
+    An entry is a number, a pair `("time token", array)`, or a dict of entries. The second of a pair may be a
+    pytree, all of whose leaves have these dimensions.
+
+    Raises:
+        ValueError: the names do not fit an array, a dimension has two sizes, or an entry is no array.
+
+    Example:
+        >>> arrays, dims = to_arrays({"gap": {"flow": ("rate", [0.1, 0.01])}, "order": 1.0})
+        >>> dims
+        {'gap/flow': ('rate',), 'order': ()}
+    """
+    arrays: dict[str, np.ndarray] = {}
+    dims: dict[str, tuple[str, ...]] = {}
+    sizes: dict[str, tuple[int, str]] = {}
+    for path, names, leaf in _entries(measured):
+        array = _to_numpy(leaf)
+        if array.dtype.hasobject:
+            raise ValueError(f"{path} must be an array of numbers or text, got objects")
+        if len(names) != array.ndim or len(set(names)) != array.ndim:
+            raise ValueError(f"{path} must have {array.ndim} names of dimensions, got {' '.join(names)!r}")
+        for name, size in zip(names, array.shape, strict=True):
+            known, first = sizes.setdefault(name, (size, path))
+            if known != size:
+                raise ValueError(
+                    f"{path} must have size {known} along {name!r}, as {first} has, got {size}; "
+                    "another dimension needs another name"
+                )
+        arrays[path], dims[path] = array, names
+    return arrays, dims
+
+
+def _entries(measured: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, tuple[str, ...], Any]]:
     import jax
 
-    paths = jax.tree_util.tree_leaves_with_path(dict(result.data))
-    arrays = {jax.tree_util.keystr(path, simple=True, separator="/"): _to_numpy(leaf) for path, leaf in paths}
-    unknown = sorted(set(result.dims) - set(arrays))
-    if unknown:
-        raise ValueError(f"dims must name arrays of the result, got {unknown}; there are {sorted(arrays)}")
-    for path, names in result.dims.items():
-        if len(names) != arrays[path].ndim:
-            raise ValueError(f"dims of {path} must be {arrays[path].ndim} names, got {names}")
-    record = {
-        "name": name,
-        "preset": context.preset,
-        "seed": context.seed,
-        "flags": flags,
-        "x64": jax.config.read("jax_enable_x64"),
-        "config": asdict(config),
-        "claims": [to_json(claim) for claim in result.claims],
-        "dims": {path: list(names) for path, names in result.dims.items()},
-        "seconds": round(seconds, 3),
-        "device": str(jax.devices()[0].device_kind),
-        "versions": _versions(),
-        "commit": _commit(),
-    }
-    # Through JSON and back, so that a figure cannot use what a saved file does not hold.
-    return Saved(name, arrays, json.loads(_dumps(record)))
+    for key, value in measured.items():
+        path = f"{above}{key}"
+        if isinstance(value, Mapping):
+            yield from _entries(value, f"{path}/")
+            continue
+        if not isinstance(value, tuple):
+            value = ("", value)
+        if len(value) != 2 or not isinstance(value[0], str):
+            raise ValueError(f'{path} must be a number, a pair ("dim dim", array) or a dict, got {value!r}')
+        names, tree = tuple(value[0].split()), value[1]
+        if isinstance(tree, list):
+            tree = np.asarray(tree)
+        for inner, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            below = jax.tree_util.keystr(inner, simple=True, separator="/")
+            yield f"{path}/{below}" if below else path, names, leaf
 
 
 def _to_numpy(leaf: Any) -> np.ndarray:
@@ -127,17 +177,103 @@ def _to_numpy(leaf: Any) -> np.ndarray:
     return array.astype(np.float32) if array.dtype.kind == "V" else array
 
 
+def to_saved(
+    name: str,
+    config: Any,
+    context: Context,
+    measured: Mapping[str, Any],
+    *,
+    seconds: float = 0.0,
+    flags: str = "",
+    file: str | None = None,
+) -> Saved:
+    """What a simulation measured with its provenance, as it is saved; not judged yet.
+
+    Args:
+        name: `<theory>.<experiment>`, or the name of the file of the user's own simulation.
+        config: its configuration.
+        context: what else it was given.
+        measured: what its `run` returned.
+        seconds: how long that took.
+        flags: what was set besides preset and seed, as on the command line.
+        file: where the user's own simulation lies.
+    """
+    import jax
+
+    arrays, dims = to_arrays(measured)
+    seed = f"--seed {context.seed}" if context.seed else ""
+    record = {
+        "name": name,
+        "file": file,
+        "variant": _variant(f"{flags} {seed}".strip()),
+        "preset": context.preset,
+        "seed": context.seed,
+        "flags": flags,
+        "x64": jax.config.read("jax_enable_x64"),
+        "config": asdict(config),
+        "claims": [],
+        "dims": {path: list(names) for path, names in dims.items()},
+        "seconds": round(seconds, 3),
+        "device": str(jax.devices()[0].device_kind),
+        "versions": _versions(),
+        "commit": _commit(),
+    }
+    # Through JSON and back, so that no view can use what a saved file does not hold.
+    return Saved(arrays, json.loads(_dumps(record)))
+
+
+def _variant(flags: str) -> str:
+    """Flags as a part of a file name: `--tokens 5 --rates 1 2` is `tokens=5,rates=1+2`."""
+    words = [part.split() for part in re.split(r"(?:^|\s)--", flags) if part]
+    text = ",".join("=".join([word, *(["+".join(values)] if values else [])]) for word, *values in words)
+    text = re.sub(r"[^\w.,=+-]", "_", text)
+    if len(text) <= 60:
+        return text
+    return f"{text[:50]}~{hashlib.sha256(flags.encode()).hexdigest()[:8]}"
+
+
+def with_claims(saved: Saved, claims: Iterator[Claim]) -> Saved:
+    """The result with these claims in its record."""
+    preset, x64 = saved.record["preset"], saved.record["x64"]
+    judged = {"claims": [to_json(claim, preset, x64) for claim in claims]}
+    return Saved(saved.arrays, json.loads(_dumps({**saved.record, **judged})))
+
+
+def restore_config(kind: type, plain: Mapping[str, Any]) -> Any:
+    """A configuration from its plain data, every field of the type that it is declared with."""
+    hints = get_type_hints(kind)
+    return kind(**{name: _restore(hints[name], value) for name, value in plain.items()})
+
+
+def _restore(hint: Any, value: Any) -> Any:
+    if value is None:
+        return None
+    if isinstance(hint, type) and is_dataclass(hint):
+        return restore_config(hint, value)
+    if isinstance(value, list):
+        inner = get_args(hint) or (Any, ...)
+        hints = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
+        return tuple(_restore(hint, entry) for hint, entry in zip(hints, value, strict=True))
+    if hint is float or float in get_args(hint):
+        return float(value)
+    if hint is Path or Path in get_args(hint):
+        return Path(value)
+    return value
+
+
 def save(saved: Saved, out: Path) -> None:
     """Write `<out>/<name>.npz` and then `<out>/<name>.json`, each whole or not at all.
 
     An older record goes first: where there is one, the arrays beside it are its own.
     """
-    objects = sorted(path for path, array in saved.arrays.items() if array.dtype.hasobject)
-    if objects:
-        raise ValueError(f"data must hold numbers, got objects in {objects}")
     (out / f"{saved.name}.json").unlink(missing_ok=True)
     arrays: dict[str, Any] = dict(saved.arrays)
     write_whole(out / f"{saved.name}.npz", lambda path: np.savez_compressed(path, **arrays))
+    save_record(saved, out)
+
+
+def save_record(saved: Saved, out: Path) -> None:
+    """Write `<out>/<name>.json` alone, beside the arrays that are there."""
     write_whole(out / f"{saved.name}.json", lambda path: path.write_text(_dumps(saved.record) + "\n"))
 
 
@@ -151,22 +287,64 @@ def load(out: str | Path, name: str) -> Saved:
     record, data = Path(out) / f"{name}.json", Path(out) / f"{name}.npz"
     try:
         with np.load(data) as arrays:
-            return Saved(name, dict(arrays), json.loads(record.read_text()))
+            return Saved(dict(arrays), json.loads(record.read_text()))
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{data} and {record.name} are no result that can be read: {error}") from error
 
 
-def to_xarray(saved: Saved):
-    """The result as an `xarray.Dataset` with named dimensions; needs the `xarray` extra."""
+def to_xarray(result: Any, dims: str = ""):
+    """A result, or a `Trajectory`, as an `xarray.Dataset`; needs the `xarray` extra.
+
+    Every array has the names of its dimensions. An array with one dimension of its own name is a coordinate.
+    Slashes in paths become dots, which netCDF can keep. What is known of a result is in the attributes, one
+    by one: `seed`, `config.tokens`, `versions.jax`, `claims.<name>` with the verdict, and so on.
+
+    Args:
+        result: a `Saved`, or a `dynamics.flow.Trajectory`.
+        dims: names for the dimensions of a trajectory's states, such as "time token".
+
+    Example:
+        >>> from dynamics.flow import Trajectory
+        >>> path = Trajectory(np.arange(3.0), {"V": np.ones((3, 2))}, np.asarray(True))
+        >>> to_xarray(path, "time token")["V"].dims
+        ('time', 'token')
+    """
     import xarray
 
-    dims = saved.record["dims"]
-    variables = {}
-    for path, array in saved.arrays.items():
-        variable = path.replace("/", ".")  # netCDF keeps slashes to itself
-        names = dims.get(path) or [f"{variable}:{axis}" for axis in range(array.ndim)]
-        variables[variable] = (names, array)
-    return xarray.Dataset(variables, attrs={"record": _dumps(saved.record)})
+    if isinstance(result, Saved):
+        variables = {
+            path.replace("/", "."): (result.record["dims"][path], array)
+            for path, array in result.arrays.items()
+        }
+        return xarray.Dataset(variables, attrs=dict(_attributes(result.record)))
+    return xarray.Dataset(_of_trajectory(result, tuple(dims.split())))
+
+
+def _of_trajectory(path: Any, dims: tuple[str, ...]) -> dict[str, Any]:
+    import jax
+
+    lanes = tuple(f"lane_{axis}" for axis in range(np.ndim(path.ts) - 1))
+    variables: dict[str, Any] = {"time" if not lanes else "times": ((*lanes, "time"), np.asarray(path.ts))}
+    variables["ok"] = (lanes, np.asarray(path.ok))
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(path.ys):
+        name = jax.tree_util.keystr(keys, simple=True, separator=".") or "y"
+        inner = [f"{name}_{axis}" for axis in range(np.ndim(leaf) - len(lanes) - 1)]
+        variables[name] = (dims or (*lanes, "time", *inner), np.asarray(leaf))
+    return variables
+
+
+def _attributes(record: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Numbers, texts and lists of them, by joined path: what netCDF keeps as attributes."""
+    for key, value in record.items():
+        if key == "claims":
+            for claim in value:
+                yield f"claims.{claim['id'].split('/')[-1]}", claim["verdict"]
+        elif isinstance(value, Mapping) and key != "dims":
+            yield from _attributes(value, f"{above}{key}.")
+        elif key != "dims":
+            flat = value if isinstance(value, (int, float, str)) and not isinstance(value, bool) else None
+            numbers = isinstance(value, list) and value and all(isinstance(v, (int, float)) for v in value)
+            yield f"{above}{key}", flat if flat is not None else value if numbers else str(value)
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -187,7 +365,7 @@ def _dumps(record: Any) -> str:
 
 def _strict(value: Any) -> Any:
     """Plain JSON: paths and numbers that JSON lacks become strings, which `float` reads back."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _strict(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_strict(entry) for entry in value]

@@ -1,0 +1,209 @@
+"""Simulations: where they are found, and their three functions applied - measure, judge, draw.
+
+A simulation is a module with a docstring, a `Config`, `PRESETS`, and
+
+    run(config, context) -> dict          measures; see `sims.results.to_arrays` for what it may return
+    claims(config, saved) -> Iterator     yields the claims, which read saved data only
+    figure(config, saved) -> Figure       draws saved data only
+
+It lies in `sims/<theory>/<experiment>.py`, or in a file of the user's own.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from sims.claims import Claim
+    from sims.results import Context, Saved
+
+
+def available() -> dict[str, str]:
+    """Names of the simulations and the first line of each docstring, read without importing them."""
+    folder = Path(__file__).parent
+    found = {}
+    for file in sorted(folder.glob("*/[!_]*.py")):
+        doc = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        found[f"{file.parent.name}.{file.stem}"] = doc.split("\n")[0]
+    return found
+
+
+def resolve(names: Sequence[str], known: Iterable[str] | None = None) -> list[str]:
+    """Simulations by name, theory, pattern, path of a file, or `all`, each once.
+
+    Args:
+        names: what is looked for.
+        known: the names to choose from; those of `available` where None.
+
+    Raises:
+        ValueError: a name is unknown (its nearest is told), or a file does not exist.
+
+    Example:
+        >>> resolve(["toy.b", "toy", "g*.?"], ["toy.a", "toy.b", "game.c"])
+        ['toy.b', 'toy.a', 'game.c']
+    """
+    known = list(available() if known is None else known)
+    theories = sorted({name.split(".")[0] for name in known})
+    chosen: list[str] = []
+    for name in names:
+        if name.endswith(".py"):
+            if not Path(name).is_file():
+                raise ValueError(f"a simulation's file must exist, got {name}")
+            matches = [name]
+        elif name == "all":
+            matches = known
+        else:
+            pattern = f"{name}.*" if name in theories and name not in known else name
+            matches = [entry for entry in known if entry == name or fnmatchcase(entry, pattern)]
+        if not matches:
+            near = difflib.get_close_matches(name, [*known, *theories], n=1, cutoff=0.3)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown simulation {name!r}{hint} (`python -m sims list` shows all)")
+        chosen += matches
+    return list(dict.fromkeys(chosen))
+
+
+def load_simulation(name: str) -> ModuleType:
+    """The module of a simulation, by name or by the path of its file."""
+    if not name.endswith(".py"):
+        return importlib.import_module(f"sims.{name}")
+    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"a simulation's file must be a Python file, got {name}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # where dataclasses look their annotations up
+    spec.loader.exec_module(module)
+    missing = [part for part in ("Config", "PRESETS", "run", "claims", "figure") if not hasattr(module, part)]
+    if missing:
+        raise ValueError(f"{name} must define {', '.join(missing)} to be a simulation")
+    return module
+
+
+def preset_config(sim: ModuleType, preset: str) -> Any:
+    """The configuration of a preset."""
+    if preset not in sim.PRESETS:
+        raise ValueError(
+            f"preset must be one of {', '.join(sim.PRESETS)} for this simulation, got {preset!r}"
+        )
+    return sim.PRESETS[preset]
+
+
+def with_settings(config: Any, settings: dict[str, Any]) -> Any:
+    """A configuration with some fields changed; the fields of its parts go by their own names."""
+    left = dict(settings)
+    changes: dict[str, Any] = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in left:
+            changes[field.name] = left.pop(field.name)
+        elif is_dataclass(value) and not isinstance(value, type):
+            own = {entry.name: left.pop(entry.name) for entry in fields(value) if entry.name in left}
+            changes[field.name] = replace(value, **own)
+    if left:
+        known = ", ".join(_flat(config))
+        raise ValueError(f"settings must be fields of the simulation ({known}), got {sorted(left)}")
+    return replace(config, **changes)
+
+
+def _flat(config: Any) -> dict[str, Any]:
+    """All fields by name, those of parts among them."""
+    found: dict[str, Any] = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        found |= _flat(value) if is_dataclass(value) else {field.name: value}
+    return found
+
+
+def flags(config: Any, preset: Any) -> list[str]:
+    """The flags that turn a preset into a configuration."""
+    words: list[str] = []
+    before = _flat(preset)
+    for name, value in _flat(config).items():
+        if value == before[name]:
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+    return words
+
+
+def measure(name: str, config: Any, context: Context) -> Saved:
+    """Run a simulation and judge what it measured, as it would be saved."""
+    import jax
+
+    from sims.ranges import check_ranges
+    from sims.results import to_saved
+
+    sim = load_simulation(name)
+    check_ranges(config)
+    started = time.perf_counter()
+    measured = sim.run(config, context)
+    seconds = time.perf_counter() - started
+    words = flags(config, preset_config(sim, context.preset))
+    words += [] if jax.config.read("jax_enable_x64") else ["--no-x64"]
+    file = name if name.endswith(".py") else None
+    stem = Path(name).stem if file else name
+    saved = to_saved(stem, config, context, measured, seconds=seconds, flags=shlex.join(words), file=file)
+    return judge(saved)
+
+
+def _module_and_config(saved: Saved) -> tuple[ModuleType, Any]:
+    from sims.results import restore_config
+
+    sim = load_simulation(saved.record["file"] or saved.record["name"])
+    return sim, restore_config(sim.Config, saved.config)
+
+
+def judge(saved: Saved) -> Saved:
+    """The result with its claims judged anew from what was saved."""
+    from sims.results import with_claims
+
+    sim, config = _module_and_config(saved)
+    return with_claims(saved, _with_prefix(saved.record["name"], sim.claims(config, saved)))
+
+
+def _with_prefix(name: str, claims: Iterable[Claim]) -> Iterator[Claim]:
+    for claim in claims:
+        yield replace(claim, id=f"{name}/{claim.id}")
+
+
+def draw(saved: Saved) -> Figure:
+    """The figure of a result, drawn from what was saved."""
+    from sims import plotting
+
+    sim, config = _module_and_config(saved)
+    with plotting.style():
+        return sim.figure(config, saved)
+
+
+def figure_path(saved: Saved, out: Path, kind: str = "png") -> Path:
+    """Where the figure of a result lies in a folder."""
+    return out / f"{saved.name}.{kind}"
+
+
+def save_figure(saved: Saved, out: Path, kind: str = "png") -> Path:
+    """Draw the figure of a result into a folder, whole or not at all, and return its path."""
+    from sims import plotting
+    from sims.results import write_whole
+
+    path = figure_path(saved, out, kind)
+    figure = draw(saved)
+    with plotting.style():
+        write_whole(path, figure.savefig)
+    return path
