@@ -163,7 +163,7 @@ def measure(name: str, config: Any, context: Context) -> Saved:
     return judge(saved)
 
 
-def _module_and_config(saved: Saved) -> tuple[ModuleType, Any]:
+def module_and_config(saved: Saved) -> tuple[ModuleType, Any]:
     from sims.results import restore_config
 
     sim = load_simulation(saved.record["file"] or saved.record["name"])
@@ -174,7 +174,7 @@ def judge(saved: Saved) -> Saved:
     """The result with its claims judged anew from what was saved."""
     from sims.results import with_claims
 
-    sim, config = _module_and_config(saved)
+    sim, config = module_and_config(saved)
     return with_claims(saved, _with_prefix(saved.record["name"], sim.claims(config, saved)))
 
 
@@ -187,7 +187,7 @@ def draw(saved: Saved) -> Figure:
     """The figure of a result, drawn from what was saved."""
     from sims import plotting
 
-    sim, config = _module_and_config(saved)
+    sim, config = module_and_config(saved)
     with plotting.style():
         return sim.figure(config, saved)
 
