@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -355,6 +356,54 @@ def train_at_rates(
     precondition = optax.identity() if precondition is None else precondition
     steps = points * max(substeps)
     return rates, _train_lanes(loss, params, counts, rates, points, steps, observe, precondition)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Gradient descent at several learning rates to the same time, recorded at the same times."""
+
+    horizon: float
+    """Time at which the runs end."""
+    points: int
+    """Records along a run."""
+    substeps: tuple[int, ...]
+    """Steps between two records, one per learning rate: the rate is horizon / (points * substeps)."""
+
+    def __post_init__(self):
+        if not 0 < self.horizon < np.inf:
+            raise ValueError(f"horizon must be positive and finite, got {self.horizon}")
+        if self.points < 1:
+            raise ValueError(f"points must be a positive integer, got {self.points}")
+        if len(self.substeps) < 2 or min(self.substeps) < 1:
+            raise ValueError(f"substeps must be positive integers, at least two, got {self.substeps}")
+
+    @property
+    def times(self) -> np.ndarray:
+        """Times of the records, (points + 1,)."""
+        return np.linspace(0.0, self.horizon, self.points + 1)
+
+    @property
+    def rates(self) -> np.ndarray:
+        """The learning rates, (L,)."""
+        return self.horizon / (self.points * np.asarray(self.substeps))
+
+    def train(
+        self,
+        loss: Callable[..., Array],
+        params: PyTree,
+        observe: Observe | None = None,
+        precondition: optax.GradientTransformation | None = None,
+    ) -> tuple[Array, Trajectory]:
+        """The learning rates and the trajectories of `train_at_rates`."""
+        return train_at_rates(
+            loss,
+            params,
+            self.substeps,
+            horizon=self.horizon,
+            points=self.points,
+            observe=observe,
+            precondition=precondition,
+        )
 
 
 @eqx.filter_jit

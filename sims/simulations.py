@@ -164,6 +164,7 @@ def measure(name: str, config: Any, context: Context) -> Saved:
 
 
 def module_and_config(saved: Saved) -> tuple[ModuleType, Any]:
+    """The simulation that a result came from, and its configuration with the types that it had."""
     from sims.results import restore_config
 
     sim = load_simulation(saved.record["file"] or saved.record["name"])

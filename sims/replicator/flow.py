@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 from matplotlib.figure import Figure
-from models.functional import as_function
 
 from dynamics import replicator
 from dynamics.flow import Trajectory, gradient_flow, integrate
 from models.attention import PromptAttention, attention_function
 from models.data.teachers import nearly_orthogonal_keys
+from models.functional import as_function
 from models.losses import bind, squared_error
 from models.training import Descent
 from sims import plotting
@@ -116,7 +116,7 @@ def _flows(task: Task, config: Config) -> dict[str, Trajectory]:
         """N separate flows, one per sample; sees the values, the targets and the first logits."""
 
         def one(values, target, z0):
-            gradient = Partial(replicator.sample_gradient, values, target)
+            gradient = Partial(replicator.squared_error_gradient, values, target)
             return flow(gradient, z0, ts, config.key_scale, **SOLVE)
 
         path = jax.vmap(one)(tokens @ task.value, task.targets, tokens @ task.prompt)
@@ -125,12 +125,12 @@ def _flows(task: Task, config: Config) -> dict[str, Trajectory]:
 
     def coupled_flow(tokens):
         gram = jnp.einsum("iad,jbd->iajb", tokens, tokens)
-        gradient = Partial(replicator.all_gradients, tokens @ task.value, task.targets)
+        gradient = Partial(replicator.squared_error_gradient, tokens @ task.value, task.targets)
         path = replicator.coupled_flow(gradient, tokens @ task.prompt, gram, ts, **SOLVE)
         return Trajectory(ts, jax.nn.softmax(path.ys, axis=-1), path.ok)
 
     def in_shares(values, target, x0):
-        args = (Partial(replicator.sample_gradient, values, target), config.key_scale)
+        args = (Partial(replicator.squared_error_gradient, values, target), config.key_scale)
         return integrate(_attention_field, x0, ts, args, **SOLVE)
 
     separate = jax.vmap(separate_flows)(tokens)
@@ -177,7 +177,7 @@ def _loss_rates(task: Task, config: Config) -> dict[str, jax.Array]:
     gradient = jax.grad(squared_error)(params, (predict, tokens, task.targets))
     x = attention(params, tokens)
     pushed = replicator.softmax_jacobian_product(
-        x, replicator.all_gradients(tokens @ task.value, task.targets, x)
+        x, replicator.squared_error_gradient(tokens @ task.value, task.targets, x)
     )
     return {
         "network": -sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradient)),
