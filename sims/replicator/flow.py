@@ -307,7 +307,7 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
             "dL/dt by autodiff over the formula",
             loss_rate["network"] / loss_rate["formula"],
             1.0,
-            1e-10,
+            1e-12,
             why=ROUNDING,
         ),
     )
