@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -277,15 +278,14 @@ def _list(rest: list[str]) -> int:
         return 0
     sims = simulations.available()
     chosen = _resolve(rest or ["all"])
-    width = max(map(len, chosen), default=0) + 2
+    width = max(map(len, chosen), default=0) + 4
     theory = ""
     for name in chosen:
         if name.split(".")[0] != theory:
             theory = name.split(".")[0]
             print(theory)
-        room = 80 - 2 - width
-        line = sims[name] if len(sims[name]) <= room else sims[name][: room - 1].rsplit(" ", 1)[0] + " …"
-        print(f"  {name:<{width}}{line}".rstrip(), flush=True)
+        line = textwrap.fill(sims[name], 80, initial_indent=" " * width, subsequent_indent=" " * width)
+        print(f"  {name:<{width - 2}}{line[width:]}", flush=True)
     return 0
 
 

@@ -199,7 +199,8 @@ def convergence_order(scales: ArrayLike, errors: ArrayLike) -> Fit:
         A `Fit` whose slope is the order.
 
     Raises:
-        ValueError: fewer than two points, or a scale or error that is not positive and finite.
+        ValueError: fewer than two points, or a scale or error that is infinite, zero or negative. NaN is
+            handed on.
 
     Example:
         >>> round(convergence_order([0.1, 0.01], [2e-3, 2e-4]).slope, 9)
@@ -209,8 +210,10 @@ def convergence_order(scales: ArrayLike, errors: ArrayLike) -> Fit:
     if x.ndim != 1 or x.shape != y.shape or x.size < 2:
         raise ValueError(f"scales and errors must have one shape (L,), L >= 2, got {x.shape} and {y.shape}")
     for name, values in (("scales", x), ("errors", y)):
-        if not np.all(np.isfinite(values) & (values > 0)):
+        if np.any(np.isinf(values) | (values <= 0)):
             raise ValueError(f"{name} must be positive and finite, got {values}")
+    if np.any(np.isnan(x + y)):
+        return Fit(np.nan, np.nan, np.nan, np.nan)
     return fit_line(np.log(x), np.log(y))
 
 

@@ -36,7 +36,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Length:
-    """The least number of entries of a tuple, or of letters of a text."""
+    """The least number of entries of a tuple."""
 
     at_least: int
 
@@ -47,6 +47,7 @@ class Length:
         return f"at least {self.at_least} values"
 
 
+Real = Annotated[float, Range()]
 Count = Annotated[int, Range(at_least=1)]
 Positive = Annotated[float, Range(above=0)]
 NonNegative = Annotated[float, Range(at_least=0)]

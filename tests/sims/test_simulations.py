@@ -88,7 +88,9 @@ def assert_panels_are_complete(figure):
         assert title, "a panel without a title"
         assert ax.get_xlabel(), f"{title}: no label of the horizontal axis"
         assert ax.get_ylabel(), f"{title}: no label of the vertical axis"
-        finite = [np.isfinite(line.get_xydata()).all(axis=1).any() for line in ax.lines if len(line.get_xydata())]
+        finite = [
+            np.isfinite(line.get_xydata()).all(axis=1).any() for line in ax.lines if len(line.get_xydata())
+        ]
         assert any(finite) or ax.patches or ax.collections or ax.images, f"{title}: nothing is drawn"
 
 
