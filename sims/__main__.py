@@ -8,8 +8,10 @@ import os
 import re
 import sys
 import textwrap
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -44,8 +46,17 @@ of a file with a simulation of your own. `python -m sims COMMAND --help` shows t
 COMMANDS = ("list", "run", "verify", "draw", "judge")
 
 
-class UsageError(Exception):
+class UsageError(ValueError):
     """A mistake in the command, told in one line."""
+
+
+@contextmanager
+def _usage() -> Iterator[None]:
+    """Turn a `ValueError` of what was asked for into a mistake in the command."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -110,11 +121,12 @@ def execute(
     """Run simulations, several at a time where asked for; with a folder, save and draw each at once."""
     from sims.ranges import check_ranges
 
-    if out is not None:
-        progress.require_writable(out)
-    options = replace(options, out=out, data_dir=progress.require_data(options.data_dir))
-    for name in names:  # nothing runs before all is known to be in range
-        check_ranges(_config(name, options) if config is None else config)
+    with _usage():  # nothing runs before all is known to be in range
+        if out is not None:
+            progress.require_writable(out)
+        options = replace(options, out=out, data_dir=progress.require_data(options.data_dir))
+        for name in names:
+            check_ranges(_config(name, options) if config is None else config)
     jobs = min(len(names), _default_jobs() if options.jobs is None else options.jobs)
     if jobs <= 1:
         return [_execute_one(name, options, config, console) for name in names]
@@ -180,7 +192,12 @@ def _backend() -> str:
 
 
 def _work(name: str, options: Options) -> Saved:
-    return _execute_one(name, options, None, _console())
+    try:
+        return _execute_one(name, options, None, _console())
+    except Exception as error:  # those of compiled programs cannot be sent to another process
+        if os.environ.get("DYNASCOPE_TRACEBACK"):
+            traceback.print_exc()
+        raise RuntimeError(f"{name}: {_first_line(error)}") from None
 
 
 def _console() -> Console:
@@ -219,11 +236,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, RuntimeError, ValueError) as error:
         if os.environ.get("DYNASCOPE_TRACEBACK"):
             raise
-        # An error from inside a compiled program comes wrapped in pages of advice.
-        inner = re.search(r"EquinoxRuntimeError: (.+)", str(error))
-        first = inner[1] if inner else str(error).strip().split("\n")[0]
-        print(f"error: {first} (DYNASCOPE_TRACEBACK=1 shows where)", file=sys.stderr)
+        print(f"error: {_first_line(error)} (DYNASCOPE_TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
+
+
+def _first_line(error: Exception) -> str:
+    # An error from inside a compiled program comes wrapped in pages of advice.
+    inner = re.search(r"EquinoxRuntimeError: (.+)", str(error))
+    return inner[1] if inner else str(error).strip().split("\n")[0]
 
 
 def _dispatch(command: str, rest: list[str]) -> int:
@@ -249,7 +269,8 @@ def _dispatch(command: str, rest: list[str]) -> int:
         return _view(command, names, flags)
     chosen = _resolve(names)
     startup.prepare_environment()
-    options, config = parse(command, chosen, flags)
+    with _usage():
+        options, config = parse(command, chosen, flags)
     return _run(command, chosen or _resolve(["all"]), options, config)
 
 
@@ -266,10 +287,8 @@ def _names_and_flags(words: list[str], options: type) -> tuple[list[str], list[s
 
 
 def _resolve(names: list[str], known: list[str] | None = None) -> list[str]:
-    try:
+    with _usage():
         return simulations.resolve(names, known)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
 
 
 def _list(rest: list[str]) -> int:
@@ -296,10 +315,7 @@ def _run(command: str, names: list[str], options: Options, config: Any) -> int:
         out = Path("figures") / options.preset
     as_json = options.format == "json"
     console = Console(stderr=True) if as_json else _console()
-    try:
-        done = execute(names, options, config, out=out, console=console)
-    except ValueError as error:
-        raise UsageError(str(error)) from None if not os.environ.get("DYNASCOPE_TRACEBACK") else error
+    done = execute(names, options, config, out=out, console=console)
     _print_claims(done, as_json)
     if out is not None:
         from sims.ledger import write_page

@@ -1,5 +1,6 @@
 """The command line on a small simulation of its own: names, flags, files, verdicts and every mistake."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,20 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sims
 import sims.__main__ as cli
 from dynamics.flow import integrate
-from sims import plotting
-from sims.claims import Check, Claim
-from sims.results import Result, load
+from sims import plotting, simulations
+from sims.claims import at_most, equals, stated
+from sims.ranges import Count, Positive
+from sims.results import load
 
 
 @dataclass(frozen=True)
 class Config:
     """The simulation's own options."""
 
-    steps: int = 3
+    steps: Count = 3
     """Number of steps."""
-    rates: tuple[float, ...] = (0.1,)
+    rates: tuple[Positive, ...] = (0.1,)
     """Learning rates."""
     noisy: bool = False
     """Add noise."""
@@ -47,19 +50,22 @@ def run(config, context):
         import equinox as eqx
 
         eqx.filter_jit(lambda y: integrate(explode, y, [0.0, 2.0]).ys)(jnp.ones(()))
-    path = np.arange(config.steps + 1.0)
-    count, end = Check("n", "equals", 3, config.steps), Check("end", "at most", 9, path[-1])
-    claims = [
-        Claim("toy.one/count", "Steps are counted", "someone2024, (1)", "stated", [count]),
-        Claim("toy.one/limit", "It ends", "someone2024", "stated", [end]),
-    ]
-    return Result({"path": path, "seed": context.seed, "data": str(context.data_dir)}, tuple(claims))
+    path = ("time", np.arange(config.steps + 1.0))
+    return {"path": path, "seed": context.seed, "data": str(context.data_dir)}
 
 
-def figure(saved):
+def claims(config, saved):
+    count = equals("n", len(saved["path"]) - 1, 3, why="three are asked for")
+    yield stated("count", "Steps are counted", "someone2024, (1)", count)
+    yield stated(
+        "limit", "It ends", "someone2024", at_most("end", saved["path"][-1], 9, why="a day has nine")
+    )
+
+
+def figure(config, saved):
     drawn, axes = plotting.new_figure()
     axes[0, 0].plot(saved["path"])
-    if saved.config["trouble"] == "figure":
+    if config.trouble == "figure":
         raise ValueError("no ink")
     return drawn
 
@@ -69,21 +75,35 @@ def sim(monkeypatch, tmp_path):
     """A theory `toy` with the simulations `toy.one` and `toy.other`, in an empty working folder."""
     module = types.ModuleType("toy", "Count to three.\n\nMore about counting.")
     presets = {"quick": Config(), "standard": Config(steps=4, rates=(0.1, 0.2)), "paper": Config(steps=8)}
-    module.__dict__.update(Config=Config, PRESETS=presets, run=run, figure=figure)
-    names = {"toy.one": "Count to three.", "toy.other": "Count again.", "game.last": "Play."}
-    monkeypatch.setattr(cli, "load_sim", lambda name: module)
-    monkeypatch.setattr(cli, "available", lambda: names)
+    module.__dict__.update(Config=Config, PRESETS=presets, run=run, claims=claims, figure=figure)
+    names = {
+        "toy.one": "Count to three.",
+        "toy.other": "Count again, and " + "again " * 12,
+        "game.last": "Play.",
+    }
+    monkeypatch.setattr(simulations, "load_simulation", lambda name: module)
+    monkeypatch.setattr(simulations, "available", lambda: names)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.delenv("DYNASCOPE_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
     return module
 
 
-def test_list(sim, capsys):
+def test_list_is_grouped_and_fits_a_terminal(sim, capsys):
     assert cli.main(["list"]) == 0
-    assert capsys.readouterr().out == (
-        "toy.one    Count to three.\ntoy.other  Count again.\ngame.last  Play.\n"
+    out = capsys.readouterr().out
+    assert out.startswith(
+        "toy\n  toy.one    Count to three.\n  toy.other  Count again, and again again again "
     )
+    assert out.endswith("\ngame\n  game.last  Play.\n")
+    assert max(map(len, out.splitlines())) <= 80
+    assert cli.main(["list", "*.last"]) == 0
+    assert capsys.readouterr().out == "game\n  game.last  Play.\n"
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("dynascope ")
 
 
 def test_verify_passes_and_writes_nothing(sim, capsys, tmp_path):
@@ -103,18 +123,21 @@ def test_verify_fails_with_1_and_a_table(sim, capsys, tmp_path):
     assert "toy.one/count" in out
     assert "2 claims: 2 fails\n" in out
     written = sorted(path.name for path in (tmp_path / "results").iterdir())
-    assert written == ["README.md", "toy.one.json", "toy.one.npz", "toy.one.png"]
-    assert (tmp_path / "results" / "toy.one.png").read_bytes().startswith(b"\x89PNG")
+    name = "toy.one@steps=12"
+    assert written == ["README.md", f"{name}.json", f"{name}.npz", f"{name}.png"]
+    assert (tmp_path / "results" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "results" / "README.md").read_text(encoding="utf-8")
     assert "`python -m sims run toy.one --preset quick --seed 0 --steps 12`" in page
-    assert load(tmp_path / "results", "toy.one")["path"].tolist() == list(range(13))
+    assert load(tmp_path / "results", name)["path"].tolist() == list(range(13))
 
 
 def test_run_goes_on_though_a_claim_fails_and_fills_the_folder_of_its_preset(sim, capsys, tmp_path):
-    assert cli.main(["run", "toy", "toy.one", "--preset", "standard", "--seed", "5"]) == 0
+    options = ["--preset", "standard", "--seed", "5", "--jobs", "1"]
+    assert cli.main(["run", "toy", "toy.one", *options]) == 0
     folder = tmp_path / "figures" / "standard"
-    assert sorted(path.stem for path in folder.glob("*.png")) == ["toy.one", "toy.other"]
-    for name in ("toy.one", "toy.other"):
+    stems = ["toy.one@seed=5", "toy.other@seed=5"]
+    assert sorted(path.stem for path in folder.glob("*.png")) == stems
+    for name in stems:
         saved = load(folder, name)
         assert saved.config == {"steps": 4, "rates": [0.1, 0.2], "noisy": False, "trouble": ""}
         assert (int(saved["seed"]), saved.record["seed"], saved.record["flags"]) == (5, 5, "")
@@ -124,17 +147,20 @@ def test_run_goes_on_though_a_claim_fails_and_fills_the_folder_of_its_preset(sim
 def test_flags_change_the_preset_and_the_page_repeats_them(sim, tmp_path):
     flags = ["--steps", "5", "--rates", "0.5", "0.25", "--noisy"]
     assert cli.main(["run", "toy.one", "--preset", "standard", *flags, "--out", "a"]) == 0
-    saved = load("a", "toy.one")
+    name = "toy.one@steps=5,rates=0.5+0.25,noisy"
+    saved = load("a", name)
     assert saved.config == {"steps": 5, "rates": [0.5, 0.25], "noisy": True, "trouble": ""}
     page = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
     command = page.split("`python -m sims ")[1].split("`")[0]
     assert cli.main([*command.split(), "--out", "b"]) == 0
-    assert load("b", "toy.one").config == saved.config
+    assert load("b", name).config == saved.config
+    assert not (tmp_path / "a" / "toy.one.png").exists()  # the preset's own result is another
 
 
 def test_the_figure_is_missing_when_it_cannot_be_drawn(sim, tmp_path, capsys):
     assert cli.main(["run", "toy.one", "--trouble", "figure", "--out", "a"]) == 2
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["toy.one.json", "toy.one.npz"]
+    name = "toy.one@trouble=figure"
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [f"{name}.json", f"{name}.npz"]
     assert capsys.readouterr().err == "error: no ink (DYNASCOPE_TRACEBACK=1 shows where)\n"
 
 
@@ -156,9 +182,17 @@ def test_errors_of_a_simulation_are_one_line_or_a_traceback(sim, capsys, monkeyp
     [
         (["lst"], "unknown command 'lst'; did you mean 'list'?"),
         (["zzz"], "unknown command 'zzz'; see --help"),
-        (["list", "toy"], "list takes no arguments, got 'toy'"),
-        (["run"], "run needs a name (`python -m sims list` shows all; `all` runs all)"),
-        (["run", "--seed", "1"], "run needs a name (`python -m sims list` shows all; `all` runs all)"),
+        (["list", "gme"], "unknown simulation 'gme'; did you mean 'game'? (`python -m sims list` shows all)"),
+        (["run"], "run needs a name (`python -m sims list` shows all; `all` means all)"),
+        (["run", "--seed", "1"], "run needs a name (`python -m sims list` shows all; `all` means all)"),
+        (["draw"], "draw needs a name (`python -m sims list` shows all; `all` means all)"),
+        (["run", "nowhere.py"], "a simulation's file must exist, got nowhere.py"),
+        (["run", "toy.one", "--steps", "-3"], "steps must be an integer >= 1, got -3"),
+        (["run", "toy.one", "--rates", "0.1", "nan"], "rates must be a finite number > 0, got (0.1, nan)"),
+        (
+            ["judge", "toy.one"],
+            "out must be a folder with saved results, got figures/quick; `run` makes them",
+        ),
         (
             ["run", "toy.on"],
             "unknown simulation 'toy.on'; did you mean 'toy.one'? (`python -m sims list` shows all)",
@@ -243,10 +277,144 @@ def test_data_folder(sim, tmp_path, monkeypatch):
     assert str(saved["data"]) == str(other)
 
 
-def test_names_of_theories_and_all(sim):
-    assert cli.resolve(["toy.other", "toy", "toy.one"]) == ["toy.other", "toy.one"]
-    assert cli.resolve(["all"]) == ["toy.one", "toy.other", "game.last"]
-    assert cli.resolve([]) == []
+def test_names_patterns_and_all(sim):
+    assert simulations.resolve(["toy.other", "toy", "toy.one"]) == ["toy.other", "toy.one"]
+    assert simulations.resolve(["*.o[nt]*"]) == ["toy.one", "toy.other"]
+    assert simulations.resolve(["all"]) == ["toy.one", "toy.other", "game.last"]
+    assert simulations.resolve([]) == []
+
+
+def test_options_of_all_simulations_may_come_before_names(sim, tmp_path):
+    assert cli.main(["run", "--preset", "standard", "--no-x64", "toy.one", "--out", "a", "--steps", "3"]) == 0
+    assert load("a", "toy.one@steps=3,no-x64").record["preset"] == "standard"
+
+
+def test_draw_and_judge_work_from_what_was_saved(sim, tmp_path, capsys, monkeypatch):
+    assert cli.main(["run", "toy.one", "game", "--jobs", "1", "--out", "a"]) == 0
+    assert cli.main(["run", "toy.one", "--steps", "5", "--out", "a"]) == 0
+    drawn = (tmp_path / "a" / "toy.one.png").read_bytes()
+    (tmp_path / "a" / "toy.one.png").unlink()
+    monkeypatch.setattr(sim, "run", lambda *_: pytest.fail("nothing is run again"))
+    capsys.readouterr()
+    assert cli.main(["draw", "toy.one", "--out", "a"]) == 0
+    assert capsys.readouterr().out == f"{os.path.join('a', 'toy.one.png')}\n"
+    assert (tmp_path / "a" / "toy.one.png").read_bytes() == drawn
+    assert cli.main(["draw", "toy", "--format", "pdf", "--out", "a"]) == 0
+    pages = sorted(path.name for path in (tmp_path / "a").glob("*.pdf"))
+    assert pages == ["toy.one.pdf", "toy.one@steps=5.pdf"]
+    assert (tmp_path / "a" / pages[0]).read_bytes().startswith(b"%PDF")
+
+    record = (tmp_path / "a" / "toy.one.json").read_text()
+    assert cli.main(["judge", "toy.one", "--out", "a"]) == 0
+    assert (tmp_path / "a" / "toy.one.json").read_text() == record
+    assert cli.main(["judge", "all", "--out", "a"]) == 1  # one run of five steps
+    capsys.readouterr()
+
+    def stricter(config, saved):
+        yield stated("limit", "It ends", "someone2024", at_most("end", saved["path"][-1], 2, why="stricter"))
+
+    monkeypatch.setattr(sim, "claims", stricter)
+    assert cli.main(["judge", "--out", "a", "toy.one", "--format", "json"]) == 1
+    (claim,) = json.loads(capsys.readouterr().out)["toy.one"]
+    assert (claim["id"], claim["verdict"], claim["checks"][0]["why"]) == (
+        "toy.one/limit",
+        "fails",
+        "stricter",
+    )
+    assert load("a", "toy.one").verdicts == ("fails",)
+    assert "stricter" in (tmp_path / "a" / "README.md").read_text()
+
+
+def test_a_format_that_does_not_fit_is_told(sim, tmp_path, capsys):
+    assert cli.main(["run", "toy.one", "--out", "a"]) == 0
+    assert cli.main(["draw", "toy.one", "--out", "a", "--format", "json"]) == 2
+    assert capsys.readouterr().err == "error: format must be one of png, pdf, svg for draw, got json\n"
+
+
+def test_verify_prints_json_alone(sim, capsys):
+    assert cli.main(["verify", "toy.one", "--format", "json"]) == 0
+    claims = json.loads(capsys.readouterr().out)["toy.one"]
+    assert [claim["verdict"] for claim in claims] == ["holds", "holds"]
+
+
+OWN = """
+from dataclasses import dataclass
+
+import numpy as np
+
+from sims import plotting
+from sims.claims import at_most, stated
+
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = 3
+
+
+PRESETS = {"quick": Config()}
+
+
+def run(config, context):
+    if config.steps == 13:
+        raise ValueError("steps must not be 13\\nfor luck")
+    return {"path": ("time", np.arange(config.steps) + context.seed)}
+
+
+def claims(config, saved):
+    yield stated("end", "It ends", "own", at_most("end", saved["path"][-1], 5, why="so few steps"))
+
+
+def figure(config, saved):
+    drawn, axes = plotting.new_figure()
+    axes[0, 0].plot(saved["path"])
+    return drawn
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Files with simulations of a user's own, `mine.py` and `yours.py`, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.py", "yours.py"):
+        (tmp_path / name).write_text(OWN)
+    return tmp_path
+
+
+def test_simulations_of_ones_own_run_by_path_in_two_processes(own, capfd):
+    assert cli.main(["run", "mine.py", "yours.py", "--jobs", "2", "--seed", "1"]) == 0
+    out = capfd.readouterr().out
+    assert "2 claims: 2 holds" in out
+    for name in ("mine", "yours"):
+        assert f"{name}.py: 0.0 s, 1 claims, none fails" in out
+        assert load(own / "figures" / "quick", f"{name}@seed=1")["path"].tolist() == [1, 2, 3]
+    assert cli.main(["draw", "mine.py", "--format", "svg"]) == 2
+    assert "unknown simulation 'mine'; did you mean 'mine@seed=1'?" in capfd.readouterr().err
+    assert cli.main(["draw", "mine@seed=1", "--format", "svg"]) == 0
+    assert cli.main(["run", "mine.py", "--preset", "paper"]) == 2
+    assert capfd.readouterr().err == "error: preset must be one of quick for this simulation, got 'paper'\n"
+
+
+def test_as_a_library(own):
+    import jax
+
+    with jax.enable_x64(False):
+        saved = sims.run("mine.py", steps=4, progress=False, out=own / "a")
+        assert not jax.config.read("jax_enable_x64")
+    assert (saved.name, saved.record["x64"], saved.verdicts) == ("mine@steps=4", True, ("holds",))
+    assert saved.claims[0].id == "mine/end"
+    assert len(saved.figure().axes) == 1
+    html = saved._repr_html_()
+    assert "<b>holds</b>: It ends (own)" in html
+    assert "data:image/png;base64," in html
+    assert sims.load(own / "a", saved.name).record == saved.record
+    for settings, message in (
+        ({"stepz": 4}, r"^settings must be fields of the simulation \(steps\), got \['stepz'\]$"),
+        ({"steps": 2.5}, r"^steps must be an integer, got 2\.5$"),
+        ({"preset": "huge"}, r"^preset must be one of quick for this simulation, got 'huge'$"),
+        ({"data_dir": "nowhere"}, r"^data_dir must be a folder, got nowhere$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sims.run("mine.py", progress=False, **settings)
 
 
 def test_a_terminal_gets_a_bar_and_keeps_no_trace_of_it(sim, tmp_path):
@@ -262,7 +430,7 @@ def test_a_terminal_gets_a_bar_and_keeps_no_trace_of_it(sim, tmp_path):
 
 
 def test_every_simulation_has_a_line():
-    for name, line in cli.available().items():
+    for name, line in sims.available().items():
         assert line.endswith("."), name
         assert len(line) <= 110, name
 
@@ -286,4 +454,4 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == list(cli.available())
+    assert set(sims.available()) <= set(done.stdout.split())

@@ -67,6 +67,12 @@ def test_parts_are_looked_into():
         check_ranges(Config(part=Part(0)))
 
 
+def far_below(value):
+    if isinstance(value, tuple):
+        return tuple(map(far_below, value))
+    return -1e9 if isinstance(value, float) else -(10**9)
+
+
 @pytest.mark.parametrize("simulation", simulations.available())
 def test_every_number_of_every_simulation_has_a_range(simulation):
     sim = simulations.load_simulation(simulation)
@@ -78,6 +84,6 @@ def test_every_number_of_every_simulation_has_a_range(simulation):
         for name, value in vars(part).items():
             if isinstance(value, (bool, str)) or is_dataclass(value) or repr(Range()) in repr(hints[name]):
                 continue  # a range without ends is said on purpose
-            bad = (-(10**9),) * max(len(value), 2) if isinstance(value, tuple) else -(10**9)
+            bad = tuple(map(far_below, value or (0, 0))) if isinstance(value, tuple) else far_below(value)
             with pytest.raises(ValueError, match=name):
                 check_ranges(replace(cast(Any, part), **{name: bad}))
