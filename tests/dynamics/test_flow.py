@@ -1,5 +1,10 @@
 """The integrator: exact solutions, an independent solver, and every way to fail."""
 
+import json
+import os
+import subprocess
+import sys
+
 import diffrax
 import equinox as eqx
 import jax
@@ -125,6 +130,89 @@ def test_a_field_that_turns_nan_ends():
     assert not bool(path.ok)
     np.testing.assert_allclose(path.ys[:2], np.exp([-0.0, -0.5]), rtol=1e-10)
     np.testing.assert_array_equal(np.isnan(path.ys[2:]), True)
+
+
+# Every way to fail under every transformation, and one solve that succeeds; prints what is raised.
+FAILURES = """
+import json, sys
+from sims.startup import configure_jax, set_xla_flags
+set_xla_flags()
+configure_jax(x64=True)
+import diffrax, jax, jax.numpy as jnp, numpy as np
+from dynamics.flow import integrate
+
+hits = []
+jax.monitoring.register_event_listener(lambda event, **_: hits.append(event.endswith("cache_hits")))
+
+def field(t, y, args):
+    turns_nan, blows_up, frequency = args
+    return jnp.where(t > turns_nan, jnp.nan, blows_up * y**2 + frequency * jnp.cos(frequency * t))
+
+def last(y, args):
+    return integrate(field, y, [0.0, 2.0], args, solver=diffrax.Heun(), rtol=1e-3, max_steps=5000).ys[-1]
+
+KINDS = {
+    "none": (9.0, 0.0, 1.0),
+    "steps": (9.0, 0.0, 1e6),
+    "nan": (0.7, 0.0, 1.0),
+    "blow-up": (9.0, 1.0, 0.0),
+}
+numbers = {kind: np.array(args) for kind, args in KINDS.items()}
+WAYS = {"eager": last, "jit, vmap": jax.jit(jax.vmap(last, in_axes=(0, None))), "grad": jax.grad(last)}
+found = {}
+for way in sys.argv[1:]:
+    solve = WAYS[way]
+    start = np.ones(2) if "vmap" in way else np.ones(())
+    for kind, args in numbers.items():
+        if (way, kind) == ("grad", "none"):
+            continue  # takes as long as all others together; test_gradients_in_both_modes has it
+        try:
+            jax.block_until_ready(solve(start, tuple(args)))
+            found[f"{way}, {kind}"] = ""
+        except (RuntimeError, ValueError) as error:
+            found[f"{way}, {kind}"] = str(error)
+print(json.dumps({"hits": sum(hits), "found": found}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("on_error", "ways", "processes"),
+    [
+        (None, ("jit, vmap", "grad"), 1),
+        ("nan", ("eager", "jit, vmap", "grad"), 2),
+    ],
+)
+def test_no_failure_is_silent(on_error, ways, processes, tmp_path):
+    """What Equinox is told to do about errors changes nothing, nor does a program from the cache."""
+    # Little is computed: compiling is quicker where nothing is optimized.
+    environment = {
+        **os.environ,
+        "DYNASCOPE_CACHE": str(tmp_path),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }
+    environment.pop("EQX_ON_ERROR", None)
+    if on_error is not None:
+        environment["EQX_ON_ERROR"] = on_error
+    command = [sys.executable, "-c", FAILURES, *ways]
+    for process in range(processes):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        told = json.loads(done.stdout)
+        assert len(told["found"]) == 4 * len(ways) - 1
+        for case, message in told["found"].items():
+            assert ("integrate: " in message) == (not case.endswith("none")), (case, message)
+        assert (told["hits"] > 0) == (process == 1)
+
+
+@pytest.mark.parametrize("throw", [True, False])
+@pytest.mark.parametrize("solver", [diffrax.Dopri8, diffrax.Kvaerno5])
+def test_only_a_program_that_raises_calls_the_host(solver, throw):
+    """So do derivatives, which need no state; and what calls the host is never cached."""
+
+    def last(y0):
+        return integrate(decay, y0, TIMES, 2.0, solver=solver(), throw=throw).ys[-1]
+
+    function = last if solver is diffrax.Kvaerno5 else jax.grad(last)
+    assert ("callback" in jax.jit(function).lower(1.0).as_text()) == throw
 
 
 @pytest.mark.parametrize(
