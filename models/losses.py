@@ -1,14 +1,18 @@
-"""Losses of networks as functions of parameters and data."""
+"""Losses of networks as functions of parameters and data, and their curvature."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
+
+from dynamics.flow import ArrayLike
 
 
 def squared_error(params: PyTree, data: Any) -> Array:
@@ -74,6 +78,40 @@ def bind(loss: Callable[[Any, Any], Array], data: Any) -> Partial:
         6.0
     """
     return Partial(_of_params, Partial(loss), data)
+
+
+def gauss_newton_spectrum(
+    predict: Callable[[PyTree, Any], Array], params: PyTree, tokens: ArrayLike
+) -> Float[Array, " P"]:
+    r"""Eigenvalues of the Gauss-Newton matrix G^T G / N, where G = d f / d params.
+
+    For (1/2N) sum_i |f_i - y_i|^2 this is the Hessian at an exact fit, and its spectrum says how fast
+    gradient descent closes each direction. Squared singular values of G: nothing is squared before they
+    are taken, so that condition numbers up to the square of 1/epsilon survive.
+
+    Args:
+        predict: `predict(params, tokens)`, the outputs of all samples, for instance from `as_function`.
+        params: the trained parameters, a pytree of P numbers in all.
+        tokens: the samples, leading axis N.
+
+    Returns:
+        Eigenvalues in descending order, shape (P,); zeros where there are fewer outputs than parameters.
+
+    Example:
+        >>> linear = lambda params, tokens: tokens @ params
+        >>> gauss_newton_spectrum(linear, jnp.zeros(2), jnp.diag(jnp.array([2.0, 4.0]))).tolist()
+        [8.0, 2.0]
+    """
+    tokens = jnp.asarray(tokens)
+    flat, unravel = ravel_pytree(params)
+
+    def outputs(flat):
+        return predict(unravel(flat), tokens).reshape(-1)
+
+    rows = jax.eval_shape(outputs, flat).size
+    jacobian = jax.jacfwd if flat.size <= rows else jax.jacrev
+    singular = jnp.linalg.svd(jacobian(outputs)(flat), compute_uv=False)
+    return jnp.pad(singular**2 / len(tokens), (0, flat.size - singular.size))
 
 
 def _of_params(loss: Callable[[Any, Any], Array], data: Any, params: Any) -> Array:

@@ -198,7 +198,8 @@ def head_weights(params: PyTree) -> dict[str, Float[Array, "layers heads d k"]]:
         `key`, `query`, `value` and `output`, each (layers, heads, width, head_dim).
 
     Example:
-        >>> from models.attention import as_function, head_products
+        >>> from models.attention import head_products
+        >>> from models.functional import as_function
         >>> sizes = dict(depth=2, heads=4, width=32, head_dim=8, mlp_width=64)
         >>> model = VisionTransformer(jax.random.key(0), (8, 8), 10, patch=(2, 2), **sizes)
         >>> head_products(head_weights(as_function(model)[1]))[0].shape

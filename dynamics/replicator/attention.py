@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import optimistix
 from jaxtyping import Array, Float
 
+from dynamics.arguments import require_shape
 from dynamics.flow import ArrayLike, Trajectory, as_inexact, integrate, is_traced, require_number
 from dynamics.replicator.population import require_values
+from dynamics.replicator.simplex import require_simplex
 
 # From a point of the simplex (n,) to the gradient of the loss there, (n,).
 Gradient = Callable[[Array], Array]
@@ -31,6 +33,71 @@ def softmax_jacobian_product(
         [0.25, -0.25]
     """
     return x * (g - jnp.sum(x * g, axis=-1, keepdims=True))
+
+
+def softmax_jacobian(x: Float[Array, " n"]) -> Float[Array, "n n"]:
+    r"""J(x) = diag(x) - x x^T for a point of the simplex, every entry to full relative precision.
+
+    The diagonal is x_i sum_{j != i} x_j: next to a vertex, 1 - x_i would lose all its digits.
+
+    Example:
+        >>> softmax_jacobian(jnp.array([0.5, 0.5])).tolist()
+        [[0.25, -0.25], [-0.25, 0.25]]
+    """
+    off = x[:, None] * x[None, :] * (1 - jnp.eye(x.size, dtype=x.dtype))
+    return jnp.diag(jnp.sum(off, axis=1)) - off
+
+
+def attention_field(x: ArrayLike, gradient: ArrayLike, key_scale: ArrayLike = 1.0) -> Float[Array, " n"]:
+    r"""Softmax flow of a prompt as a field on the simplex: dx/dt = -k J(x)^2 g.
+
+    Its integral curves are those of `softmax_flow`, seen in x = softmax(z).
+
+    Args:
+        x: point of the simplex, shape (n,).
+        gradient: gradient g of the loss at x, shape (n,).
+        key_scale: k, squared length of the keys, a number.
+
+    Returns:
+        dx/dt, shape (n,); NaN where a traced x is not on the simplex.
+
+    Raises:
+        ValueError: `x` is not on the simplex, the gradient's shape does not fit, `key_scale` is no finite
+            number.
+
+    Source: softmax2025talk, theorem on local analysis, the flow that it linearizes.
+
+    Example:
+        >>> attention_field([0.5, 0.5], [1.0, 0.0]).tolist()
+        [-0.125, 0.125]
+    """
+    x = require_simplex("x", x)
+    gradient, key_scale = jnp.asarray(gradient, x.dtype), require_number("key_scale", key_scale, x.dtype)
+    require_shape("gradient", gradient, x.shape)
+    jacobian = softmax_jacobian(x)
+    return -key_scale * (jacobian @ (jacobian @ gradient))
+
+
+def squared_error_gradient(
+    values: Float[Array, "*batch n"], targets: Float[Array, "*batch"], x: Float[Array, "*batch n"]
+) -> Float[Array, "*batch n"]:
+    r"""Gradient in each attention row x of half the squared error, (1/2) (<u, x> - y)^2: (<u, x> - y) u.
+
+    Args:
+        values: u = X v, what each token is worth, (..., n).
+        targets: y, (...).
+        x: attention rows, (..., n).
+
+    Returns:
+        The gradient in each row, (..., n). `jax.tree_util.Partial` with values and targets makes of it the
+        gradient that `softmax_flow` (one row) and `coupled_flow` (all of them) take.
+
+    Example:
+        >>> u, y, x = jnp.array([1.0, -1.0]), jnp.array(0.5), jnp.array([0.5, 0.5])
+        >>> squared_error_gradient(u, y, x).tolist()
+        [-0.5, 0.5]
+    """
+    return (jnp.sum(values * x, axis=-1) - targets)[..., None] * values
 
 
 def softmax_flow(
@@ -136,8 +203,7 @@ def coupled_flow(
     """
     z0 = _require_logits(gradient, z0, ndim=2)
     gram = jnp.asarray(gram, z0.dtype)
-    if gram.shape != (*z0.shape, *z0.shape):
-        raise ValueError(f"gram must have shape {(*z0.shape, *z0.shape)}, got shape {gram.shape}")
+    require_shape("gram", gram, (*z0.shape, *z0.shape))
     if not is_traced(gram) and not bool(jnp.all(jnp.isfinite(gram))):
         raise ValueError("gram must be finite, got NaN or infinity")
     return integrate(_coupled_field, z0, ts, (gradient, gram), **options)

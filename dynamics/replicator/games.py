@@ -17,8 +17,7 @@ from jaxtyping import Array, Float
 from scipy.optimize import linprog
 
 from dynamics.flow import ArrayLike, as_inexact, is_traced
-from dynamics.replicator.local import tangent_basis
-from dynamics.replicator.population import require_simplex
+from dynamics.replicator.simplex import require_simplex, tangent_basis
 from dynamics.spectra import entropy
 
 Stability = Literal["attracting", "repelling", "saddle", "centre", "degenerate"]

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dynamics.flow import ArrayLike, Trajectory, all_finite, as_inexact, integrate, is_traced
+from dynamics.replicator.simplex import require_simplex, simplex_slack
 
 # A payoff matrix (n, n), whose fitness is payoff @ x, or any function of x with values of shape (n,).
 Fitness = ArrayLike | Callable[[Array], Array]
@@ -143,7 +144,9 @@ def simulate_mutator(
     x0 = require_simplex("x0", x0)
     fitness = _require_fitness(fitness, x0.size, x0.dtype)
     mutation = _require_matrix("mutation", mutation, (x0.size, x0.size), x0.dtype)
-    stochastic = jnp.all(mutation >= 0) & jnp.all(jnp.abs(jnp.sum(mutation, axis=1) - 1) <= _slack(x0.dtype))
+    stochastic = jnp.all(mutation >= 0) & jnp.all(
+        jnp.abs(jnp.sum(mutation, axis=1) - 1) <= simplex_slack(x0.dtype)
+    )
     if not is_traced(mutation) and not bool(stochastic):
         raise ValueError(f"mutation must have non-negative rows that sum to one, got {mutation.tolist()}")
     x0 = jnp.where(stochastic, x0, jnp.nan)  # a bad traced mutation fails its lane
@@ -239,24 +242,6 @@ def constant_fitness_solution(fitness: ArrayLike, x0: ArrayLike, ts: ArrayLike) 
     return jax.nn.log_softmax(jnp.log(x0)[None, :] + ts[:, None] * fitness[None, :], axis=1)
 
 
-def require_simplex(name: str, x: ArrayLike) -> Float[Array, " n"]:
-    """A point of the simplex as an array; `ValueError` if it is not one and can be looked at.
-
-    A traced point that is off the simplex becomes NaN, which makes the lane's `ok` false.
-    """
-    x = as_inexact(x)
-    if x.ndim != 1 or x.size == 0:
-        raise ValueError(f"{name} must have shape (n,), got shape {x.shape}")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{name} must be real, got dtype {x.dtype}")
-    good = jnp.all(x >= 0) & (jnp.abs(jnp.sum(x) - 1) <= _slack(x.dtype))
-    if not is_traced(x) and not bool(good):
-        raise ValueError(
-            f"{name} must be a point of the simplex (no negative entry, sum one), got {x.tolist()}"
-        )
-    return jnp.where(good, x, jnp.nan)
-
-
 def require_values(name: str, function: Callable[[Any], Any], like: Any) -> None:
     """Raise `ValueError` unless a function of the shares returns real numbers of the same shape."""
     returned = jax.eval_shape(lambda x: jnp.asarray(function(x)), like)
@@ -264,11 +249,6 @@ def require_values(name: str, function: Callable[[Any], Any], like: Any) -> None
         raise ValueError(f"{name} must return shape {like.shape}, got shape {returned.shape}")
     if jnp.issubdtype(returned.dtype, jnp.complexfloating):
         raise ValueError(f"{name} must return real numbers, got dtype {returned.dtype}")
-
-
-def _slack(dtype: Any) -> float:
-    """How far a sum of shares may be from one."""
-    return max(1e-6, float(jnp.finfo(dtype).eps) ** 0.5)
 
 
 def _require_matrix(name: str, matrix: Any, shape: tuple[int, int], dtype: Any) -> Array:

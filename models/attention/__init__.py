@@ -1,8 +1,5 @@
 """The one-layer attention models."""
 
-from models.attention.functional import Frozen as Frozen
-from models.attention.functional import as_function as as_function
-from models.attention.functional import gauss_newton_spectrum as gauss_newton_spectrum
 from models.attention.heads import AttentionHead as AttentionHead
 from models.attention.heads import AttentionStack as AttentionStack
 from models.attention.heads import Feedforward as Feedforward

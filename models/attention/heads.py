@@ -11,8 +11,8 @@ from flax import nnx
 from jaxtyping import Array
 
 from dynamics.flow import ArrayLike, as_inexact
-from models.attention.functional import Frozen
 from models.attention.products import HEAD_WEIGHTS
+from models.functional import Frozen
 
 
 class Feedforward(NamedTuple):

@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 
 from dynamics.flow import ArrayLike, as_inexact, is_traced
 from dynamics.joma import Kind, attend
-from models.attention.functional import Frozen
+from models.functional import Frozen
 
 
 class JomaInputs(NamedTuple):

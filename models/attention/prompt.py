@@ -13,7 +13,7 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, PyTree
 
 from dynamics.flow import ArrayLike, as_inexact
-from models.attention.functional import Frozen
+from models.functional import Frozen
 
 
 def attention_logits(prompt: ArrayLike, tokens: ArrayLike, key_weights: ArrayLike | None = None) -> Array:
@@ -201,7 +201,7 @@ def attention_function(model: PromptAttention) -> Callable[[PyTree, Any], Any]:
     """The attention of a model as a pure function of its trained parameters and the tokens.
 
     Example:
-        >>> from models.attention import as_function
+        >>> from models.functional import as_function
         >>> model = PromptAttention([0.0], [1.0])
         >>> attention_function(model)(as_function(model)[1], [[2.0], [4.0]]).tolist()
         [0.5, 0.5]

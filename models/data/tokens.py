@@ -98,6 +98,32 @@ def synthetic_classes(
     return SequenceClasses(jnp.asarray(P, dtype), jnp.asarray(query), jnp.asarray(next_token))
 
 
+def one_common_token(
+    overlap: float, num_classes: int = 2, *, num_distinct: int = 10, vocab_size: int | None = None
+) -> SequenceClasses:
+    r"""Classes with one common token, of a weight that gives any two classes the cosine `overlap`.
+
+    With w the weight of the common token and d those of a class's own tokens, the cosine of two rows of P is
+    w^2 / (w^2 + |d|^2).
+
+    Args:
+        overlap: the cosine, in [0, 1).
+        num_classes: K, each with a query of its own.
+        num_distinct: tokens of each class alone, with the weights of `synthetic_classes`.
+        vocab_size: M; by default just large enough.
+
+    Example:
+        >>> P = one_common_token(0.36).P
+        >>> round(float(P[0] @ P[1] / (P[0] @ P[0])), 6)
+        0.36
+    """
+    own = np.linalg.norm(np.linspace(0.1, 1.0, num_distinct))
+    weight = float(own * np.sqrt(overlap / (1 - overlap)))
+    return synthetic_classes(
+        num_classes, num_common=1, num_distinct=num_distinct, common_weight=weight, vocab_size=vocab_size
+    )
+
+
 def sample_tokens(
     key: Array, classes: SequenceClasses, length: int, batch: int
 ) -> tuple[Int[Array, "batch length"], Int[Array, " batch"]]:

@@ -29,12 +29,12 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from dynamics.lowrank import full_rank_memory, galore_memory, lora_memory
-from models.attention import as_function
 from models.data.images import digits, mnist
+from models.functional import as_function
 from models.galore import galore, scale_by_adam_8bit, state_bytes
 from models.losses import cross_entropy
 from models.lowrank import lora_params, low_rank_params, merge, on_factors, on_trained, relora
+from models.memory import full_rank_memory, galore_memory, lora_memory
 from models.training import record_steps, train
 from sims import plotting
 from sims.claims import Check, Claim, Preset

@@ -17,13 +17,8 @@ import optax
 from jaxtyping import Array
 from matplotlib.figure import Figure
 
-from dynamics.lowrank import (
-    captured_energy,
-    contraction_factor,
-    gradient_operator,
-    projected_coefficients,
-    projected_descent,
-)
+from dynamics.galore import contraction_factor, gradient_operator, projected_coefficients, projected_descent
+from dynamics.spectra import captured_energy
 from models.galore import scale_by_galore
 from models.losses import bind, mean_squared_error
 from models.training import record_steps, train

@@ -19,8 +19,8 @@ import optax
 from jaxtyping import Array
 from matplotlib.figure import Figure
 
-from dynamics.lowrank import Memory, full_rank_memory, galore_memory, lora_memory
 from models.galore import Layerwise, Stack, galore, layerwise, scale_by_adam_8bit, state_bytes
+from models.memory import Memory, full_rank_memory, galore_memory, lora_memory
 from sims import plotting
 from sims.claims import Check, Claim, Preset, all_of
 from sims.results import Context, Result, Saved

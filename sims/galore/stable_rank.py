@@ -18,7 +18,7 @@ import optax
 from jaxtyping import Array
 from matplotlib.figure import Figure
 
-from dynamics.lowrank import (
+from dynamics.galore import (
     bound_counterexample,
     gradient_iterates,
     gradient_operator,

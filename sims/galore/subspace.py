@@ -20,8 +20,7 @@ from jaxtyping import Array
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dynamics.lowrank import captured_energy
-from dynamics.spectra import stable_rank
+from dynamics.spectra import captured_energy, stable_rank
 from models.data.images import digits
 from models.losses import cross_entropy, on_batches
 from models.training import train

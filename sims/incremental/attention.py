@@ -32,8 +32,9 @@ from dynamics.incremental import (
     staircase_distance,
     time_until_active,
 )
-from models.attention import AttentionHead, as_function, diagonal_head, observe_products, split_products
+from models.attention import AttentionHead, diagonal_head, observe_products, split_products
 from models.data.teachers import diagonal_teacher
+from models.functional import as_function
 from models.losses import bind, mean_squared_error
 from models.training import train_at_rates
 from sims import plotting

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 
 from dynamics.flow import Trajectory, gradient_flow, integrate
 from dynamics.spectra import stable_rank
-from models.attention import AttentionHead, as_function, head_products
+from models.attention import AttentionHead, head_products
+from models.functional import as_function
 from models.losses import bind, mean_squared_error
 from models.training import train_at_rates
 from sims import plotting

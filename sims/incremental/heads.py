@@ -28,15 +28,9 @@ from matplotlib.figure import Figure
 from dynamics import incremental
 from dynamics.flow import Trajectory
 from dynamics.incremental import GreedyPath
-from models.attention import (
-    AttentionStack,
-    Feedforward,
-    as_function,
-    diagonal_stack,
-    observe_products,
-    split_products,
-)
+from models.attention import AttentionStack, Feedforward, diagonal_stack, observe_products, split_products
 from models.data.teachers import diagonal_teacher
+from models.functional import as_function
 from models.losses import bind, mean_squared_error
 from models.training import train_at_rates
 from sims import plotting

@@ -22,8 +22,9 @@ from matplotlib.figure import Figure
 from dynamics import incremental
 from dynamics.flow import Trajectory
 from dynamics.incremental import GreedyPath, Products
-from models.attention import AttentionHead, as_function, diagonal_head, product_coordinates, split_products
+from models.attention import AttentionHead, diagonal_head, product_coordinates, split_products
 from models.data.teachers import diagonal_teacher
+from models.functional import as_function
 from models.losses import bind, mean_squared_error
 from models.training import train_at_rates
 from sims import plotting

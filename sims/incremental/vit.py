@@ -27,9 +27,9 @@ from matplotlib.figure import Figure
 
 from dynamics.flow import Trajectory
 from dynamics.spectra import stable_rank
-from models.attention import as_function
 from models.attention.products import thin_products
 from models.data.images import cifar10, cifar100, digits, mnist
+from models.functional import as_function
 from models.losses import cross_entropy
 from models.training import train_in_chunks
 from models.vit import VisionTransformer, head_weights, scale_initial

@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 from dynamics.flow import ArrayLike, Trajectory, integrate
 from dynamics.joma import Kind, saturating_flow
 from dynamics.spectra import entropy
-from models.attention import JomaBlock, JomaInputs, JomaState, as_function
+from models.attention import JomaBlock, JomaInputs, JomaState
+from models.functional import as_function
 from models.losses import bind, cross_entropy, squared_error
 from models.training import train, train_at_rates
 from sims import plotting

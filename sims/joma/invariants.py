@@ -22,8 +22,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dynamics import joma
-from models.attention import JomaBlock, JomaInputs, as_function, joma_observer
+from models.attention import JomaBlock, JomaInputs, joma_observer
 from models.data.teachers import nearly_orthogonal_keys
+from models.functional import as_function
 from models.losses import bind, cross_entropy, squared_error
 from models.training import scale_by_name, train_at_rates
 from sims import plotting

@@ -22,7 +22,8 @@ from scipy.stats import spearmanr
 
 from dynamics import joma
 from dynamics.flow import Trajectory
-from models.attention import JomaBlock, JomaInputs, JomaState, as_function, joma_observer
+from models.attention import JomaBlock, JomaInputs, JomaState, joma_observer
+from models.functional import as_function
 from models.losses import bind
 from models.training import train_at_rates
 from sims import plotting

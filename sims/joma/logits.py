@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 
 from dynamics import joma
 from dynamics.flow import Trajectory
-from models.attention import JomaBlock, JomaInputs, JomaState, as_function, joma_observer
+from models.attention import JomaBlock, JomaInputs, JomaState, joma_observer
+from models.functional import as_function
 from models.losses import bind, cross_entropy
 from models.training import train, train_at_rates
 from sims import plotting

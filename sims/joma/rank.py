@@ -21,7 +21,8 @@ from dynamics import joma
 from dynamics.flow import Trajectory
 from dynamics.joma import Rescaled
 from dynamics.spectra import stable_rank
-from models.attention import JomaBlock, JomaInputs, JomaState, as_function, joma_observer
+from models.attention import JomaBlock, JomaInputs, JomaState, joma_observer
+from models.functional import as_function
 from models.losses import bind
 from models.training import train_at_rates
 from sims import plotting

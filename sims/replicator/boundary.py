@@ -17,26 +17,23 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import gmean
 
-from models.training import record_steps
-from sims import plotting
-from sims.claims import Check, Claim, Preset
-from sims.compare import convergence_order, fit_line
-from sims.replicator._boundary_training import (
+from models.attention.students import (
     LOCAL,
     STANDARD,
     Lanes,
     Task,
-    adam,
     condition_number,
     condition_numbers,
-    descent,
     make_tasks,
-    normalized_descent,
-    sign_descent,
     train_lanes,
     train_small,
     train_wide,
 )
+from models.optimizers import adam, descent, normalized_descent, sign_descent
+from models.training import record_steps
+from sims import plotting
+from sims.claims import Check, Claim, Preset
+from sims.compare import convergence_order, fit_line
 from sims.results import Context, Result, Saved
 
 

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dynamics import replicator
-from dynamics.replicator.local import attention_field, corollary_bound
+from dynamics.replicator import attention_field, corollary_bound
 from sims import plotting
 from sims.claims import Check, Claim, Preset
 from sims.compare import convergence_order

@@ -28,15 +28,10 @@ from scipy.stats import rankdata
 from dynamics.flow import Trajectory
 from dynamics.replicator import tangent_basis
 from dynamics.spectra import entropy
-from models.attention import (
-    PromptAttention,
-    as_function,
-    attention_log_ratio,
-    attention_logits,
-    gauss_newton_spectrum,
-    log_mean_ratio,
-)
+from models.attention import PromptAttention, attention_log_ratio, attention_logits, log_mean_ratio
 from models.data.images import digits, patches
+from models.functional import as_function
+from models.losses import gauss_newton_spectrum
 from models.training import record_steps, train
 from sims import plotting
 from sims.claims import Check, Claim, Preset

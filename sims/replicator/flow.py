@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 
 from dynamics import replicator
 from dynamics.flow import Trajectory, gradient_flow, integrate
-from models.attention import PromptAttention, as_function, attention_function
+from models.attention import PromptAttention, attention_function
 from models.data.teachers import nearly_orthogonal_keys
+from models.functional import as_function
 from models.losses import bind, squared_error
 from models.training import train_at_rates
 from sims import plotting
@@ -60,16 +61,6 @@ PRESETS: dict[Preset, Config] = {
     "standard": replace(_QUICK, samples=5, tokens=8, dim=60, substeps=(2, 4, 10, 20, 40, 100, 200, 400)),
     "paper": replace(_QUICK, samples=20, tokens=20, dim=400, substeps=(2, 4, 10, 20, 40, 100, 200, 400)),
 }
-
-
-def sample_gradient(values: jax.Array, target: jax.Array, x: jax.Array) -> jax.Array:
-    """Gradient in one attention row x of (1/2) (<u, x> - y)^2, with u = X v what each token is worth."""
-    return (jnp.sum(values * x) - target) * values
-
-
-def all_gradients(values: jax.Array, targets: jax.Array, x: jax.Array) -> jax.Array:
-    """`sample_gradient` for all rows, (N, n)."""
-    return jax.vmap(sample_gradient)(values, targets, x)
 
 
 # The network's own gradient flow: what gradient descent tends to as the learning rate goes to zero.
@@ -124,7 +115,7 @@ def _flows(task: Task, config: Config):
         """N separate flows, one per sample; sees the values, the targets and the first logits."""
 
         def one(values, target, z0):
-            return flow(Partial(sample_gradient, values, target), z0, ts, config.key_scale)
+            return flow(Partial(replicator.squared_error_gradient, values, target), z0, ts, config.key_scale)
 
         path = jax.vmap(one)(tokens @ task.value, task.targets, tokens @ task.prompt)
         rows = jnp.moveaxis(jax.nn.softmax(path.ys, axis=-1), 0, 1)
@@ -132,12 +123,12 @@ def _flows(task: Task, config: Config):
 
     def coupled_flow(tokens):
         gram = jnp.einsum("iad,jbd->iajb", tokens, tokens)
-        gradient = Partial(all_gradients, tokens @ task.value, task.targets)
+        gradient = Partial(replicator.squared_error_gradient, tokens @ task.value, task.targets)
         path = replicator.coupled_flow(gradient, tokens @ task.prompt, gram, ts)
         return Trajectory(ts, jax.nn.softmax(path.ys, axis=-1), path.ok)
 
     def in_shares(values, target, x0):
-        args = (Partial(sample_gradient, values, target), config.key_scale)
+        args = (Partial(replicator.squared_error_gradient, values, target), config.key_scale)
         return integrate(_attention_field, x0, ts, args).ys
 
     separate = jax.vmap(separate_flows)(tokens)
@@ -199,7 +190,9 @@ def _loss_rates(task: Task, config: Config):
     gradient = jax.grad(squared_error)(params, (predict, tokens, task.targets))
     network_rate = -sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradient))
     x = attention(params, tokens)
-    pushed = replicator.softmax_jacobian_product(x, all_gradients(tokens @ task.value, task.targets, x))
+    pushed = replicator.softmax_jacobian_product(
+        x, replicator.squared_error_gradient(tokens @ task.value, task.targets, x)
+    )
     return network_rate, -config.key_scale * jnp.sum(pushed**2)
 
 

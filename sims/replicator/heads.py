@@ -20,14 +20,14 @@ from matplotlib.figure import Figure
 
 from dynamics import replicator
 from dynamics.flow import Trajectory, gradient_flow, integrate
-from models.attention import PromptAttention, as_function, attention_function
+from models.attention import PromptAttention, attention_function
 from models.data.teachers import orthogonal_keys
+from models.functional import as_function
 from models.losses import bind, squared_error
 from models.training import train_at_rates
 from sims import plotting
 from sims.claims import Check, Claim, Preset
 from sims.compare import compare, convergence_order, lane, lane_gaps, require_sweeps
-from sims.replicator.flow import sample_gradient
 from sims.results import Context, Result, Saved
 
 
@@ -136,7 +136,7 @@ def _flows(task: Task, sharing: jax.Array, config: Config) -> tuple[Trajectory, 
     samples, heads, n = task.worth.shape
 
     def one_head(values, target, z0):
-        gradient = Partial(sample_gradient, values, target)
+        gradient = Partial(replicator.squared_error_gradient, values, target)
         path = replicator.softmax_flow(gradient, z0, ts, config.key_scale)
         return jax.nn.softmax(path.ys, axis=-1), path.ok
 

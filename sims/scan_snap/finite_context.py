@@ -20,8 +20,9 @@ from matplotlib.figure import Figure
 from dynamics import scan_snap
 from dynamics.flow import Trajectory
 from dynamics.scan_snap import Weights
-from models.attention import ScanSnapAttention, as_function, observe_weights
+from models.attention import ScanSnapAttention, observe_weights
 from models.data.tokens import population_contexts, sample_contexts, sample_long_contexts, synthetic_classes
+from models.functional import as_function
 from models.losses import bind, cross_entropy, on_batches
 from models.training import train, train_at_rates
 from sims import plotting

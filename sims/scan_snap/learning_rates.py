@@ -18,14 +18,15 @@ from jax.tree_util import Partial
 from matplotlib.figure import Figure
 
 from dynamics import scan_snap
-from models.attention import ScanSnapAttention, as_function
+from models.attention import ScanSnapAttention
+from models.data.recorded import FIGURE_6_QUERIES, FIGURE_6_RATES, FIGURE_6_RATIOS, figure_6
 from models.data.tokens import population_contexts, sample_contexts, synthetic_classes
+from models.functional import as_function
 from models.losses import cross_entropy, on_batches
 from models.training import scale_by_name, train
 from sims import plotting
 from sims.claims import Check, Claim, Preset, all_of
 from sims.results import Context, Result, Saved
-from sims.scan_snap._recorded import FIGURE_6_QUERIES, FIGURE_6_RATES, FIGURE_6_RATIOS, figure_6
 
 NEXT_PER_QUERY = 2
 

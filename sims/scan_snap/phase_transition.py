@@ -21,15 +21,15 @@ from scipy.integrate import cumulative_simpson
 from dynamics import scan_snap
 from dynamics.flow import Trajectory, integrate
 from dynamics.scan_snap import SequenceClasses
-from models.attention import ScanSnapAttention, as_function, observe_weights
-from models.data.tokens import population_contexts
+from models.attention import ScanSnapAttention, observe_weights
+from models.data.tokens import one_common_token, population_contexts
+from models.functional import as_function
 from models.losses import bind, cross_entropy
 from models.training import scale_by_name, train_at_rates
 from sims import plotting
 from sims.claims import Check, Claim, Preset, all_of
 from sims.compare import compare, convergence_order, fit_line, lane, lane_gaps, require_sweeps
 from sims.results import Context, Result, Saved
-from sims.scan_snap.reduction import one_common_token
 
 # Distinct tokens per class, of weights 0.1 and 1.
 DISTINCT = 2
@@ -173,7 +173,7 @@ def run(config: Config, context: Context) -> Result:
 
     def solve(flow: Callable[..., Trajectory], shape: tuple[int, int], lanes, units) -> Trajectory:
         K, M = shape
-        classes = [one_common_token(overlap, K, DISTINCT, M) for overlap, *_ in lanes]
+        classes = [one_common_token(overlap, K, num_distinct=DISTINCT, vocab_size=M) for overlap, *_ in lanes]
         rates = np.array(lanes)[:, 1:].T
         ts = units * (K * np.log(M) / rates[0])[:, None]
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *classes)
@@ -200,7 +200,7 @@ def run(config: Config, context: Context) -> Result:
     )
 
     context.progress("training the network", 0.85)
-    classes = one_common_token(STRONG_OVERLAP, shape[0], DISTINCT, shape[1])
+    classes = one_common_token(STRONG_OVERLAP, shape[0], num_distinct=DISTINCT, vocab_size=shape[1])
     predict, params = as_function(ScanSnapAttention.zeros(shape[1]))
     rates, trained = train_at_rates(
         bind(cross_entropy, (predict, *population_contexts(classes))),

@@ -21,7 +21,7 @@ from scipy.integrate import cumulative_simpson
 from dynamics import scan_snap
 from dynamics.flow import Trajectory
 from dynamics.scan_snap import SequenceClasses
-from models.data.tokens import synthetic_classes
+from models.data.tokens import one_common_token, synthetic_classes
 from sims import plotting
 from sims.claims import Check, Claim, Preset, all_of
 from sims.compare import convergence_order
@@ -55,17 +55,6 @@ PRESETS: dict[Preset, Config] = {
     "standard": replace(_FINE, overlaps=(1e-4, 3e-4, 3e-3, 1e-2, 0.1, 0.3)),
     "paper": replace(_FINE, overlaps=(1e-4, 2e-4, 5e-4, 2e-3, 5e-3, 1e-2, 0.1, 0.2, 0.4, 0.9), points=200),
 }
-
-
-def one_common_token(
-    overlap: float, num_classes: int = 2, num_distinct: int = DISTINCT, vocab_size: int = VOCABULARY
-) -> SequenceClasses:
-    """Classes with one common token, of cosine w^2 / (w^2 + |d|^2) with d the weights of their own."""
-    own = np.linalg.norm(np.linspace(0.1, 1.0, num_distinct))
-    weight = float(own * np.sqrt(overlap / (1 - overlap)))
-    return synthetic_classes(
-        num_classes, num_common=1, num_distinct=num_distinct, common_weight=weight, vocab_size=vocab_size
-    )
 
 
 def unequal_common_tokens() -> SequenceClasses:
@@ -136,7 +125,7 @@ def run(config: Config, context: Context) -> Result:
     overlaps = np.unique([*OVERLAPS, *config.overlaps])
     ratios = np.unique([*RATIOS, *config.ratios])
     figure4, unequal = synthetic_classes(2), unequal_common_tokens()
-    moving = [*map(one_common_token, overlaps), figure4, unequal]
+    moving = [*(one_common_token(overlap, vocab_size=VOCABULARY) for overlap in overlaps), figure4, unequal]
     still = [synthetic_classes(2, num_common=0, vocab_size=VOCABULARY), one_law()]
     classes = jax.tree.map(lambda *leaves: np.stack(leaves), *moving, *still)
     tokens = np.stack([ranked_tokens(each) for each in (*moving, *still)])

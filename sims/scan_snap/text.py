@@ -26,9 +26,10 @@ from scipy.stats import spearmanr
 
 from dynamics import scan_snap
 from dynamics.flow import Trajectory
-from models.attention import ScanSnapAttention, as_function
+from models.attention import ScanSnapAttention
 from models.data.text import next_token_classes, python_corpus, select_windows, wikitext2, words
 from models.data.tokens import Contexts, population_contexts
+from models.functional import as_function
 from models.losses import bind, cross_entropy, on_batches
 from models.training import scale_by_name, sgd_until, train
 from sims import plotting

@@ -22,15 +22,16 @@ from scipy.stats import spearmanr
 from dynamics import scan_snap
 from dynamics.flow import Trajectory
 from dynamics.scan_snap import Weights
-from models.attention import ScanSnapAttention, as_function, observe_weights
+from models.attention import ScanSnapAttention, observe_weights
+from models.data.recorded import FIGURE_4_EVERY, FIGURE_4_LOSSES
 from models.data.tokens import population_contexts, sample_contexts, synthetic_classes
+from models.functional import as_function
 from models.losses import bind, cross_entropy, on_batches
 from models.training import train, train_at_rates
 from sims import plotting
 from sims.claims import Check, Claim, Preset, all_of
 from sims.compare import compare, lane
 from sims.results import Context, Result, Saved
-from sims.scan_snap._recorded import FIGURE_4_EVERY, FIGURE_4_LOSSES
 
 COMMON, DISTINCT = 10, 10
 ROWS = (0, 2, 4, 6, 8, 10)  # iterations of the source's figure, before the last one

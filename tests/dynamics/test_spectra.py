@@ -1,12 +1,21 @@
 """Spectral measures: invariances, bounds and cases known in closed form."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynamics.spectra import alignment, effective_rank, entropy, stable_rank
+from dynamics.spectra import (
+    alignment,
+    captured_energy,
+    effective_rank,
+    entropy,
+    principal_angles,
+    stable_rank,
+)
 
 SHAPES = [(1, 1), (3, 2), (2, 5), (4, 4)]
 matrices = st.builds(
@@ -87,3 +96,72 @@ def test_nan_is_told():
     A = jnp.full((2, 2), jnp.nan)
     for value in (stable_rank(A), effective_rank(A), alignment(A, jnp.eye(2))):
         assert jnp.isnan(value)
+
+
+def orthonormal(random, m, r):
+    return np.linalg.qr(random.normal(size=(m, r)))[0]
+
+
+@given(st.integers(0, 2**16))
+def test_angles_agree_with_scipy(seed):
+    m, r, s = 5, 2, 3
+    random = np.random.default_rng(seed)
+    P, Q = orthonormal(random, m, r), orthonormal(random, m, s)
+    angles = np.asarray(principal_angles(P, Q))
+    # SciPy takes the arccos of a cosine near one where another angle is large.
+    np.testing.assert_allclose(angles, scipy.linalg.subspace_angles(P, Q)[::-1], atol=1e-7)
+    np.testing.assert_allclose(np.cos(angles), np.linalg.svd(P.T @ Q)[1], atol=1e-14)
+    np.testing.assert_allclose(angles, principal_angles(Q, P), atol=1e-14)
+    # Energy of a basis inside of another subspace: the mean squared cosine.
+    energy = np.sum(np.cos(angles) ** 2) / s
+    np.testing.assert_allclose(captured_energy(P, Q), energy, rtol=1e-12, atol=1e-14)
+
+
+@given(st.integers(0, 2**16), st.floats(-12, -1))
+def test_angles_are_recovered_however_small(seed, exponent):
+    expected = np.array([10**exponent, 1.0])
+    turn = orthonormal(np.random.default_rng(seed), 4, 4)
+    P, Q = turn[:, :2], turn[:, :2] * np.cos(expected) + turn[:, 2:] * np.sin(expected)
+    np.testing.assert_allclose(principal_angles(P, Q), expected, rtol=1e-13, atol=2e-15)
+
+
+@given(st.integers(0, 2**16))
+def test_captured_energy_is_a_share_and_largest_for_singular_vectors(seed):
+    random = np.random.default_rng(seed)
+    G, r = random.normal(size=(5, 3)), 2
+    U, values, _ = np.linalg.svd(G)
+    largest = np.sum(values[:r] ** 2) / np.sum(values**2)
+    np.testing.assert_allclose(captured_energy(U[:, :r], G), largest, rtol=1e-13)
+    other = orthonormal(random, 5, r)
+    energy = float(captured_energy(other, G))
+    assert 0 <= energy <= largest * (1 + 1e-13)
+    np.testing.assert_allclose(energy, np.linalg.norm(other.T @ G) ** 2 / np.linalg.norm(G) ** 2, rtol=1e-12)
+    for scale in (1e-200, 1e200):
+        np.testing.assert_allclose(captured_energy(other, scale * G), energy, rtol=1e-12)
+    whole = captured_energy(orthonormal(random, 5, 5)[None], np.stack([G, 0 * G])[:1])
+    assert whole.shape == (1,)
+    assert 1 - 1e-14 <= float(whole[0]) <= 1
+
+
+def test_energy_of_zero_and_tiny_gradients_and_of_bad_traced_bases():
+    G = np.array([[1.8, 0.0], [0.0, 1.4]])
+    energy = captured_energy(jnp.eye(2, 1, dtype=jnp.float32), jnp.asarray(1e-30 * G, jnp.float32))
+    assert energy.dtype == jnp.float32
+    np.testing.assert_allclose(energy, 1.8**2 / (1.8**2 + 1.4**2), rtol=1e-6)
+    assert captured_energy(np.eye(5, 2), np.zeros((5, 3))) == 0
+    energies = jax.jit(jax.vmap(lambda scale: captured_energy(scale * jnp.eye(2), G)))(
+        jnp.array([1.0, -1.0, 3.0])
+    )
+    np.testing.assert_allclose(energies, [1, 1, np.nan], rtol=1e-15)
+
+
+def test_bad_subspaces_are_refused():
+    P, G = np.eye(2, 1), np.eye(2)
+    for match, call in {
+        "P must have orthonormal": lambda: captured_energy(2 * P, G),
+        "P and G must have shapes": lambda: captured_energy(P[:1], G),
+        "Q must have orthonormal": lambda: principal_angles(P, 0 * P),
+        "P and Q must have shapes": lambda: principal_angles(P, P[:1]),
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            call()

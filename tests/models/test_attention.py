@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from models.attention import (
     PromptAttention,
-    as_function,
     attention_log_ratio,
     attention_logits,
-    gauss_newton_spectrum,
     log_mean_ratio,
     prompt_attention,
 )
+from models.functional import as_function
+from models.losses import gauss_newton_spectrum
 
 
 def draw(shape, seed):

@@ -8,7 +8,6 @@ from models.attention import (
     AttentionHead,
     AttentionStack,
     Feedforward,
-    as_function,
     diagonal_head,
     diagonal_stack,
     head_products,
@@ -17,6 +16,7 @@ from models.attention import (
     split_products,
 )
 from models.data.teachers import diagonal_teacher
+from models.functional import as_function
 
 
 def weights_of(seed, *shape):

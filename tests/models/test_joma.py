@@ -9,7 +9,8 @@ from flax import nnx
 
 from dynamics import joma
 from dynamics.flow import gradient_flow, integrate
-from models.attention import JomaBlock, JomaInputs, as_function, joma_observer
+from models.attention import JomaBlock, JomaInputs, joma_observer
+from models.functional import as_function
 from models.losses import bind, cross_entropy
 from models.training import scale_by_name, train, train_at_rates
 from sims.compare import convergence_order

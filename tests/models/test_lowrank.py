@@ -7,8 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from dynamics.lowrank import galore_memory, lora_memory
-from models.attention import as_function
+from models.functional import as_function
 from models.galore import state_bytes
 from models.losses import bind, mean_squared_error
 from models.lowrank import (
@@ -21,6 +20,7 @@ from models.lowrank import (
     on_trained,
     relora,
 )
+from models.memory import galore_memory, lora_memory
 from models.training import train
 
 KEY = jax.random.key(0)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamics import scan_snap
-from models.attention import ScanSnapAttention, as_function, observe_weights
+from models.attention import ScanSnapAttention, observe_weights
 from models.data.tokens import (
     Contexts,
     count_tokens,
@@ -19,6 +19,7 @@ from models.data.tokens import (
     sample_tokens,
     synthetic_classes,
 )
+from models.functional import as_function
 from models.losses import cross_entropy, on_batches
 from models.training import scale_by_name, train
 

@@ -12,9 +12,10 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.attention import as_function, head_products
+from models.attention import head_products
 from models.attention.products import thin_products
 from models.data.images import digits
+from models.functional import as_function
 from models.vit import VisionTransformer, head_weights, scale_initial
 from sims.incremental.vit import PRESETS, Config, build, optimizer, total_loss, train_lanes
 from tests.helpers import count_compilations

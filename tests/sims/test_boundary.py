@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
+from models.optimizers import decaying, one_of
 from models.training import train
-from sims.replicator._boundary_training import decaying, one_of
 from sims.replicator.boundary import PRESETS, Config, _adam_claim, _best
 
 

@@ -8,11 +8,11 @@ from jax.tree_util import Partial
 
 from dynamics import replicator
 from dynamics.flow import Trajectory
-from models.attention import PromptAttention, as_function
+from models.attention import PromptAttention
 from models.data.teachers import orthogonal_keys
+from models.functional import as_function
 from models.training import train_at_rates
 from sims.compare import convergence_order, lane_gaps
-from sims.replicator.flow import sample_gradient
 
 
 @pytest.mark.parametrize(("factor", "converges"), [(1.0, True), (1.02, False), (0.5, False)])
@@ -37,7 +37,11 @@ def test_network_approaches_the_flow_at_first_order_and_a_wrong_factor_does_not(
     )
     ts = trained.ts[0]
     flows = jax.vmap(
-        lambda u, y, z: replicator.softmax_flow(Partial(sample_gradient, u, y), z, ts, factor * scale).ys
+        lambda u, y, z: (
+            replicator.softmax_flow(
+                Partial(replicator.squared_error_gradient, u, y), z, ts, factor * scale
+            ).ys
+        )
     )(X @ value, targets, X @ prompt)
     theory = Trajectory(ts, jnp.moveaxis(jax.nn.softmax(flows, axis=-1), 0, 1), jnp.asarray(True))
     order = convergence_order(rates, lane_gaps(theory, trained)).slope

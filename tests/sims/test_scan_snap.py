@@ -6,14 +6,15 @@ import pytest
 
 from dynamics import scan_snap
 from dynamics.flow import Trajectory
-from models.attention import ScanSnapAttention, as_function, observe_weights
+from models.attention import ScanSnapAttention, observe_weights
+from models.data.recorded import FIGURE_4_LOSSES, figure_6
 from models.data.tokens import population_contexts, synthetic_classes
+from models.functional import as_function
 from models.losses import bind, cross_entropy
 from models.training import scale_by_name, train_at_rates
 from sims.compare import convergence_order, lane_gaps
 from sims.results import Context
 from sims.scan_snap import learning_rates
-from sims.scan_snap._recorded import FIGURE_4_LOSSES, figure_6
 from tests.helpers import count_compilations
 
 

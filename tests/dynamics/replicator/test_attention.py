@@ -13,13 +13,16 @@ from jax.tree_util import Partial
 from scipy.integrate import solve_ivp
 
 from dynamics.replicator import (
+    attention_field,
     attention_lipschitz,
     coupled_flow,
     natural_gradient_flow,
     overparametrized_rate,
     simulate,
     softmax_flow,
+    softmax_jacobian,
     softmax_jacobian_product,
+    squared_error_gradient,
     two_token_solution,
 )
 from tests.helpers import count_compilations
@@ -264,3 +267,31 @@ def test_bad_grams_are_told():
         coupled_flow(lambda x: x, start, np.eye(2), TIMES)
     with pytest.raises(ValueError, match=r"^gram must be finite"):
         coupled_flow(lambda x: x, start, np.full((1, 2, 1, 2), np.nan), TIMES)
+
+
+def test_the_jacobian():
+    x = np.random.default_rng(0).dirichlet(np.ones(5))
+    close(softmax_jacobian(jnp.asarray(x)), np.diag(x) - np.outer(x, x), atol=1e-16)
+    # Next to a vertex 1 - x_1 would have no digit left.
+    x = np.array([1.0, 1e-20, 2e-20])
+    assert float(softmax_jacobian(jnp.asarray(x))[0, 0]) == pytest.approx(3e-20, rel=1e-15, abs=0)
+
+
+def test_the_field_has_the_jacobian_twice():
+    x = jnp.array([0.2, 0.3, 0.5])
+    gradient = jnp.array([1.0, -2.0, 0.5])
+    twice = softmax_jacobian(x) @ (softmax_jacobian(x) @ gradient)
+    np.testing.assert_allclose(attention_field(x, gradient, 3.0), -3 * twice, rtol=1e-14)
+
+
+def test_gradient_of_the_squared_error_is_that_of_autodiff():
+    random = np.random.default_rng(0)
+    drawn = random.normal(size=(3, 4)), random.normal(size=3), random.dirichlet(np.ones(4), 3)
+    values, targets, x = map(jnp.asarray, drawn)
+
+    def loss(x):
+        return jnp.sum((jnp.sum(values * x, axis=1) - targets) ** 2) / 2
+
+    exact = jax.jit(jax.grad(loss))(x)
+    close(squared_error_gradient(values, targets, x), exact, atol=1e-14)
+    close(squared_error_gradient(values[1], targets[1], x[1]), exact[1], atol=1e-14)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from dynamics.replicator import linearize
 from dynamics.replicator.games import (
     conserved_quantity,
     coordination,
@@ -28,7 +29,6 @@ from dynamics.replicator.games import (
     stag_hunt,
     zeeman,
 )
-from dynamics.replicator.local import linearize
 from dynamics.replicator.population import replicator_field, simulate
 
 CENTRE = np.full(3, 1 / 3)

@@ -1,96 +1,15 @@
-"""Local analysis on the simplex: linearization on the tangent space, conditioning, stationarity."""
+"""Condition number of the softmax flow next to a minimum, and proved bounds on it."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-from scipy.linalg import helmert
 
+from dynamics.arguments import require_shape
 from dynamics.flow import ArrayLike, is_traced
-from dynamics.replicator.population import require_simplex
-
-
-def tangent_basis(n: int, dtype: Any = float) -> Float[Array, "n m"]:
-    """Orthonormal basis of the tangent space, the vectors of sum zero: Helmert's columns, (n, n - 1).
-
-    Example:
-        >>> (2**0.5 * tangent_basis(2)).round(6).tolist()
-        [[1.0], [-1.0]]
-    """
-    if n < 2:
-        raise ValueError(f"n must be >= 2, got {n}")
-    return jnp.asarray(helmert(n).T, dtype=dtype)
-
-
-def linearize(field: Callable[[Array], Array], x: ArrayLike) -> Float[Array, "m m"]:
-    r"""Jacobian of a field on the simplex at x in the tangent basis: Q^T Df(x) Q, shape (n - 1, n - 1).
-
-    The Jacobian on R^n has one more eigenvalue, of the direction that leaves the simplex; it says nothing
-    about stability.
-
-    Args:
-        field: from x (n,) to dx/dt (n,).
-        x: point of the simplex, shape (n,).
-
-    Raises:
-        ValueError: `x` is not on the simplex.
-
-    Example:
-        >>> from dynamics.replicator import replicator_field
-        >>> linearize(lambda x: replicator_field(x, x), [0.5, 0.5]).round(6).tolist()
-        [[0.5]]
-    """
-    x = require_simplex("x", x)
-    basis = tangent_basis(x.size, x.dtype)
-    return basis.T @ jax.jacfwd(field)(x) @ basis
-
-
-def softmax_jacobian(x: Float[Array, " n"]) -> Float[Array, "n n"]:
-    r"""J(x) = diag(x) - x x^T for a point of the simplex, every entry to full relative precision.
-
-    The diagonal is x_i sum_{j != i} x_j: next to a vertex, 1 - x_i would lose all its digits.
-
-    Example:
-        >>> softmax_jacobian(jnp.array([0.5, 0.5])).tolist()
-        [[0.25, -0.25], [-0.25, 0.25]]
-    """
-    off = x[:, None] * x[None, :] * (1 - jnp.eye(x.size, dtype=x.dtype))
-    return jnp.diag(jnp.sum(off, axis=1)) - off
-
-
-def attention_field(x: ArrayLike, gradient: ArrayLike, key_scale: ArrayLike = 1.0) -> Float[Array, " n"]:
-    r"""Softmax flow of a prompt as a field on the simplex: dx/dt = -k J(x)^2 g.
-
-    Its integral curves are those of `softmax_flow`, seen in x = softmax(z).
-
-    Args:
-        x: point of the simplex, shape (n,).
-        gradient: gradient g of the loss at x, shape (n,).
-        key_scale: k, squared length of the keys, a number.
-
-    Returns:
-        dx/dt, shape (n,); NaN where a traced x is not on the simplex.
-
-    Raises:
-        ValueError: `x` is not on the simplex, the gradient's shape does not fit, `key_scale` is no finite
-            number.
-
-    Source: softmax2025talk, theorem on local analysis, the flow that it linearizes.
-
-    Example:
-        >>> attention_field([0.5, 0.5], [1.0, 0.0]).tolist()
-        [-0.125, 0.125]
-    """
-    x = require_simplex("x", x)
-    gradient, key_scale = _require_gradient(gradient, x), jnp.asarray(key_scale, x.dtype)
-    if key_scale.ndim != 0 or not (is_traced(key_scale) or bool(jnp.isfinite(key_scale))):
-        raise ValueError(f"key_scale must be a finite number, got {key_scale}")
-    jacobian = softmax_jacobian(x)
-    return -key_scale * (jacobian @ (jacobian @ gradient))
+from dynamics.replicator.attention import softmax_jacobian
+from dynamics.replicator.simplex import require_simplex, tangent_basis
 
 
 def condition_number(x: ArrayLike, hessian: ArrayLike) -> Float[Array, ""]:
@@ -203,54 +122,11 @@ def corollary_bound(x: ArrayLike, hessian: ArrayLike) -> Float[Array, ""]:
     return jnp.where(smallest == 0, 0, bound)
 
 
-def kkt_residual(
-    x: ArrayLike, gradient: ArrayLike, *, support_above: ArrayLike = 0.0
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    r"""How far x is from the KKT conditions of minimizing a loss over the simplex.
-
-    With c = <x, g>: stationarity on the support, max_{x_i > 0} |g_i - c|, and dual violation off it,
-    max(0, c - min_{x_j = 0} g_j). Every vertex is stationary for the flow; the second number tells the
-    minima among them.
-
-    Args:
-        x: point of the simplex, shape (n,).
-        gradient: gradient of the loss at x, shape (n,).
-        support_above: coordinates above this number count as support.
-
-    Returns:
-        (stationarity, dual violation), two scalars >= 0; the second is 0 in the interior.
-
-    Raises:
-        ValueError: `x` is not on the simplex, the gradient's shape does not fit.
-
-    Source: softmax2025talk, theorem on local analysis, part on KKT points.
-
-    Example:
-        >>> [float(part) for part in kkt_residual([1.0, 0.0], [0.0, -1.0])]  # a stationary vertex, no minimum
-        [0.0, 1.0]
-    """
-    x = require_simplex("x", x)
-    gradient = _require_gradient(gradient, x)
-    support = ~(x <= jnp.asarray(support_above, x.dtype))
-    mean = jnp.sum(x * gradient)
-    stationarity = jnp.max(jnp.where(support, jnp.abs(gradient - mean), 0))
-    violation = jnp.max(jnp.where(support, 0, jnp.maximum(mean - gradient, 0)))
-    return stationarity, violation
-
-
-def _require_gradient(gradient: ArrayLike, x: Array) -> Array:
-    gradient = jnp.asarray(gradient, x.dtype)
-    if gradient.shape != x.shape:
-        raise ValueError(f"gradient must have shape {x.shape}, got shape {gradient.shape}")
-    return gradient
-
-
 def _require_local(x: ArrayLike, hessian: ArrayLike) -> tuple[Array, Array]:
     """x, and the Hessian in the tangent basis."""
     x = require_simplex("x", x)
     hessian = jnp.asarray(hessian, x.dtype)
-    if hessian.shape != (x.size, x.size):
-        raise ValueError(f"hessian must have shape {(x.size, x.size)}, got shape {hessian.shape}")
+    require_shape("hessian", hessian, (x.size, x.size))
     slack = float(jnp.finfo(x.dtype).eps) ** 0.5
     good = jnp.all(jnp.abs(hessian - hessian.T) <= slack * jnp.max(jnp.abs(hessian)))
     if not is_traced(hessian) and not bool(good):

@@ -1,9 +1,8 @@
-"""Training runs of `replicator.boundary`: data, students, and one compiled program per kind of run."""
+"""Students of a prompt-attention teacher, all runs of one kind in one compiled program."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -11,58 +10,21 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.tree_util import Partial
+from jaxtyping import Array
 
 from dynamics import replicator
-from models.attention import (
-    PromptAttention,
-    as_function,
-    attention_log_ratio,
-    gauss_newton_spectrum,
-    log_mean_ratio,
-    prompt_attention,
-)
+from models.attention.prompt import PromptAttention, attention_log_ratio, log_mean_ratio, prompt_attention
 from models.data.teachers import teacher_with_ratio
+from models.functional import as_function
+from models.losses import gauss_newton_spectrum
+from models.optimizers import one_of
 from models.training import train
 
+# The two starts of a student, and their positions in `Task`.
 STANDARD, LOCAL = 0, 1
 
 
-# Optimizers from a rate, a second number (the momentum, or last over first rate) and the number of steps.
-def descent(rate, momentum, steps) -> optax.GradientTransformation:
-    return optax.sgd(rate, momentum=momentum)
-
-
-def adam(rate, _, steps) -> optax.GradientTransformation:
-    return optax.adam(rate)
-
-
-def normalized_descent(rate, decay, steps) -> optax.GradientTransformation:
-    # The default eps of 1e-6 would make it plain gradient descent where the gradient is small.
-    return optax.chain(optax.normalize_by_update_norm(eps=1e-30), decaying(rate, decay, steps))
-
-
-def sign_descent(rate, decay, steps) -> optax.GradientTransformation:
-    return optax.chain(optax.scale_by_sign(), decaying(rate, decay, steps))
-
-
-def decaying(rate, decay, steps) -> optax.GradientTransformation:
-    return optax.scale_by_learning_rate(lambda count: rate * decay ** (jnp.asarray(count, float) / steps))
-
-
-def one_of(index, optimizers: Sequence[optax.GradientTransformation]) -> optax.GradientTransformation:
-    """The optimizer of a given number, which may be traced: lanes of one program may have different ones."""
-
-    def init(params):
-        return tuple(optimizer.init(params) for optimizer in optimizers)
-
-    def update(updates, state, params=None):
-        moves = [
-            optimizer.update(updates, own, params) for optimizer, own in zip(optimizers, state, strict=True)
-        ]
-        proposed, state = zip(*moves, strict=True)
-        return jax.tree.map(lambda *leaves: jax.lax.select_n(index, *leaves), *proposed), state
-
-    return optax.GradientTransformation(init, update)
+STANDARD, LOCAL = 0, 1
 
 
 class Task(NamedTuple):
@@ -179,7 +141,8 @@ def condition_numbers(tokens, values, prompts):
     return jax.vmap(over_prompts)(tokens, values, prompts)
 
 
-def condition_number(spectrum):
+def condition_number(spectrum: Array) -> Array:
+    """Largest over smallest eigenvalue, of a spectrum (..., P) in descending order."""
     return spectrum[..., 0] / spectrum[..., -1]
 
 

@@ -1,0 +1,237 @@
+"""Gradient of a layer of a reversible network, and its linear dynamics under gradient descent."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from dynamics.arguments import is_symmetric, require_arrays, require_choice, require_symmetric
+from dynamics.flow import ArrayLike, all_finite, as_inexact, is_traced, require_number
+
+Loss = Literal["squared", "softmax"]
+
+
+class GradientTerms(NamedTuple):
+    """Coefficients of a gradient that is affine in the weights, one of each per sample.
+
+    Attributes:
+        A: (N, m, n).
+        B: (N, m, m), positive semidefinite.
+        C: (N, n, n), positive semidefinite.
+    """
+
+    A: Array
+    B: Array
+    C: Array
+
+
+def reversible_terms(J: ArrayLike, f: ArrayLike, y: ArrayLike, loss: Loss | str) -> GradientTerms:
+    r"""Coefficients of the gradient of a layer W inside of a network without biases, output J_i W f_i.
+
+        squared:  A_i = J_i^T y_i f_i^T,      B_i = J_i^T J_i,              C_i = f_i f_i^T
+        softmax:  A_i = J_i^T P1 y_i f_i^T,   B_i = J_i^T P1 J_i / d,       P1 = I - 1 1^T / d
+
+    Exact for half the squared error. For cross-entropy an approximation near zero logits, its relative error
+    of second order in them. Printed for it is J P1 y, which does not have a shape that fits.
+
+    Source: zhao2024galore, Theorem 3.2.
+
+    Args:
+        J: Jacobians of the outputs with respect to the layer's output, (N, d, m).
+        f: inputs of the layer, (N, n).
+        y: targets, (N, d); one-hot, or probabilities, for the softmax.
+        loss: "squared" or "softmax".
+
+    Returns:
+        The terms of `reversible_gradient`.
+
+    Raises:
+        ValueError: the shapes do not fit, a number is not finite, or the loss is unknown.
+
+    Example:
+        >>> terms = reversible_terms([[[2.0]]], [[3.0]], [[5.0]], "squared")
+        >>> reversible_gradient(*terms, [[1.0]]).tolist()  # (5 - 2 * 1 * 3) * 2 * 3
+        [[-6.0]]
+    """
+    J, f, y = require_arrays(J=J, f=f, y=y)
+    if J.ndim != 3 or f.ndim != 2 or y.ndim != 2 or y.shape != J.shape[:2] or f.shape[0] != J.shape[0]:
+        raise ValueError(
+            "J, f and y must have shapes (N, d, m), (N, n) and (N, d), "
+            f"got {J.shape}, {f.shape} and {y.shape}"
+        )
+    require_choice("loss", loss, Loss)
+    return _terms(J, f, y, loss)
+
+
+@eqx.filter_jit
+def _terms(J, f, y, loss):
+    seen, share = J, 1
+    if loss == "softmax":
+        seen, share = J - jnp.mean(J, axis=1, keepdims=True), J.shape[1]
+    A = jnp.einsum("adm,ad,an->amn", seen, y, f)
+    B = jnp.einsum("adm,adk->amk", seen, J) / share
+    return GradientTerms(A, B, f[:, :, None] * f[:, None, :])
+
+
+def reversible_gradient(A: ArrayLike, B: ArrayLike, C: ArrayLike, W: ArrayLike) -> Float[Array, "m n"]:
+    r"""Negative gradient of a layer: G = (1/N) sum_i (A_i - B_i W C_i); descent is W <- W + eta G.
+
+    Source: zhao2024galore, Theorem 3.2 and Equation 6.
+
+    Args:
+        A: (N, m, n).
+        B: (N, m, m).
+        C: (N, n, n).
+        W: weights, (m, n).
+
+    Returns:
+        G, (m, n).
+
+    Raises:
+        ValueError: the shapes do not fit, or a number is not finite.
+
+    Example:
+        >>> reversible_gradient([[[5.0]]], [[[2.0]]], [[[3.0]]], [[0.5]]).tolist()
+        [[2.0]]
+    """
+    W, A, B, C = require_arrays(W=W, A=A, B=B, C=C)
+    require_terms(B, C, W.shape)
+    if A.shape != (B.shape[0], *W.shape):
+        raise ValueError(f"A must have shape (N, m, n) = {(B.shape[0], *W.shape)}, got {A.shape}")
+    return _gradient(A, B, C, W)
+
+
+@eqx.filter_jit
+def _gradient(A, B, C, W):
+    return jnp.mean(A - B @ W @ C, axis=0)
+
+
+def gradient_operator(B: ArrayLike, C: ArrayLike) -> Float[Array, "mn mn"]:
+    r"""S = (1/N) sum_i C_i (x) B_i: what one step of descent takes from the gradient.
+
+    While A_i, B_i and C_i stay as they are, vec(G_{t+1}) = (I - eta S) vec(G_t), where vec stacks columns.
+
+    Source: zhao2024galore, Lemma 3.3.
+
+    Args:
+        B: symmetric, (N, m, m).
+        C: symmetric, (N, n, n).
+
+    Returns:
+        S, (mn, mn).
+
+    Raises:
+        ValueError: the shapes do not fit, or a number is not finite.
+
+    Example:
+        >>> gradient_operator(jnp.diag(jnp.array([1.0, 2.0]))[None], 3 * jnp.eye(1)[None]).tolist()
+        [[3.0, 0.0], [0.0, 6.0]]
+    """
+    B, C = require_arrays(B=B, C=C)
+    require_terms(B, C, (B.shape[-1:] + C.shape[-1:]))
+    return kronecker_mean(B, C)
+
+
+@eqx.filter_jit
+def kronecker_mean(B: Array, C: Array) -> Array:
+    """(1/N) sum_i C_i (x) B_i, (..., mn, mn), of factors (..., N, m, m) and (..., N, n, n)."""
+    # Entry (i, j) of a matrix is number j m + i of its vec.
+    S = jnp.einsum("...aik,...alj->...jilk", B, C) / B.shape[-3]
+    size = B.shape[-1] * C.shape[-1]
+    return S.reshape(*B.shape[:-3], size, size)
+
+
+def gradient_iterates(
+    G0: ArrayLike, S: ArrayLike, learning_rate: ArrayLike, steps: ArrayLike
+) -> Float[Array, "*steps m n"]:
+    r"""Gradients under descent with constant coefficients: vec(G_t) = (I - eta S)^t vec(G_0).
+
+    Source: zhao2024galore, Lemma 3.3.
+
+    Args:
+        G0: gradient at step 0, (m, n).
+        S: symmetric, (mn, mn), for instance from `gradient_operator`.
+        learning_rate: eta, at least 0.
+        steps: t, integers >= 0 of any shape.
+
+    Returns:
+        G_t, shape (*steps.shape, m, n). NaN where a traced input is bad.
+
+    Raises:
+        ValueError: the shapes do not fit, S is not symmetric, or a number is out of range.
+
+    Example:
+        >>> gradient_iterates([[1.0], [1.0]], jnp.diag(jnp.array([1.0, 0.5])), 0.5, 2)[:, 0].tolist()
+        [0.25, 0.5625]
+    """
+    return _iterates(*require_linear(G0, S, learning_rate, steps))
+
+
+@eqx.filter_jit
+def _iterates(G0, S, learning_rate, steps):
+    values, vectors = jnp.linalg.eigh(S)
+    decay = power(1 - learning_rate * over_steps(values, steps), steps[..., None])
+    weights = vectors.T @ vec(G0)
+    path = matrices(jnp.einsum("kv,...v,v->...k", vectors, decay, weights), G0.shape)
+    return jnp.where(is_linear(G0, S, learning_rate), path, jnp.nan)
+
+
+def vec(G: Array) -> Array:
+    """The columns of a matrix, one after the other."""
+    return G.T.reshape(-1)
+
+
+def matrices(vecs: Array, shape: tuple[int, ...]) -> Array:
+    """Matrices (..., m, n) from their `vec`."""
+    return vecs.reshape(*vecs.shape[:-1], *shape[::-1]).mT
+
+
+def power(base: Array, t: Array) -> Array:
+    """base^t for whole t >= 0, the base of any sign; else NaN."""
+    return base ** jnp.where((t >= 0) & (t == jnp.round(t)), t, jnp.nan)
+
+
+def over_steps(values: Array, steps: Array) -> Array:
+    """Values (k,) beside steps, so that both broadcast to (*steps, k)."""
+    return values.reshape((1,) * steps.ndim + values.shape)
+
+
+def is_linear(G0: Array, S: Array, learning_rate: Array) -> Array:
+    """Whether the traced inputs of linear dynamics are as `require_linear` wants them."""
+    return all_finite((G0, S, learning_rate)) & is_symmetric(S) & (learning_rate >= 0)
+
+
+def require_linear(
+    G0: ArrayLike, S: ArrayLike, learning_rate: ArrayLike, steps: ArrayLike
+) -> tuple[Array, Array, Array, Array]:
+    """The arguments of linear dynamics, checked, in the dtype of G0."""
+    G0, S = require_arrays(G0=G0, S=S)
+    if G0.ndim != 2 or S.shape != 2 * (G0.size,):
+        raise ValueError(f"G0 and S must have shapes (m, n) and (mn, mn), got {G0.shape} and {S.shape}")
+    require_symmetric("S", S)
+    return G0, S, *require_descent(learning_rate, steps, G0.dtype)
+
+
+def require_descent(learning_rate: ArrayLike, steps: ArrayLike, dtype: Any) -> tuple[Array, Array]:
+    """A learning rate >= 0 and whole steps >= 0 as arrays of a dtype."""
+    learning_rate = require_number("learning_rate", learning_rate, dtype, at_least=0)
+    whole = as_inexact(steps)
+    if not is_traced(whole):
+        values = np.asarray(whole)
+        if np.iscomplexobj(values) or not np.all((values >= 0) & (values == np.round(values))):
+            raise ValueError(f"steps must be integers >= 0, got {steps}")
+    return learning_rate, whole.astype(dtype)
+
+
+def require_terms(B: Array, C: Array, shape: tuple[int, ...]) -> None:
+    """Refuse factors that do not belong to a matrix of this shape."""
+    m, n = shape if len(shape) == 2 else (-1, -1)
+    if B.ndim != 3 or C.ndim != 3 or B.shape != (len(B), m, m) or C.shape != (len(B), n, n):
+        raise ValueError(
+            "B and C must have shapes (N, m, m) and (N, n, n), those of a matrix (m, n), "
+            f"got {B.shape} and {C.shape}"
+        )

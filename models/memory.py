@@ -1,0 +1,86 @@
+"""Memory of a weight matrix and its Adam state: at full rank, with LoRA, with GaLore."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from dynamics.arguments import require_choice, require_sizes
+
+Projection = Literal["std", "reverse_std", "left", "right", "full"]
+
+
+class Memory(NamedTuple):
+    """What one weight matrix and its Adam state take, in numbers.
+
+    Attributes:
+        weights: of the matrix, adaptors included.
+        states: of both moments.
+        projection: of the bases.
+    """
+
+    weights: int
+    states: int
+    projection: int
+
+    @property
+    def total(self) -> int:
+        """Weights, states and projection together."""
+        return self.weights + self.states + self.projection
+
+
+def full_rank_memory(m: int, n: int) -> Memory:
+    """Adam on the whole matrix: m n weights, 2 m n of state.
+
+    Source: zhao2024galore, Table 1.
+
+    Example:
+        >>> full_rank_memory(4, 6).total
+        72
+    """
+    m, n = require_sizes(m=m, n=n)
+    return Memory(m * n, 2 * m * n, 0)
+
+
+def lora_memory(m: int, n: int, rank: int, *, frozen: bool = True) -> Memory:
+    """Adam on the factors of W_0 + B A: m n + m r + n r weights, 2 (m r + n r) of state.
+
+    Source: zhao2024galore, Table 1.
+
+    Args:
+        m: rows.
+        n: columns.
+        rank: r, at most min(m, n) of which counts.
+        frozen: whether W_0 is kept; without it, W = B A.
+
+    Example:
+        >>> lora_memory(4, 6, 2).total  # m n + 3 (m r + n r)
+        84
+    """
+    m, n, rank = require_sizes(m=m, n=n, rank=rank)
+    factors = (m + n) * min(rank, m, n)
+    return Memory(m * n * frozen + factors, 2 * factors, 0)
+
+
+def galore_memory(m: int, n: int, rank: int, projection: Projection | str = "std") -> Memory:
+    """Adam on the projected gradient: for m <= n and "std", m r for the basis and 2 n r of state.
+
+    Source: zhao2024galore, Table 1, for m <= n; the other sides follow.
+
+    Args:
+        m: rows.
+        n: columns.
+        rank: r, at most min(m, n) of which counts.
+        projection: "std" projects the short side, "reverse_std" the long one, "left" rows, "right" columns,
+            "full" both.
+
+    Example:
+        >>> galore_memory(4, 6, 2).total, galore_memory(6, 4, 2).total  # m n + m r + 2 n r, m <= n
+        (56, 56)
+    """
+    m, n, rank = require_sizes(m=m, n=n, rank=rank)
+    require_choice("projection", projection, Projection)
+    rank = min(rank, m, n)
+    if projection == "full":
+        return Memory(m * n, 2 * rank**2, (m + n) * rank)
+    short = {"std": min(m, n), "reverse_std": max(m, n), "left": m, "right": n}[projection]
+    return Memory(m * n, 2 * (m + n - short) * rank, short * rank)

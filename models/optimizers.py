@@ -1,0 +1,63 @@
+"""Optimizers as lanes of one program: made by one signature, and chosen by a number that may be traced.
+
+Each is made from a learning rate, a second number (the momentum, or the last rate over the first) and the
+number of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Number = float | jax.Array
+
+
+def descent(rate: Number, momentum: Number, steps: Number) -> optax.GradientTransformation:
+    """Gradient descent with heavy-ball momentum."""
+    return optax.sgd(rate, momentum=momentum)
+
+
+def adam(rate: Number, _: Number, steps: Number) -> optax.GradientTransformation:
+    """Adam, which makes no use of the second number."""
+    return optax.adam(rate)
+
+
+def normalized_descent(rate: Number, decay: Number, steps: Number) -> optax.GradientTransformation:
+    """Steps along the gradient whose length is the learning rate, which decays by `decaying`."""
+    # The default eps of 1e-6 would make it plain gradient descent where the gradient is small.
+    return optax.chain(optax.normalize_by_update_norm(eps=1e-30), decaying(rate, decay, steps))
+
+
+def sign_descent(rate: Number, decay: Number, steps: Number) -> optax.GradientTransformation:
+    """Steps along the signs of the gradient; their size, the learning rate, decays by `decaying`."""
+    return optax.chain(optax.scale_by_sign(), decaying(rate, decay, steps))
+
+
+def decaying(rate: Number, decay: Number, steps: Number) -> optax.GradientTransformation:
+    """The last link of a chain: it scales by a rate that falls by the factor `decay` in `steps`."""
+    return optax.scale_by_learning_rate(lambda count: rate * decay ** (jnp.asarray(count, float) / steps))
+
+
+def one_of(index: Number, optimizers: Sequence[optax.GradientTransformation]) -> optax.GradientTransformation:
+    """The optimizer of a given number, which may be traced: lanes of one program may have different ones.
+
+    Example:
+        >>> optimizer = one_of(1, [optax.sgd(0.5), optax.sgd(0.25)])
+        >>> optimizer.update(jnp.array(1.0), optimizer.init(jnp.array(0.0)))[0].tolist()
+        -0.25
+    """
+
+    def init(params):
+        return tuple(optimizer.init(params) for optimizer in optimizers)
+
+    def update(updates, state, params=None):
+        moves = [
+            optimizer.update(updates, own, params) for optimizer, own in zip(optimizers, state, strict=True)
+        ]
+        proposed, state = zip(*moves, strict=True)
+        return jax.tree.map(lambda *leaves: jax.lax.select_n(index, *leaves), *proposed), state
+
+    return optax.GradientTransformation(init, update)
