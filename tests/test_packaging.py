@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
+from setuptools import find_packages
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LOCK = [Requirement(line) for line in (ROOT / "requirements.lock").read_text().splitlines()]
 
 
-def test_every_package_on_disk_is_listed():
+def test_what_ships_is_every_package_on_disk_and_nothing_else():
     folders = {
         file.parent
         for package in ("dynamics", "models", "sims")
@@ -20,8 +21,10 @@ def test_every_package_on_disk_is_listed():
         if "__pycache__" not in file.parts
     }
     found = sorted(".".join(folder.relative_to(ROOT).parts) for folder in folders)
-    assert found == sorted(PYPROJECT["tool"]["setuptools"]["packages"])
-    assert all((folder / "__init__.py").is_file() for folder in folders)
+    options = dict(PYPROJECT["tool"]["setuptools"]["packages"]["find"])
+    # A folder without __init__.py would be no package.
+    assert not options.pop("namespaces")
+    assert sorted(find_packages(str(ROOT), **options)) == found
 
 
 def test_the_lock_names_no_address_and_one_version_each():

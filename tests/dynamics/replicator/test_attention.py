@@ -286,7 +286,8 @@ def test_the_field_has_the_jacobian_twice():
 
 def test_gradient_of_the_squared_error_is_that_of_autodiff():
     random = np.random.default_rng(0)
-    values, x, targets = random.normal(size=(3, 4)), random.dirichlet(np.ones(4), 3), random.normal(size=3)
+    drawn = random.normal(size=(3, 4)), random.normal(size=3), random.dirichlet(np.ones(4), 3)
+    values, targets, x = map(jnp.asarray, drawn)
 
     def loss(x):
         return jnp.sum((jnp.sum(values * x, axis=1) - targets) ** 2) / 2
