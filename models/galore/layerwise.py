@@ -12,7 +12,7 @@ from jax import Array
 
 
 class Stack(NamedTuple):
-    """A stack holds the parameters of equal layers and of what is around them, or the optimizer states of both.
+    """A stack holds the parameters of equal layers and of what is around them, or their optimizer states.
 
     Attributes:
         outer: what is used before and after the layers, such as an embedding and a head.

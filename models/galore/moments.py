@@ -1,4 +1,4 @@
-"""What a refresh does to the state of the inner transformation."""
+"""Moments at a refresh: what becomes of the state of the inner transformation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .refresh import is_due, when_due
 def at_refresh(inner: optax.GradientTransformation, moments: str) -> Callable[..., Any]:
     """Return what `moments` says to do in each step: from the old state of a group to the one to use."""
 
-    # Compiled at once, so that nothing is compiled again where `update` is called outside of `jit`.
+    # This is one program, so that nothing is compiled again where `update` is called outside of `jit`.
     @partial(jax.jit, static_argnums=(2, 3, 4))
     def reset_when_due(state, count, group, structure, shapes):
         start = zeros(jax.tree.unflatten(structure, shapes), group.batch_shape)

@@ -30,7 +30,7 @@ OF_LEAVES: dict[str, Callable[[str, Any], Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The class holds the arguments of `scale_by_galore`, checked as far as they can be without parameters."""
+    """The class holds the arguments of `scale_by_galore`, and checks what needs no parameters."""
 
     rank: Any = field(kw_only=False)
     update_gap: Any = 200

@@ -17,8 +17,8 @@ from .projection import Basis, Layout
 def named_sharding(leaf: Array, layout: Layout | None) -> NamedSharding | None:
     """Return the sharding of a leaf's projected matrices: that of the leaf, but for the projected sides.
 
-    It is None where nothing is known or there is nothing to do. Of merged axes only the first may be sharded; the
-    others are gathered.
+    It is None where nothing is known or there is nothing to do. Of merged axes only the first may be sharded;
+    the others are gathered.
     """
     sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.num_devices == 1:

@@ -30,7 +30,7 @@ class Basis(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A layout says how one leaf is projected. It is static: it follows from the leaf's shape and the options.
+    """A layout says how one leaf is projected, which follows from the leaf's shape and the options.
 
     Attributes:
         shape: of the leaf.

@@ -49,7 +49,7 @@ def is_due(count: Array, schedule: tuple[int, int]) -> Array:
 
 
 def when_due(due: Array, renew: Callable[..., Any], old: Any, *operands: Any) -> Any:
-    """Return `renew(old, *operands)` where `due` and `old` elsewhere; steps where none is due compute nothing.
+    """Return `renew(old, *operands)` where `due`, else `old`; a step where none is due computes nothing.
 
     Under `vmap` a `cond` whose predicate is mapped computes both branches in every step. Here the predicate
     is whether any lane is due, which is not mapped; lanes that are not keep what they have.
