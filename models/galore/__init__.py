@@ -1,4 +1,4 @@
-"""GaLore: optimizer states in the leading subspace of the gradient, as Optax transformations.
+"""GaLore keeps optimizer states in the leading subspace of the gradient, as Optax transformations.
 
 The package imports nothing else of this project, so that it can be lifted out.
 """
@@ -7,6 +7,6 @@ from .adam import scale_by_adam_8bit as scale_by_adam_8bit
 from .layerwise import Layerwise as Layerwise
 from .layerwise import Stack as Stack
 from .layerwise import layerwise as layerwise
-from .transform import galore as galore
+from .optimizer import galore as galore
 from .transform import scale_by_galore as scale_by_galore
 from .transform import state_bytes as state_bytes

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from .projection import require_count
+from .checks import require_count
 
 
 class Blocks(NamedTuple):
-    """One leaf in 8 bits, flat, padded to whole blocks.
+    """The class holds one leaf in 8 bits, flat and padded to whole blocks.
 
     Attributes:
         codes: int8 or uint8, shape (blocks, block).
@@ -26,7 +26,7 @@ class Blocks(NamedTuple):
 
 
 class ScaleByAdam8bitState(NamedTuple):
-    """State of `scale_by_adam_8bit`: float32 arrays for small leaves, `Blocks` for the others.
+    """A state of `scale_by_adam_8bit` has float32 arrays for small leaves and `Blocks` for the others.
 
     Attributes:
         count: steps taken.
@@ -42,7 +42,7 @@ class ScaleByAdam8bitState(NamedTuple):
 def scale_by_adam_8bit(
     b1: Any = 0.9, b2: Any = 0.999, eps: Any = 1e-8, *, block: int = 256, min_size: int = 4096
 ) -> optax.GradientTransformation:
-    r"""Adam whose moments are kept in 8 bits, block by block: about 1.02 bytes per number.
+    r"""Run Adam with moments that are kept in 8 bits, block by block: about 1.02 bytes per number.
 
     Each block of `block` consecutive numbers is divided by its largest absolute value. M is coded linearly
     in int8, V by its square root in uint8: a linear code of V would round the small ones to zero, and the
@@ -76,8 +76,7 @@ def scale_by_adam_8bit(
         ('int8', 'uint8', (16, 1))
     """
     block = require_count("block", block)
-    if isinstance(min_size, bool) or not isinstance(min_size, int) or min_size < 0:
-        raise ValueError(f"min_size must be an integer >= 0, got {min_size!r}")
+    min_size = require_count("min_size", min_size, least=0)
 
     def zeros(params, dtype):
         def empty(leaf):
@@ -121,8 +120,8 @@ def encode(values: Array, count: Any, block: int, dtype: Any) -> Blocks:
     blocks = jnp.pad(flat, (0, -flat.size % block)).reshape(-1, block)
     peaks = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
     unit = blocks / jnp.where(peaks > 0, peaks, 1)
-    # Multiples of the golden ratio modulo 1 are spread as evenly as can be; 12 bits, so that a sum with 255
-    # is exact in float32.
+    # Multiples of the golden ratio modulo 1 are spread as evenly as can be. They are cut to 12 bits, so that
+    # their sums with numbers up to 255 are exact in float32.
     places = jnp.arange(blocks.size, dtype=jnp.uint32).reshape(blocks.shape) * jnp.uint32(2246822519)
     turns = places + count.astype(jnp.uint32) * jnp.uint32(2654435769)
     dither = (turns >> 20).astype(jnp.float32) / 2**12
@@ -135,7 +134,7 @@ def encode(values: Array, count: Any, block: int, dtype: Any) -> Blocks:
 
 
 def decode(coded: Blocks | Array, shape: tuple[int, ...]) -> Array:
-    """What `encode` coded, up to rounding; an array stands for itself."""
+    """Return what `encode` coded, up to rounding; an array is returned as it is."""
     if not isinstance(coded, Blocks):
         return coded
     codes = coded.codes.astype(jnp.float32)
@@ -144,7 +143,7 @@ def decode(coded: Blocks | Array, shape: tuple[int, ...]) -> Array:
 
 
 def scale_by_adam_uncorrected(b1: Any, b2: Any, eps: Any) -> optax.GradientTransformation:
-    """Adam with epsilon added to sqrt(V) before its bias is corrected.
+    """Run Adam with epsilon added to sqrt(V) before its bias is corrected.
 
     The step is sqrt(1 - b2^k) / (1 - b1^k) M / (sqrt(V) + eps), k = 1, 2, ...; Optax adds epsilon to the
     corrected square root, which at k = 1 and b2 = 0.999 is an epsilon 32 times smaller.

@@ -1,18 +1,46 @@
-"""Which parameters `galore` projects where it is not told."""
+"""Labels that say which parameters `galore` projects: given ones, or those that follow from names."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
-# Words of a parameter's path, lower case, numbers dropped.
+import jax
+
+from .plan import axes_of, by_name, path_name
+
+# The words of a parameter's path are compared in lower case and without numbers.
 _LOOKUPS = {"emb", "wte", "wpe", "logits", "classifier"}
 _NORMS = {"ln", "bn", "scale", "gamma", "beta"}
 _BIASES = {"bias", "b"}
 
 
+def labels_of(tree: Any, labels: Any, matrix_axes: Any) -> Any:
+    """Label each leaf "galore" or "adam", by `labels` or by its name; leaves without a matrix get "adam"."""
+    wanted = _labeller(labels)
+
+    def label(path, leaf):
+        name = path_name(path)
+        told = wanted(name, leaf)
+        if told not in ("galore", "adam"):
+            raise ValueError(f'labels must be "galore" or "adam", got {told!r} for {name!r}')
+        return told if axes_of(name, leaf, matrix_axes) is not None else "adam"
+
+    return jax.tree_util.tree_map_with_path(label, tree)
+
+
+def _labeller(labels: Any) -> Callable[[str, Any], Any]:
+    if labels is None:
+        return lambda name, leaf: "galore" if is_hidden_kernel(name, leaf) else "adam"
+    if callable(labels):
+        return labels
+    given = by_name(labels)
+    return lambda name, leaf: given.get(name)
+
+
 def is_hidden_kernel(name: str, leaf: Any) -> bool:
-    """Whether a path names none of: an embedding, a head, a norm, a bias.
+    """Tell whether a path names none of: an embedding, a head, a norm, a bias.
 
     An embedding has a word "emb", or one that begins with "embed" or "unembed"; a head is a key that ends
     with the word "head" ("lm_head", not "MultiHeadAttention"), and no other name of an output is known; a
@@ -31,5 +59,5 @@ def is_hidden_kernel(name: str, leaf: Any) -> bool:
 
 
 def _words(key: str) -> list[str]:
-    """The words of "layer_norm", "LayerNorm_0" and "lm.head", lower case."""
+    """Split a name as "layer_norm", "LayerNorm_0" or "lm.head" is written into words in lower case."""
     return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", key)]

@@ -1,4 +1,4 @@
-"""Updates layer by layer: the joint update, with the gradient of one layer in memory at a time."""
+"""Training layer by layer: the joint update, with the gradient of one layer in memory at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax import Array
 
 
 class Stack(NamedTuple):
-    """Parameters of a stack of equal layers, or optimizer states of them.
+    """A stack holds the parameters of equal layers and of what is around them, or their optimizer states.
 
     Attributes:
         outer: what is used before and after the layers, such as an embedding and a head.
@@ -24,7 +24,7 @@ class Stack(NamedTuple):
 
 
 class Layerwise(NamedTuple):
-    """What `layerwise` returns: two pure functions.
+    """The class holds the two pure functions that `layerwise` returns.
 
     Attributes:
         init: `init(params) -> state`, both a `Stack`.
@@ -41,7 +41,7 @@ def layerwise(
     block: Callable[[Any, Any], Any],
     loss: Callable[[Any, Any, Any], Array],
 ) -> Layerwise:
-    r"""Training steps of a stack that update each layer as soon as its gradient is known.
+    r"""Make training steps of a stack that update each layer as soon as its gradient is known.
 
     The network is x_0 = embed(outer, batch), x_(l+1) = block(layers[l], x_l), and its loss
     loss(outer, x_L, batch). Forward, only the x_l are kept; backward, each layer is computed again, its

@@ -1,4 +1,4 @@
-"""Where the state of sharded parameters lies."""
+"""The placement on devices of states whose parameters are sharded."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .projection import Basis, Layout
 
 
 def named_sharding(leaf: Array, layout: Layout | None) -> NamedSharding | None:
-    """The sharding of a leaf's projected matrices: that of the leaf, but for the projected sides.
+    """Return the sharding of a leaf's projected matrices: that of the leaf, but for the projected sides.
 
-    None where nothing is known or there is nothing to do. Of merged axes only the first may be sharded; the
-    others are gathered.
+    It is None where nothing is known or there is nothing to do. Of merged axes only the first may be sharded;
+    the others are gathered.
     """
     sharding = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.num_devices == 1:
@@ -33,7 +33,7 @@ def named_sharding(leaf: Array, layout: Layout | None) -> NamedSharding | None:
 
 
 def place_basis(basis: Basis, sharding: NamedSharding | None) -> Basis:
-    """A basis on every device, but for its batch axes."""
+    """Put a basis on every device; its batch axes are sharded like the leaf."""
     if sharding is None:
         return basis
 
@@ -58,7 +58,7 @@ def everywhere(basis: Basis) -> Basis:
 
 
 def place_inner(inner: optax.GradientTransformation, state: Any, like: Any) -> Any:
-    """An inner state whose arrays of the shapes in `like` have the shardings given there."""
+    """Give those arrays of an inner state that have the shapes in `like` the shardings there."""
 
     def place(array: Any, wanted: jax.ShapeDtypeStruct) -> Any:
         # Moments in blocks stay where they are: blocks do not follow axes.

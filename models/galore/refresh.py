@@ -1,4 +1,4 @@
-"""Bases from gradients: the decompositions, and when they run."""
+"""Refreshes of bases: the decompositions of gradients, and the steps in which they run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .projection import Basis, Layout, map_sides
 
 Refresh = Literal["eigh", "svd", "randomized", "warm"]
 
-# Subspace iteration: random columns beyond the rank, and further rounds of two applications of G G^T where
-# the start is random, as the very first one of a warm one is.
+# Subspace iteration has random columns beyond the rank. Where the start is random, as it is in the very first
+# refresh of a warm one too, it takes further rounds of two applications of G G^T.
 _OVERSAMPLING, _WARM_OVERSAMPLING = 16, 8
 _ROUNDS, _FIRST_ROUNDS = 1, 3
 
@@ -25,7 +25,7 @@ _product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def initial_basis(layout: Layout, dtype: Any) -> Basis:
-    """Random orthonormal columns, the same for all batch entries and leaves of one shape.
+    """Draw orthonormal columns, the same for all batch entries and leaves of one shape.
 
     A leaf whose first gradient is zero keeps them: unlike coordinate axes, they miss no direction.
     """
@@ -42,13 +42,14 @@ def _random_columns(length: int, rank: int, dtype: Any) -> Array:
     return jnp.linalg.qr(jax.random.normal(jax.random.key(0), (length, rank), jnp.float32))[0].astype(dtype)
 
 
-def is_due(count: Array, layout: Layout) -> Array:
-    """Whether a leaf refreshes at this step."""
-    return (count == 0) | (count % layout.gap == layout.phase)
+def is_due(count: Array, schedule: tuple[int, int]) -> Array:
+    """Tell whether the leaves of a schedule (gap, phase) refresh at this step."""
+    gap, phase = schedule
+    return (count == 0) | (count % gap == phase)
 
 
 def when_due(due: Array, renew: Callable[..., Any], old: Any, *operands: Any) -> Any:
-    """`renew(old, *operands)` where `due`, `old` elsewhere; nothing is computed in a step where none is due.
+    """Return `renew(old, *operands)` where `due`, else `old`; a step where none is due computes nothing.
 
     Under `vmap` a `cond` whose predicate is mapped computes both branches in every step. Here the predicate
     is whether any lane is due, which is not mapped; lanes that are not keep what they have.
@@ -81,11 +82,10 @@ def refresh_bases(
     refresh: str,
     align: bool,
 ) -> list[Basis]:
-    """The bases for this step, renewed where due; all leaves of one schedule under one `cond`."""
+    """Return the bases for this step, renewed where due; one `cond` serves all leaves of one schedule."""
     bases = list(bases)
-    schedules = dict.fromkeys((layout.gap, layout.phase) for layout in layouts)
-    for schedule in schedules:
-        members = [i for i, layout in enumerate(layouts) if (layout.gap, layout.phase) == schedule]
+    for schedule in dict.fromkeys(layout.schedule for layout in layouts):
+        members = [i for i, layout in enumerate(layouts) if layout.schedule == schedule]
 
         def renew(old, gradients, count, members=members):
             return [
@@ -95,7 +95,7 @@ def refresh_bases(
 
         gradients = [jax.lax.stop_gradient(matrices[i]) for i in members]
         old = [bases[i] for i in members]
-        renewed = when_due(is_due(count, layouts[members[0]]), renew, old, gradients, count)
+        renewed = when_due(is_due(count, schedule), renew, old, gradients, count)
         for i, basis in zip(members, renewed, strict=True):
             bases[i] = basis
     return bases
@@ -104,7 +104,7 @@ def refresh_bases(
 def _renew_each(
     old: Basis, gradient: Array, count: Array, layout: Layout, refresh: str, align: bool
 ) -> Basis:
-    """The renewed bases of a leaf, one matrix after the other: all at once take the workspace of all."""
+    """Renew the bases of a leaf, one matrix after the other: all at once take the workspace of all."""
     batch = layout.batch_shape
     if not batch:
         return _renew(old, gradient, count, layout, refresh, align)
@@ -114,7 +114,7 @@ def _renew_each(
 
 
 def _renew(old: Basis, gradient: Array, count: Array, layout: Layout, refresh: str, align: bool) -> Basis:
-    """The leading singular vectors of a gradient; the old basis where it is zero or not finite."""
+    """Return the leading singular vectors of a gradient, or the old basis where it is zero or not finite."""
     dtype = jnp.promote_types(gradient.dtype, jnp.float32)
     gradient = gradient.astype(dtype)
     # Squares of a tiny gradient would underflow.
@@ -134,7 +134,7 @@ def _aligned(new: Array, old: Array) -> Array:
 
 
 def leading_bases(gradient: Array, start: Basis, count: Array, layout: Layout, refresh: str) -> Basis:
-    """The leading singular vectors of (*batch, m, n) on the projected sides, by one of the methods.
+    """Compute the leading singular vectors of (*batch, m, n) on the projected sides by one of the methods.
 
     All but the full decomposition find those of the short side first; A is the gradient or its transpose,
     with no more rows than columns. The long side follows from them: A^T W has orthogonal columns.
@@ -166,7 +166,7 @@ def _leading_eigenvectors(symmetric: Array, rank: int) -> Array:
 
 
 def _subspace_iteration(A: Array, start: Array | None, count: Array, rank: int) -> Array:
-    """Leading left singular vectors of A from a random start, or a warm one and some random columns.
+    """Compute leading left singular vectors of A from a random start, or a warm one and some random columns.
 
     Adam in the subspace depends on the basis and not on the subspace alone: without the rotation at the end
     (Rayleigh-Ritz) the update would be another one.

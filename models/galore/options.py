@@ -1,0 +1,108 @@
+"""Options of GaLore: names, defaults and checks. The docstring of `scale_by_galore` explains each."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, ParamSpec, TypeVar
+
+import optax
+
+from .adam import scale_by_adam_uncorrected
+from .checks import is_number, require_axes, require_choice, require_count, require_finite
+from .projection import Projection
+from .refresh import Refresh
+
+Moments = Literal["align", "carry", "transport", "reset"]
+EpsConvention = Literal["corrected", "uncorrected"]
+
+_Taken = ParamSpec("_Taken")
+_Returned = TypeVar("_Returned")
+
+# Each of these options is one number for all leaves, or tells a number for each.
+OF_LEAVES: dict[str, Callable[[str, Any], Any]] = {
+    "rank": require_count,
+    "update_gap": require_count,
+    "scale": require_finite,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The class holds the arguments of `scale_by_galore`, and checks what needs no parameters."""
+
+    rank: Any = field(kw_only=False)
+    update_gap: Any = 200
+    scale: Any = 0.25
+    projection: Projection | str = "std"
+    inner: Any = None
+    refresh: Refresh | str = "eigh"
+    moments: Moments | str = "align"
+    matrix_axes: Any = None
+    stagger: bool = False
+    b1: Any = 0.9
+    b2: Any = 0.999
+    eps: Any = 1e-8
+    eps_convention: EpsConvention | str = "corrected"
+
+    def __post_init__(self) -> None:
+        for argument, require in OF_LEAVES.items():
+            option = getattr(self, argument)
+            if option is None:
+                raise ValueError(f"{argument} must be a number, a pytree of numbers or a function, got None")
+            if is_number(option):
+                require(argument, option)
+        require_choice("projection", self.projection, Projection)
+        require_choice("refresh", self.refresh, Refresh)
+        require_choice("moments", self.moments, Moments)
+        require_choice("eps_convention", self.eps_convention, EpsConvention)
+        if self.matrix_axes is not None and not callable(self.matrix_axes):
+            require_axes(self.matrix_axes)
+        if self.inner is not None and not isinstance(self.inner, optax.GradientTransformation):
+            raise ValueError(
+                f"inner must be an Optax transformation such as optax.scale_by_adam(), got {self.inner!r}"
+            )
+
+    def adam(self) -> optax.GradientTransformation:
+        """Return Adam with the decays and the epsilon of the options."""
+        if self.eps_convention == "uncorrected":
+            return scale_by_adam_uncorrected(self.b1, self.b2, self.eps)
+        return optax.scale_by_adam(self.b1, self.b2, self.eps)
+
+    def has_default_adam(self) -> bool:
+        """Tell whether the options of Adam are the defaults."""
+        names = ("b1", "b2", "eps", "eps_convention")
+        return all(getattr(self, name) == getattr(Options, name) for name in names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfGalore:
+    learning_rate: Any = field(kw_only=False)
+    weight_decay: Any = 0.0
+    mask: Any = None
+    labels: Any = None
+    plain: Any = None
+
+
+# A dataclass takes the fields of its last base first: `galore` is called with a learning rate, then a rank.
+@dataclass(frozen=True, kw_only=True)
+class GaloreOptions(Options, _OfGalore):
+    """The class holds the arguments of `galore`: its own, and all of `scale_by_galore`."""
+
+
+def signature_of(
+    options: Callable[_Taken, Any],
+) -> Callable[[Callable[..., _Returned]], Callable[_Taken, _Returned]]:
+    """Give a function that hands all of its arguments to a class of options the signature of that class.
+
+    So type checkers, editors and `help` show every option with its default, and each stands in one place.
+    """
+
+    def sign(function: Callable[..., _Returned]) -> Callable[_Taken, _Returned]:
+        returned = inspect.signature(function).return_annotation
+        signature = inspect.signature(options).replace(return_annotation=returned)
+        function.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+        return function
+
+    return sign
