@@ -20,6 +20,7 @@ figures: environment
 
 ledger: environment
 	@$(RUN) sims run all --preset standard --out figures
+	@.venv/bin/python .ci/readme.py
 
 test: lint
 	@$(RUN) pytest -n auto --dist worksteal

@@ -33,7 +33,7 @@ HELP = """usage: python -m sims COMMAND ...
 
 Theories of training dynamics beside the networks they describe.
 
-  list [PATTERN...]         the simulations, by theory
+  list [PATTERN...]         the simulations, by theory (--markdown: as a table)
   run NAME... [options]     run simulations: figure, numbers and claims of each go to a folder
   verify [NAME...] [options]  run simulations and check their claims; exits with 1 when one fails
   draw NAME... [options]    draw figures again from saved results
@@ -121,12 +121,12 @@ def execute(
     """Run simulations, several at a time where asked for; with a folder, save and draw each at once."""
     from sims.ranges import check_ranges
 
-    with _usage():  # nothing runs before all is known to be in range
+    with _usage():
         if out is not None:
             progress.require_writable(out)
         options = replace(options, out=out, data_dir=progress.require_data(options.data_dir))
-        for name in names:
-            check_ranges(_config(name, options) if config is None else config)
+        if config is not None:
+            check_ranges(config)
     jobs = min(len(names), _default_jobs() if options.jobs is None else options.jobs)
     if jobs <= 1:
         return [_execute_one(name, options, config, console) for name in names]
@@ -134,17 +134,14 @@ def execute(
     return sorted(done, key=lambda saved: names.index(saved.record["file"] or saved.record["name"]))
 
 
-def _config(name: str, options: Options) -> Any:
-    return simulations.preset_config(simulations.load_simulation(name), options.preset)
-
-
 def _execute_one(name: str, options: Options, config: Any, console: Console) -> Saved:
     from sims import results
 
     with progress.shown(name, console) as report:
         context = results.Context(options.seed, options.preset, options.data_dir, report)
-        chosen = _config(name, options) if config is None else config
-        saved = simulations.measure(name, chosen, context)
+        if config is None:
+            config = simulations.preset_config(simulations.load_simulation(name), options.preset)
+        saved = simulations.measure(name, config, context)
         if options.out is not None:
             report("saving and drawing", 1.0)
             # An older figure must not stand beside new numbers, should drawing fail.
@@ -293,10 +290,14 @@ def _resolve(names: list[str], known: list[str] | None = None) -> list[str]:
 
 def _list(rest: list[str]) -> int:
     if rest and rest[0] in ("-h", "--help"):
-        print("usage: python -m sims list [PATTERN...]\n\nThe simulations by theory, one line each.")
+        print("usage: python -m sims list [--markdown] [PATTERN...]\n\nThe simulations by theory.")
         return 0
     sims = simulations.available()
-    chosen = _resolve(rest or ["all"])
+    chosen = _resolve([word for word in rest if word != "--markdown"] or ["all"])
+    if "--markdown" in rest:
+        print("\n".join(["| simulation | what it shows |", "|---|---|"]))
+        print("\n".join(f"| `{name}` | {sims[name].removesuffix('.')} |" for name in chosen))
+        return 0
     width = max(map(len, chosen), default=0) + 4
     theory = ""
     for name in chosen:

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from sims.__main__ import available
+import sims
+import sims.__main__ as cli
+from sims import available
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 LEDGER = (ROOT / "figures" / "README.md").read_text(encoding="utf-8")
 KEYS = set(re.findall(r"^@\w+\{(\w+),", (ROOT / "references.bib").read_text(encoding="utf-8"), re.MULTILINE))
 
@@ -24,7 +27,23 @@ def test_readme_examples_run_and_print_the_gap_they_state(capsys):
 
 
 def test_readme_lists_the_simulations():
-    assert set(re.findall(r"^\| `(\w+\.\w+)` \|", README, re.MULTILINE)) == set(available())
+    (table,) = re.findall(r"<!-- python -m sims list --markdown -->\n(.*?)<!-- end -->", README, re.DOTALL)
+    rows = [f"| `{name}` | {line.removesuffix('.')} |" for name, line in available().items()]
+    assert table.splitlines()[2:] == rows, "`make ledger`, or .ci/readme.py, renews the table"
+
+
+def test_the_example_of_a_simulation_runs_by_path_is_drawn_and_opened_elsewhere(tmp_path, monkeypatch):
+    (block,) = re.findall(r"```python\n(.*?)```", CONTRIBUTING, re.DOTALL)
+    assert block.count("\n") < 70
+    monkeypatch.chdir(tmp_path)
+    Path("decay.py").write_text(block, encoding="utf-8")
+    saved = sims.run("decay.py", out=".", progress=False)
+    assert saved.verdicts == ("holds",)
+    assert cli.main(["draw", "decay", "--out", ".", "--format", "pdf"]) == 0
+    assert Path("decay.pdf").read_bytes().startswith(b"%PDF")
+    dataset = saved.to_xarray()
+    assert set(dataset.coords) == {"rate", "time"}
+    assert dataset["trained"].dims == ("rate", "time")
 
 
 @pytest.mark.parametrize("name", available())
