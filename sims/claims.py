@@ -121,7 +121,7 @@ def every(label: str, cases: Any, missing: Any = 0, *, why: str = "") -> Check:
     cases = np.asarray(cases)
     if cases.dtype.kind == "f":
         cases = np.where(np.isnan(cases), 0, cases)
-    return Check(label, "all of", cases.size, np.count_nonzero(cases), missing, why)
+    return Check(label, "all of", cases.size, int(np.count_nonzero(cases)), missing, why)
 
 
 @dataclass(frozen=True)

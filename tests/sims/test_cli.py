@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -407,12 +408,13 @@ def test_as_a_library(own):
     assert "<b>holds</b>: It ends (own)" in html
     assert "data:image/png;base64," in html
     assert sims.load(own / "a", saved.name).record == saved.record
-    for settings, message in (
+    bad: list[tuple[dict[str, Any], str]] = [
         ({"stepz": 4}, r"^settings must be fields of the simulation \(steps\), got \['stepz'\]$"),
         ({"steps": 2.5}, r"^steps must be an integer, got 2\.5$"),
         ({"preset": "huge"}, r"^preset must be one of quick for this simulation, got 'huge'$"),
         ({"data_dir": "nowhere"}, r"^data_dir must be a folder, got nowhere$"),
-    ):
+    ]
+    for settings, message in bad:
         with pytest.raises(ValueError, match=message):
             sims.run("mine.py", progress=False, **settings)
 
