@@ -537,7 +537,8 @@ def test_dtypes_are_kept():
         floating = [leaf for leaf in jax.tree.leaves((last, updates)) if leaf.dtype != jnp.int32]
         assert {leaf.dtype for leaf in floating} == {jnp.dtype(dtype)}
         P = np.asarray(last.bases["wide"].left, np.float64)
-        np.testing.assert_allclose(P.T @ P, np.eye(2), atol=4 * float(jnp.finfo(dtype).eps))
+        # Two factorizations of columns of length five, each within five roundings.
+        np.testing.assert_allclose(P.T @ P, np.eye(2), rtol=0, atol=10 * float(jnp.finfo(dtype).eps))
 
 
 def test_gradients_of_another_dtype_leave_the_state_as_it_is():
