@@ -8,7 +8,7 @@ import numpy as np
 from jax.scipy.special import entr
 from jaxtyping import Array, Float, Int
 
-from dynamics.arguments import require_arrays
+from dynamics.arguments import require_arrays, require_shapes
 from dynamics.flow import ArrayLike, as_inexact, is_traced
 
 
@@ -97,8 +97,7 @@ def captured_energy(P: ArrayLike, G: ArrayLike) -> Float[Array, "*batch"]:
         0.36
     """
     G, P = require_arrays(G=G, P=P)
-    if P.ndim < 2 or P.ndim != G.ndim or P.shape[:-1] != G.shape[:-1]:
-        raise ValueError(f"P and G must have shapes (..., m, r) and (..., m, n), got {P.shape} and {G.shape}")
+    require_shapes(P=(P, "... m r"), G=(G, "... m n"))
     require_orthonormal(P=P)
     return _captured(P, G)
 
@@ -136,8 +135,7 @@ def principal_angles(P: ArrayLike, Q: ArrayLike) -> Float[Array, "*batch k"]:
         [0.927295]
     """
     P, Q = require_arrays(P=P, Q=Q)
-    if P.ndim < 2 or P.ndim != Q.ndim or P.shape[:-1] != Q.shape[:-1]:
-        raise ValueError(f"P and Q must have shapes (..., m, r) and (..., m, s), got {P.shape} and {Q.shape}")
+    require_shapes(P=(P, "... m r"), Q=(Q, "... m s"))
     require_orthonormal(P=P, Q=Q)
     return _angles(P, Q) if P.shape[-1] >= Q.shape[-1] else _angles(Q, P)
 

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.tree_util import Partial
 from jaxtyping import Array, PyTree
+
+from dynamics.arguments import require_sizes
 
 Predict = Callable[[PyTree, Any], Any]
 
@@ -221,12 +222,7 @@ def relora(
         >>> optax.apply_updates(params, updates).trained.B.tolist()
         [[0.0, 0.0]]
     """
-    if (
-        isinstance(restart_every, bool)
-        or not isinstance(restart_every, (int, np.integer))
-        or restart_every < 1
-    ):
-        raise ValueError(f"restart_every must be a positive integer, got {restart_every!r}")
+    require_sizes(restart_every=restart_every)
 
     def init(params):
         return ReloraState(jnp.zeros((), jnp.int32), optimizer.init(_require_lora(params).trained))
@@ -297,13 +293,12 @@ def _ranks(params: PyTree, rank: Any) -> dict[str, int]:
         r = rank(name, leaf) if callable(rank) else rank if leaf.ndim == 2 else None
         if r is None:
             continue
-        if isinstance(r, bool) or not isinstance(r, (int, np.integer)) or r < 1:
-            raise ValueError(f"rank must be a positive integer, got {r!r} for {name!r}")
+        (r,) = require_sizes(**{f"rank of {name!r}": r})
         if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
                 f"rank must be None for what is no real matrix, got {r} for {name!r}: {leaf.shape}"
             )
-        ranks[name] = min(int(r), *leaf.shape[-2:])
+        ranks[name] = min(r, *leaf.shape[-2:])
     if not ranks:
         raise ValueError("params must hold a matrix to replace, got none")
     return ranks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from dynamics.arguments import require_choice, require_sizes
 
@@ -78,7 +78,7 @@ def galore_memory(m: int, n: int, rank: int, projection: Projection | str = "std
         (56, 56)
     """
     m, n, rank = require_sizes(m=m, n=n, rank=rank)
-    require_choice("projection", projection, Projection)
+    require_choice("projection", projection, get_args(Projection))
     rank = min(rank, m, n)
     if projection == "full":
         return Memory(m * n, 2 * rank**2, (m + n) * rank)

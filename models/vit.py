@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
+from dynamics.arguments import require_choice, require_integer
 from dynamics.flow import ArrayLike, require_number
 from models.data.images import patches
 
@@ -109,10 +109,8 @@ class VisionTransformer(nnx.Module):
             raise ValueError(f"image_shape must be (H, W) or (H, W, C), got {image_shape}")
         sizes = {"classes": classes, "depth": depth, "heads": heads, "width": width}
         for name, size in (sizes | {"head_dim": head_dim, "mlp_width": mlp_width}).items():
-            if not isinstance(size, (int, np.integer)) or size < 1:
-                raise ValueError(f"{name} must be a positive integer, got {size!r}")
-        if pool not in ("mean", "class"):
-            raise ValueError(f"pool must be 'mean' or 'class', got {pool!r}")
+            require_integer(name, size, at_least=1)
+        require_choice("pool", pool, ("mean", "class"))
         dtype = jnp.result_type(float) if dtype is None else dtype
         rngs = nnx.Rngs(key)
         self.patch, self.colour = patch, len(image_shape) == 3

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dynamics.arguments import is_symmetric, require_arrays, require_choice, require_symmetric
+from dynamics.arguments import is_symmetric, require_arrays, require_choice, require_shapes, require_symmetric
 from dynamics.flow import ArrayLike, all_finite, as_inexact, is_traced, require_number
 
 Loss = Literal["squared", "softmax"]
@@ -58,12 +58,8 @@ def reversible_terms(J: ArrayLike, f: ArrayLike, y: ArrayLike, loss: Loss | str)
         [[-6.0]]
     """
     J, f, y = require_arrays(J=J, f=f, y=y)
-    if J.ndim != 3 or f.ndim != 2 or y.ndim != 2 or y.shape != J.shape[:2] or f.shape[0] != J.shape[0]:
-        raise ValueError(
-            "J, f and y must have shapes (N, d, m), (N, n) and (N, d), "
-            f"got {J.shape}, {f.shape} and {y.shape}"
-        )
-    require_choice("loss", loss, Loss)
+    require_shapes(J=(J, "N d m"), f=(f, "N n"), y=(y, "N d"))
+    require_choice("loss", loss, get_args(Loss))
     return _terms(J, f, y, loss)
 
 
@@ -99,9 +95,7 @@ def reversible_gradient(A: ArrayLike, B: ArrayLike, C: ArrayLike, W: ArrayLike) 
         [[2.0]]
     """
     W, A, B, C = require_arrays(W=W, A=A, B=B, C=C)
-    require_terms(B, C, W.shape)
-    if A.shape != (B.shape[0], *W.shape):
-        raise ValueError(f"A must have shape (N, m, n) = {(B.shape[0], *W.shape)}, got {A.shape}")
+    require_shapes(W=(W, "m n"), A=(A, "N m n"), B=(B, "N m m"), C=(C, "N n n"))
     return _gradient(A, B, C, W)
 
 
@@ -132,7 +126,7 @@ def gradient_operator(B: ArrayLike, C: ArrayLike) -> Float[Array, "mn mn"]:
         [[3.0, 0.0], [0.0, 6.0]]
     """
     B, C = require_arrays(B=B, C=C)
-    require_terms(B, C, (B.shape[-1:] + C.shape[-1:]))
+    require_shapes(B=(B, "N m m"), C=(C, "N n n"))
     return kronecker_mean(B, C)
 
 
@@ -225,13 +219,3 @@ def require_descent(learning_rate: ArrayLike, steps: ArrayLike, dtype: Any) -> t
         if np.iscomplexobj(values) or not np.all((values >= 0) & (values == np.round(values))):
             raise ValueError(f"steps must be integers >= 0, got {steps}")
     return learning_rate, whole.astype(dtype)
-
-
-def require_terms(B: Array, C: Array, shape: tuple[int, ...]) -> None:
-    """Refuse factors that do not belong to a matrix of this shape."""
-    m, n = shape if len(shape) == 2 else (-1, -1)
-    if B.ndim != 3 or C.ndim != 3 or B.shape != (len(B), m, m) or C.shape != (len(B), n, n):
-        raise ValueError(
-            "B and C must have shapes (N, m, m) and (N, n, n), those of a matrix (m, n), "
-            f"got {B.shape} and {C.shape}"
-        )

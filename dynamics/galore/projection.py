@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dynamics.arguments import is_symmetric, require_arrays, require_choice, require_symmetric
+from dynamics.arguments import is_symmetric, require_arrays, require_choice, require_shapes, require_symmetric
 from dynamics.flow import ArrayLike, all_finite, require_number
 from dynamics.galore.gradient import (
     is_linear,
@@ -17,7 +17,6 @@ from dynamics.galore.gradient import (
     over_steps,
     power,
     require_descent,
-    require_terms,
     vec,
 )
 from dynamics.galore.stable_rank import Form
@@ -58,8 +57,7 @@ def projected_coefficients(B: ArrayLike, P: ArrayLike) -> Float[Array, "*batch r
         [[[2.0]]]
     """
     B, P = require_arrays(B=B, P=P)
-    if B.ndim < 2 or P.ndim != 2 or B.shape[-2:] != 2 * P.shape[:1]:
-        raise ValueError(f"B and P must have shapes (..., m, m) and (m, r), got {B.shape} and {P.shape}")
+    require_shapes(B=(B, "... m m"), P=(P, "m r"))
     require_orthonormal(P=P)
     return _compressed(B, P)
 
@@ -113,14 +111,9 @@ def contraction_factor(
         >>> [float(contraction_factor(B_hat, C_hat, 0.25, form)) for form in ("printed", "valid")]
         [0.5, 0.5]
     """
-    require_choice("form", form, Form)
+    require_choice("form", form, get_args(Form))
     B, C = require_arrays(B_hat=B_hat, C_hat=C_hat)
-    square = B.ndim >= 3 and B.ndim == C.ndim and all(X.shape[-1] == X.shape[-2] for X in (B, C))
-    if not square or B.shape[:-2] != C.shape[:-2]:
-        raise ValueError(
-            "B_hat and C_hat must have shapes (*times, N, r, r) and (*times, N, s, s), "
-            f"got {B.shape} and {C.shape}"
-        )
+    require_shapes(B_hat=(B, "... N r r"), C_hat=(C, "... N s s"))
     require_symmetric("B_hat", B)
     require_symmetric("C_hat", C)
     if len(lipschitz) != 3:
@@ -192,11 +185,8 @@ def projected_descent(
         ([[1.0, 0.0]], [[1.0, 0.0], [0.0, 3.0]])
     """
     G0, B, C, P, Q = require_arrays(G0=G0, B=B, C=C, P=P, Q=Q)
-    if G0.ndim != 2 or P.ndim != 2 or Q.ndim != 2 or (P.shape[0], Q.shape[0]) != G0.shape:
-        raise ValueError(
-            f"G0, P and Q must have shapes (m, n), (m, r) and (n, s), got {G0.shape}, {P.shape} and {Q.shape}"
-        )
-    require_terms(B, C, G0.shape)
+    axes = {"G0": (G0, "m n"), "B": (B, "N m m"), "C": (C, "N n n"), "P": (P, "m r"), "Q": (Q, "n s")}
+    require_shapes(**axes)
     require_orthonormal(P=P, Q=Q)
     learning_rate, steps = require_descent(learning_rate, steps, G0.dtype)
     return _projected(G0, B, C, P, Q, learning_rate, steps)

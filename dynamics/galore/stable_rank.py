@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def slow_split(G0: ArrayLike, S: ArrayLike, form: Form | str) -> SlowSplit:
         >>> float(split.slowest), float(split.second), split.parallel[:, 0].tolist()
         (1.0, 2.0, [0.0, 3.0, 0.0])
     """
-    require_choice("form", form, Form)
+    require_choice("form", form, get_args(Form))
     G0, S, learning_rate, _ = require_linear(G0, S, 0, 0)
     # Traced, so that one program has both forms.
     return _split(G0, S, learning_rate, jnp.asarray(form == "valid"))
@@ -132,7 +132,7 @@ def stable_rank_bound(
         >>> stable_rank_bound(G0, S, 0.5, [0, 1, 9], "valid").round(3).tolist()
         [5.0, 1.889, 1.002]
     """
-    require_choice("form", form, Form)
+    require_choice("form", form, get_args(Form))
     return _bound(*require_linear(G0, S, learning_rate, steps), jnp.asarray(form == "valid"))
 
 

@@ -9,7 +9,7 @@ from dynamics.incremental.flows import negative_gradient as negative_gradient
 from dynamics.incremental.flows import raw_flow as raw_flow
 from dynamics.incremental.greedy import GreedyPath as GreedyPath
 from dynamics.incremental.greedy import greedy as greedy
-from dynamics.incremental.greedy import jump_times as jump_times
-from dynamics.incremental.greedy import staircase as staircase
-from dynamics.incremental.greedy import staircase_distance as staircase_distance
 from dynamics.incremental.greedy import time_until_active as time_until_active
+from dynamics.incremental.staircase import jump_times as jump_times
+from dynamics.incremental.staircase import staircase as staircase
+from dynamics.incremental.staircase import staircase_distance as staircase_distance

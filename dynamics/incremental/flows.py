@@ -17,13 +17,13 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
+from dynamics.arguments import require_finite, require_positive, require_same_shape
 from dynamics.flow import (
     ArrayLike,
     Trajectory,
     as_inexact,
     integrate,
     is_traced,
-    require_number,
     require_times,
 )
 
@@ -122,8 +122,7 @@ def canonical_start(u0: ArrayLike, v0: ArrayLike) -> tuple[Float[Array, " p"], F
         [[1.0, 0.5], [3.0, 1.5]]
     """
     u0, v0 = as_inexact(u0), as_inexact(v0)
-    if u0.ndim != 1 or u0.shape != v0.shape:
-        raise ValueError(f"u0 and v0 must have one shape (p,), got {u0.shape} and {v0.shape}")
+    require_same_shape("(p,)", [1], u0=u0, v0=v0)
     return _canonical(u0, v0)
 
 
@@ -180,8 +179,7 @@ def raw_flow(
         [1.55237, 1.288353]
     """
     u0, v0 = as_inexact(u0), as_inexact(v0)
-    if u0.ndim != 1 or u0.shape != v0.shape:
-        raise ValueError(f"u0 and v0 must have one shape (p,), got {u0.shape} and {v0.shape}")
+    require_same_shape("(p,)", [1], u0=u0, v0=v0)
     require_gradient(neg_gradient, u0.shape[0], u0.dtype)
     return integrate(
         _raw_field,
@@ -260,9 +258,7 @@ def log_flow(
     w0, z0 = canonical_start(u0, v0)
     dtype = w0.dtype
     require_different(w0, z0)
-    lam = require_number("log_inv_alpha", log_inv_alpha, dtype)
-    if not is_traced(lam) and not float(lam) > 0:
-        raise ValueError(f"log_inv_alpha must be positive, got {log_inv_alpha}")
+    lam = require_positive("log_inv_alpha", log_inv_alpha, dtype)
     require_gradient(neg_gradient, w0.shape[0], dtype)
     taus = require_times(taus, dtype)
     if not is_traced(taus) and float(taus[0]) < 0:
@@ -331,9 +327,8 @@ def require_different(w0: Array, z0: Array) -> None:
     """`ValueError` unless the factors of every product are finite and differ in magnitude."""
     if is_traced(w0, z0):
         return
-    if not np.all(np.isfinite(np.asarray(w0))):
-        raise ValueError("u0 and v0 must be finite, got NaN or infinity")
-    equal = np.flatnonzero(np.asarray(jnp.minimum(w0, z0)) <= 0)
+    require_finite("u0 and v0", w0)
+    equal = np.flatnonzero(np.minimum(np.asarray(w0), np.asarray(z0)) <= 0)
     if equal.size:
         raise ValueError(
             f"u0 and v0 must differ in magnitude, got equal ones in coordinate {equal[0]}: "

@@ -1,4 +1,4 @@
-"""The limit of tiny starts: the greedy algorithm, its path, and the staircase that flows approach."""
+"""The greedy algorithm: incremental learning in the limit of tiny starts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dynamics.arguments import require_integer, require_same_shape, require_sizes
 from dynamics.flow import ArrayLike, as_inexact, integrate_until, is_traced
 from dynamics.incremental.flows import NegGradient, canonical_start, require_different, require_gradient
 
@@ -81,8 +82,7 @@ def time_until_active(b: ArrayLike, gradient: ArrayLike) -> Float[Array, " p"]:
         [0.5, 0.5, inf]
     """
     b, g = as_inexact(b), as_inexact(gradient)
-    if b.ndim != 1 or b.shape != g.shape:
-        raise ValueError(f"b and gradient must have one shape (p,), got {b.shape} and {g.shape}")
+    require_same_shape("(p,)", [1], b=b, gradient=g)
     return _time_until_active(b, g)
 
 
@@ -144,62 +144,78 @@ def greedy(
         >>> path.times.round(6).tolist(), path.order.tolist(), path.beta[-1].round(6).tolist()
         ([0.25, 0.5], [1, 0], [2.0, -4.0])
     """
-    if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
-        raise ValueError(f"size must be a positive integer, got {size!r}")
-    if max_stages is not None and (not isinstance(max_stages, (int, np.integer)) or max_stages < 1):
-        raise ValueError(f"max_stages must be a positive integer, or None, got {max_stages!r}")
-    size = int(size)
-    if (u0 is None) != (v0 is None):
-        raise ValueError("u0 and v0 must be given together")
-    if u0 is None or v0 is None:
-        dtype = jnp.result_type(float) if dtype is None else dtype
-        w0 = z0 = jnp.ones(size, dtype)
-    else:
-        w0, z0 = canonical_start(u0, v0)
-        if w0.shape != (size,):
-            raise ValueError(f"u0 and v0 must have shape ({size},), got {w0.shape}")
-        require_different(w0, z0)
+    (size,) = require_sizes(size=size)
+    count = 2 * size + 2 if max_stages is None else require_integer("max_stages", max_stages, at_least=1)
+    w0, z0 = _require_start(size, u0, v0, dtype)
     require_gradient(neg_gradient, size, w0.dtype)
-    none = np.zeros((), bool)
-    state = _State(np.zeros((), w0.dtype), np.zeros(size, w0.dtype), np.ones(size, w0.dtype), none, none)
-    count = 2 * size + 2 if max_stages is None else int(max_stages)
-    state, path, scale = _stages(neg_gradient, state, w0, z0, count)
+    state, path, scale = _stages(neg_gradient, _at_zero(size, w0.dtype), w0, z0, count)
     if not is_traced(scale) and not np.isfinite(scale):
         raise ValueError("neg_gradient must be finite at beta = 0, got NaN or infinity")
     if max_stages is not None:
         return path
     if is_traced(scale):
         raise ValueError("max_stages must be given where greedy is jitted or vmapped, got None")
-    # The same program again from where it stopped, until there is nothing left.
-    pieces = [path]
+    return _to_the_end(neg_gradient, state, path, w0, z0)
+
+
+def _to_the_end(neg_gradient, state, path, w0, z0) -> GreedyPath:
+    """The whole path, of which a first piece is known: the same program again until there is nothing left."""
+    pieces, count = [path], len(path.times)
     while not bool(state.complete | state.stuck):
         before = float(state.time)
         state, piece, _ = _stages(neg_gradient, state, w0, z0, count)
         pieces.append(piece)
         if not float(state.time) > before and not bool(state.complete | state.stuck):
             raise RuntimeError(f"greedy: {count} stages at the same time {before:g}; give max_stages")
-    found = sum(int(np.sum(np.isfinite(piece.times))) for piece in pieces)
-    # The last stage that was begun is the first without a time where there was no gradient to tell it.
-    if bool(state.stuck) and not np.all(pieces[-1].converged[~np.isfinite(pieces[-1].times)]):
-        raise RuntimeError(f"greedy: neg_gradient is not finite after {found} stages; give max_stages")
-
     pieces = jax.tree.map(np.asarray, pieces)
+    path, last = _joined(pieces), pieces[-1]
+    # A stage without an end and without a time had no gradient to tell them.
+    if np.any(~last.converged & ~np.isfinite(last.times)):
+        stages = len(path.times)
+        raise RuntimeError(f"greedy: neg_gradient is not finite after {stages} stages; give max_stages")
+    return path
 
-    def joined(name: str) -> Array:
-        return jnp.asarray(np.concatenate([getattr(piece, name) for piece in pieces])[:found])
 
-    def joined_states(name: str) -> Array:
-        later = [getattr(piece, name)[1:] for piece in pieces]
-        return jnp.asarray(np.concatenate([getattr(pieces[0], name)[:1], *later])[: found + 1])
+def _require_start(size: int, u0: ArrayLike | None, v0: ArrayLike | None, dtype: Any) -> tuple[Array, Array]:
+    """The sum and the difference of the factors over alpha: given ones, checked, or ones."""
+    if (u0 is None) != (v0 is None):
+        raise ValueError("u0 and v0 must be given together")
+    if u0 is None or v0 is None:
+        ones = jnp.ones(size, jnp.result_type(float) if dtype is None else dtype)
+        return ones, ones
+    w0, z0 = canonical_start(u0, v0)
+    if w0.shape != (size,):
+        raise ValueError(f"u0 and v0 must have shape ({size},), got {w0.shape}")
+    require_different(w0, z0)
+    return w0, z0
+
+
+def _at_zero(size: int, dtype: Any) -> _State:
+    """Where the algorithm starts: no product is active, and none has moved on the log scale."""
+    none = np.zeros((), bool)
+    return _State(np.zeros((), dtype), np.zeros(size, dtype), np.ones(size, dtype), none, none)
+
+
+def _joined(pieces: list[GreedyPath]) -> GreedyPath:
+    """Consecutive pieces of a path as one, without the rows beyond its end."""
+    count = sum(int(np.sum(np.isfinite(piece.times))) for piece in pieces)
+
+    def stages(name: str) -> Array:
+        return jnp.asarray(np.concatenate([getattr(piece, name) for piece in pieces])[:count])
+
+    def states(name: str) -> Array:
+        # Each piece begins with the state that the one before it ended with.
+        first, *later = (getattr(piece, name) for piece in pieces)
+        return jnp.asarray(np.concatenate([first, *(rows[1:] for rows in later)])[: count + 1])
 
     return GreedyPath(
-        joined("times"),
-        joined_states("beta"),
-        joined("order"),
-        joined_states("log_scale"),
-        joined("tied"),
-        joined("converged"),
-        state.complete,
+        times=stages("times"),
+        beta=states("beta"),
+        order=stages("order"),
+        log_scale=states("log_scale"),
+        tied=stages("tied"),
+        converged=stages("converged"),
+        complete=jnp.asarray(pieces[-1].complete),
     )
 
 
@@ -342,90 +358,3 @@ def _flow_to_rest(neg_gradient, start, scale):
     )
     beta = products(y, None)
     return jnp.where(active & (y >= math.log(gone)), beta, jnp.zeros_like(beta)), settled
-
-
-def staircase(path: GreedyPath, tau: ArrayLike) -> Array:
-    r"""The greedy path as a function of rescaled time: beta[k] from T_k until T_(k+1).
-
-    Source: boixadsera2023, Theorem 4.5: what the flow's products tend to as alpha goes to zero, at every
-    tau that is no jump.
-
-    Args:
-        path: from `greedy`, not under `vmap`.
-        tau: rescaled times t / log(1 / alpha), any shape.
-
-    Returns:
-        beta, tau.shape + (p,).
-
-    Example:
-        >>> path = greedy(jax.tree_util.Partial(jnp.subtract, jnp.array([2.0, 0.0])), 2)
-        >>> staircase(path, [0.4, 0.6])[:, 0].round(6).tolist()
-        [0.0, 2.0]
-    """
-    return _staircase(path, as_inexact(tau))
-
-
-@jax.jit
-def _staircase(path, tau):
-    return path.beta[jnp.searchsorted(path.times, tau.astype(path.times.dtype), side="right")]
-
-
-def staircase_distance(path: GreedyPath, taus: ArrayLike, beta: ArrayLike) -> Float[Array, ""]:
-    r"""Distance of a flow to the staircase, the integral over tau of sum_i |beta_i - staircase_i|.
-
-    The trapezoidal rule on the given times, so these must resolve the jumps. The distance falls like
-    1 / log(1 / alpha).
-
-    Args:
-        path: from `greedy`.
-        taus: rescaled times, (T,), increasing.
-        beta: products of a flow or of a trained network at these times, (T, p).
-
-    Returns:
-        The distance, a scalar.
-
-    Example:
-        >>> path = greedy(jax.tree_util.Partial(jnp.subtract, jnp.array([2.0, 0.0])), 2)
-        >>> beta = [[0.0, 0.0], [2.0, 0.0], [2.5, 0.0]]
-        >>> round(float(staircase_distance(path, [0.0, 1.0, 2.0], beta)), 6)
-        0.25
-    """
-    return _distance(path, as_inexact(taus), as_inexact(beta))
-
-
-@jax.jit
-def _distance(path, taus, beta):
-    return jnp.trapezoid(jnp.sum(jnp.abs(beta - _staircase(path, taus)), axis=-1), taus)
-
-
-def jump_times(path: GreedyPath, taus: ArrayLike, beta: ArrayLike) -> Float[Array, " S"]:
-    r"""When a flow makes each jump of the path: the entering product passes half of what it settles to.
-
-    Args:
-        path: from `greedy`.
-        taus: rescaled times, (T,), increasing.
-        beta: products of a flow or of a trained network at these times, (T, p).
-
-    Returns:
-        Rescaled times, (S,), interpolated between the given ones; NaN where it does not pass.
-
-    Example:
-        >>> path = greedy(jax.tree_util.Partial(jnp.subtract, jnp.array([2.0, 0.0])), 2)
-        >>> jump_times(path, [0.0, 0.5, 1.0], [[0.0, 0.0], [0.5, 0.0], [1.5, 0.0]]).round(6).tolist()
-        [0.75]
-    """
-    return _jumps(path, as_inexact(taus), as_inexact(beta))
-
-
-@jax.jit
-def _jumps(path, taus, beta):
-    def one(coordinate, after, start):
-        level = beta[:, coordinate] / jnp.where(after == 0, jnp.nan, after) - 0.5
-        up = (level[:-1] < 0) & (level[1:] >= 0) & (taus[1:] > start)
-        i = jnp.argmax(up)
-        share = -level[i] / (level[i + 1] - level[i])
-        return jnp.where(jnp.any(up), taus[i] + share * (taus[i + 1] - taus[i]), jnp.nan)
-
-    after = jnp.take_along_axis(path.beta[1:], path.order[:, None], axis=1)[:, 0]
-    starts = jnp.concatenate([jnp.zeros_like(path.times[:1]), path.times[:-1]])
-    return jax.vmap(one)(path.order, after, starts)

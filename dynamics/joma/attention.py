@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dynamics.flow import ArrayLike, as_inexact, is_traced, require_number
+from dynamics.arguments import require_choice, require_every, require_positive, require_shape, require_shapes
+from dynamics.flow import ArrayLike, as_inexact, require_number
 
 Kind = Literal["linear", "exp", "softmax"]
 
@@ -38,17 +39,14 @@ def attend(z: ArrayLike, x: ArrayLike, kind: Kind | str, temperature: ArrayLike 
         [0.25, 0.75, 0.0]
     """
     z, x = as_inexact(z), as_inexact(x)
-    _require_kind(kind)
+    require_choice("kind", kind, get_args(Kind))
     if x.ndim < 1:
         raise ValueError("x must have shape (..., M), got a number")
     if z.shape not in (x.shape[-1:], x.shape):
         raise ValueError(f"z must have shape {x.shape[-1:]} or {x.shape}, got shape {z.shape}")
     dtype = jnp.promote_types(z.dtype, x.dtype)
-    temperature = require_number("temperature", temperature, dtype)
-    if not is_traced(temperature) and not bool(temperature > 0):
-        raise ValueError(f"temperature must be a positive number, got {temperature}")
-    if not is_traced(x) and not bool(jnp.all(x >= 0)):
-        raise ValueError("x must not be negative, nor NaN")
+    temperature = require_positive("temperature", temperature, dtype)
+    require_every("x", x, lambda x: x >= 0, ">= 0")
     temperature = jnp.where(temperature > 0, temperature, jnp.nan)
     x = x.astype(dtype)
     z = jnp.broadcast_to(z.astype(dtype), x.shape) / temperature
@@ -106,19 +104,13 @@ def invariant(
         [0.0, 1.0]
     """
     V, z = as_inexact(V), as_inexact(z)
-    _require_kind(kind)
-    if V.ndim != 2 or z.shape != V.shape[:1]:
-        raise ValueError(f"V and z must have shapes (M, K) and (M,), got shapes {V.shape} and {z.shape}")
+    require_choice("kind", kind, get_args(Kind))
+    require_shapes(V=(V, "M K"), z=(z, "M"))
     if (mean_attention is None) == (kind == "softmax"):
         raise ValueError("mean_attention must be given for softmax attention, and only there")
     dtype = jnp.promote_types(V.dtype, z.dtype)
-    rates = []
-    for name, rate in (("learning_rate_w", learning_rate_w), ("learning_rate_z", learning_rate_z)):
-        rate = require_number(name, rate, dtype)
-        if not is_traced(rate) and not bool(rate > 0):
-            raise ValueError(f"{name} must be a positive number, got {rate}")
-        rates.append(rate)
-    rate_w, rate_z = rates
+    rate_w = require_positive("learning_rate_w", learning_rate_w, dtype)
+    rate_z = require_positive("learning_rate_z", learning_rate_z, dtype)
     square = jnp.sum(V.astype(dtype) ** 2, axis=-1)
     z = z.astype(dtype)
     if kind == "linear":
@@ -127,8 +119,7 @@ def invariant(
     if mean_attention is None:
         return conserved
     mean_attention = as_inexact(mean_attention).astype(dtype)
-    if mean_attention.shape != z.shape:
-        raise ValueError(f"mean_attention must have shape {z.shape}, got shape {mean_attention.shape}")
+    require_shape("mean_attention", mean_attention, z.shape)
     return conserved + jnp.sum(square) * mean_attention / (2 * rate_w)
 
 
@@ -162,9 +153,7 @@ def softmax_logits(
         [1.0, -1.0]
     """
     V, mean, z0 = as_inexact(V), as_inexact(mean_attention), as_inexact(z0)
-    if V.ndim != 3 or mean.shape != V.shape[:2] or z0.shape != V.shape[1:2]:
-        shapes = f"{V.shape}, {mean.shape} and {z0.shape}"
-        raise ValueError(f"V, mean_attention and z0 must be (T, M, K), (T, M) and (M,), got shapes {shapes}")
+    require_shapes(V=(V, "T M K"), mean_attention=(mean, "T M"), z0=(z0, "M"))
     rate_ratio = require_number("rate_ratio", rate_ratio, V.dtype)
     half_square = jnp.sum(V**2, axis=-1) / 2
     grown = jnp.diff(half_square, axis=0)
@@ -203,8 +192,3 @@ def saliency(gradient: ArrayLike, x: ArrayLike) -> Array:
         )
     dtype = jnp.promote_types(gradient.dtype, x.dtype)
     return x.astype(dtype).T @ gradient.astype(dtype) / len(x)
-
-
-def _require_kind(kind: str) -> None:
-    if kind not in get_args(Kind):
-        raise ValueError(f"kind must be one of {get_args(Kind)}, got {kind!r}")

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dynamics.flow import ArrayLike, as_inexact, is_traced, require_number
+from dynamics.arguments import require_finite, require_positive, require_shapes
+from dynamics.flow import ArrayLike, as_inexact, require_number
 
 # From pre-activations to activations, elementwise; scalar to scalar under vmap.
 Activation = Callable[[Array], Array]
@@ -66,18 +67,15 @@ def isotropic_mixture_field(
         [0.0, 1.0]
     """
     v, centers, weights = as_inexact(v), as_inexact(centers), as_inexact(weights)
-    if v.ndim != 1 or centers.ndim != 2 or centers.shape[1:] != v.shape or weights.shape != centers.shape[:1]:
-        shapes = f"{v.shape}, {centers.shape} and {weights.shape}"
-        raise ValueError(f"v, centers and weights must have shapes (d,), (C, d) and (C,), got {shapes}")
+    require_shapes(v=(v, "d"), centers=(centers, "C d"), weights=(weights, "C"))
     bias = as_inexact(bias)
     if bias.shape not in ((), weights.shape):
         raise ValueError(f"bias must be a number or of shape {weights.shape}, got shape {bias.shape}")
     dtype = jnp.result_type(v.dtype, centers.dtype, weights.dtype)
     v, centers, weights, bias = (array.astype(dtype) for array in (v, centers, weights, bias))
     for name, array in (("v", v), ("centers", centers), ("weights", weights), ("bias", bias)):
-        if not is_traced(array) and not bool(jnp.all(jnp.isfinite(array))):
-            raise ValueError(f"{name} must be finite, got NaN or infinity")
-    scale = _require_scale(scale, dtype)
+        require_finite(name, array)
+    scale = require_positive("scale", scale, dtype)
     r = centers @ v + bias
     norm = _safe_norm(v)
     gain, stretch = jax.vmap(lambda r: gaussian_moments(r, norm, activation, scale))(r)
@@ -109,7 +107,7 @@ def gaussian_moments(r: ArrayLike, norm: ArrayLike, activation: Activation, scal
         0.5
     """
     r = as_inexact(r)
-    scale = _require_scale(scale, r.dtype)
+    scale = require_positive("scale", scale, r.dtype)
 
     def density(u):
         return jnp.exp(-((u / scale) ** 2) / 2) / (scale * jnp.sqrt(2 * jnp.pi).astype(r.dtype))
@@ -150,7 +148,7 @@ def isotropic_moments(
     """
     r = as_inexact(r)
     norm = require_number("norm", norm, r.dtype, at_least=0)
-    width = _require_scale(width, r.dtype, "width")
+    width = require_positive("width", width, r.dtype)
     nodes, mass = (jnp.asarray(array, r.dtype) for array in _graded_quadrature())
     kink = jnp.clip(-r / jnp.where(norm > 0, norm, 1), -width, width)
     kink = jnp.where(norm > 0, kink, 0)
@@ -184,10 +182,3 @@ def _safe_norm(v: Array) -> Array:
     scaled = v / jnp.where(largest > 0, largest, 1)
     square = jnp.sum(scaled**2)
     return largest * jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
-
-
-def _require_scale(scale: ArrayLike, dtype, name: str = "scale") -> Array:
-    scale = require_number(name, scale, dtype)
-    if not is_traced(scale) and not bool(scale > 0):
-        raise ValueError(f"{name} must be a positive number, got {scale}")
-    return scale

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax.scipy.special import erfinv
 from jaxtyping import Array, Float
 
-from dynamics.flow import ArrayLike, Trajectory, as_inexact, integrate, is_traced
+from dynamics.arguments import require_every, require_finite, require_same_shape, require_vector
+from dynamics.flow import ArrayLike, Trajectory, as_inexact, integrate
 
 # Near the blow-up a step is long in v, and what is interpolated inside it is worse than its ends.
 _TIGHT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12, "max_steps": 10_000}
@@ -121,11 +121,9 @@ def modified_mlp_solution(t: ArrayLike, delta: ArrayLike) -> Array:
         >>> modified_mlp_solution(9.0, [1.0, 0.5, 0.0]).round(5).tolist()
         [inf, 0.67449, 0.0]
     """
-    t, delta = as_inexact(t), as_inexact(delta)
-    if delta.ndim != 1 or delta.size == 0 or not _is_finite(delta):
-        raise ValueError(f"delta must be finite numbers of shape (M,), got {delta}")
-    if not is_traced(t) and not bool(jnp.all(t >= 0)):
-        raise ValueError(f"t must be >= 0, got {t}")
+    t, delta = as_inexact(t), require_vector("delta", delta, "M")
+    require_finite("delta", delta)
+    require_every("t", t, lambda t: t >= 0, ">= 0")
     dtype = jnp.promote_types(t.dtype, delta.dtype)
     largest = jnp.max(jnp.abs(delta))
     # Winners must reach infinity: a quotient of equal numbers may be rounded below one.
@@ -158,8 +156,7 @@ def blow_up_time(delta: ArrayLike) -> Float[Array, ""]:
     delta = as_inexact(delta)
     if delta.ndim not in (1, 2) or delta.size == 0:
         raise ValueError(f"delta must have shape (M,) or (M, K), got shape {delta.shape}")
-    if not _is_finite(delta):
-        raise ValueError("delta must be finite, got NaN or infinity")
+    require_finite("delta", delta)
     rows = delta[:, None] if delta.ndim == 1 else delta
     return jnp.sqrt(jnp.pi / 2).astype(delta.dtype) / jnp.max(jnp.linalg.norm(rows, axis=-1))
 
@@ -182,16 +179,8 @@ def _by_row(factor: Array, delta: Array) -> Array:
     return factor * delta if delta.ndim == 1 else factor[:, None] * delta
 
 
-def _is_finite(x: Array) -> bool:
-    return is_traced(x) or bool(np.all(np.isfinite(np.asarray(x))))
-
-
 def _require_delta(V0: ArrayLike, delta: ArrayLike) -> tuple[Array, Array]:
     V0, delta = as_inexact(V0), as_inexact(delta)
-    if V0.ndim not in (1, 2) or V0.shape != delta.shape:
-        raise ValueError(
-            f"V0 and delta must have one shape, (M,) or (M, K), got shapes {V0.shape} and {delta.shape}"
-        )
-    if not _is_finite(delta):
-        raise ValueError("delta must be finite, got NaN or infinity")
+    require_same_shape("(M,) or (M, K)", [1, 2], V0=V0, delta=delta)
+    require_finite("delta", delta)
     return V0, delta.astype(V0.dtype)

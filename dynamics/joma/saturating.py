@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dynamics.flow import ArrayLike, Trajectory, as_inexact, integrate, is_traced
+from dynamics.arguments import require_finite, require_same_shape, require_vector
+from dynamics.flow import ArrayLike, Trajectory, as_inexact, integrate
 
 
 def saturating_flow(v0: ArrayLike, mu: ArrayLike, ts: ArrayLike, **options: Any) -> Trajectory:
@@ -41,8 +42,7 @@ def saturating_flow(v0: ArrayLike, mu: ArrayLike, ts: ArrayLike, **options: Any)
         [1.0]
     """
     v0, mu = as_inexact(v0), _require_mu(mu)
-    if v0.shape != mu.shape:
-        raise ValueError(f"v0 and mu must have one shape (M,), got shapes {v0.shape} and {mu.shape}")
+    require_same_shape("(M,)", [1], v0=v0, mu=mu)
     options = {"solver": diffrax.Kvaerno5(), **options}
     if jnp.finfo(v0.dtype).bits < 64:
         # An implicit solver's own root finding cannot meet tolerances near the rounding.
@@ -139,9 +139,6 @@ def _log_residual_field(t, s, mu):
 
 
 def _require_mu(mu: ArrayLike) -> Float[Array, " M"]:
-    mu = as_inexact(mu)
-    if mu.ndim != 1 or mu.size == 0:
-        raise ValueError(f"mu must have shape (M,), got shape {mu.shape}")
-    if not is_traced(mu) and not np.all(np.isfinite(np.asarray(mu))):
-        raise ValueError("mu must be finite, got NaN or infinity")
+    mu = require_vector("mu", mu, "M")
+    require_finite("mu", mu)
     return mu

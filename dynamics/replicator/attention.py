@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optimistix
 from jaxtyping import Array, Float
 
-from dynamics.arguments import require_shape
-from dynamics.flow import ArrayLike, Trajectory, as_inexact, integrate, is_traced, require_number
+from dynamics.arguments import require_finite, require_real, require_shape
+from dynamics.flow import ArrayLike, Trajectory, as_inexact, integrate, require_number
 from dynamics.replicator.population import require_values
 from dynamics.replicator.simplex import require_simplex
 
@@ -204,8 +204,7 @@ def coupled_flow(
     z0 = _require_logits(gradient, z0, ndim=2)
     gram = jnp.asarray(gram, z0.dtype)
     require_shape("gram", gram, (*z0.shape, *z0.shape))
-    if not is_traced(gram) and not bool(jnp.all(jnp.isfinite(gram))):
-        raise ValueError("gram must be finite, got NaN or infinity")
+    require_finite("gram", gram)
     return integrate(_coupled_field, z0, ts, (gradient, gram), **options)
 
 
@@ -300,16 +299,14 @@ def overparametrized_rate(sigma: ArrayLike, lipschitz: ArrayLike, residual: Arra
 
 def _require_logits(gradient: Gradient, z0: ArrayLike, ndim: int) -> Array:
     z0 = as_inexact(z0)
-    if not jnp.issubdtype(z0.dtype, jnp.floating):
-        raise ValueError(f"z0 must be real, got dtype {z0.dtype}")
+    require_real("z0", z0)
     wanted = "(n,)" if ndim == 1 else "(N, n)"
     if z0.ndim != ndim or z0.size == 0:
         raise ValueError(f"z0 must have shape {wanted}, got shape {z0.shape}")
     if not callable(gradient):
         raise ValueError(f"gradient must be a function of the attention, got {type(gradient).__name__}")
     require_values("gradient", gradient, jax.ShapeDtypeStruct(z0.shape, z0.dtype))
-    if not is_traced(z0) and not bool(jnp.all(jnp.isfinite(z0))):
-        raise ValueError(f"z0 must be finite, got {z0.tolist()}")
+    require_finite("z0", z0)
     return z0
 
 

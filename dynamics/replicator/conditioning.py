@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from dynamics.arguments import require_shape
@@ -128,9 +129,11 @@ def _require_local(x: ArrayLike, hessian: ArrayLike) -> tuple[Array, Array]:
     hessian = jnp.asarray(hessian, x.dtype)
     require_shape("hessian", hessian, (x.size, x.size))
     slack = float(jnp.finfo(x.dtype).eps) ** 0.5
+    if not is_traced(hessian):
+        values = np.asarray(hessian, float)
+        if not np.all(np.abs(values - values.T) <= slack * np.max(np.abs(values))):
+            raise ValueError(f"hessian must be finite and symmetric, got {values.tolist()}")
     good = jnp.all(jnp.abs(hessian - hessian.T) <= slack * jnp.max(jnp.abs(hessian)))
-    if not is_traced(hessian) and not bool(good):
-        raise ValueError(f"hessian must be finite and symmetric, got {hessian.tolist()}")
     hessian = jnp.where(good, (hessian + hessian.T) / 2, jnp.nan)
     basis = tangent_basis(x.size, x.dtype)
     return x, basis.T @ hessian @ basis

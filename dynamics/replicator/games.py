@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.optimize import linprog
 
+from dynamics.arguments import require_finite, require_shape
 from dynamics.flow import ArrayLike, as_inexact, is_traced
 from dynamics.replicator.simplex import require_simplex, tangent_basis
 from dynamics.spectra import entropy
@@ -470,8 +471,7 @@ def _scalars(**values: ArrayLike) -> list[Array]:
     for name, value in arrays.items():
         if value.ndim:
             raise ValueError(f"{name} must be a number, got shape {value.shape}")
-        if not is_traced(value) and not bool(jnp.isfinite(value)):
-            raise ValueError(f"{name} must be finite, got {value}")
+        require_finite(name, value)
     dtype = jnp.result_type(*arrays.values())
     return [value.astype(dtype) for value in arrays.values()]
 
@@ -508,8 +508,7 @@ def _require_state(
 ) -> tuple[np.ndarray, np.ndarray, float]:
     game, atol = _require_payoff(payoff, atol, x)
     state = np.asarray(x, float)
-    if state.shape != (len(game),):
-        raise ValueError(f"x must have shape ({len(game)},), got shape {state.shape}")
+    require_shape("x", state, (len(game),))
     # Looked at on the host: many small calls would spend their time on a device.
     if not (np.all(state >= 0) and abs(np.sum(state) - 1) <= max(1e-6, atol)):
         raise ValueError(

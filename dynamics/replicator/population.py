@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dynamics.arguments import require_finite, require_integer, require_real, require_shape
 from dynamics.flow import ArrayLike, Trajectory, all_finite, as_inexact, integrate, is_traced
 from dynamics.replicator.simplex import require_simplex, simplex_slack
 
@@ -144,11 +145,12 @@ def simulate_mutator(
     x0 = require_simplex("x0", x0)
     fitness = _require_fitness(fitness, x0.size, x0.dtype)
     mutation = _require_matrix("mutation", mutation, (x0.size, x0.size), x0.dtype)
-    stochastic = jnp.all(mutation >= 0) & jnp.all(
-        jnp.abs(jnp.sum(mutation, axis=1) - 1) <= simplex_slack(x0.dtype)
-    )
-    if not is_traced(mutation) and not bool(stochastic):
-        raise ValueError(f"mutation must have non-negative rows that sum to one, got {mutation.tolist()}")
+    slack = simplex_slack(x0.dtype)
+    if not is_traced(mutation):
+        values = np.asarray(mutation, float)
+        if not np.all(values >= 0) or not np.all(np.abs(np.sum(values, axis=1) - 1) <= slack):
+            raise ValueError(f"mutation must have non-negative rows that sum to one, got {values.tolist()}")
+    stochastic = jnp.all(mutation >= 0) & jnp.all(jnp.abs(jnp.sum(mutation, axis=1) - 1) <= slack)
     x0 = jnp.where(stochastic, x0, jnp.nan)  # a bad traced mutation fails its lane
     path = integrate(_mutator_field, x0, ts, (fitness, mutation), **options)
     # Where mutation is absent a coordinate may end a rounding error below zero.
@@ -235,10 +237,8 @@ def constant_fitness_solution(fitness: ArrayLike, x0: ArrayLike, ts: ArrayLike) 
     """
     x0 = require_simplex("x0", x0)
     fitness, ts = jnp.asarray(fitness, x0.dtype), jnp.asarray(ts, x0.dtype)
-    if fitness.shape != x0.shape:
-        raise ValueError(f"fitness must have shape {x0.shape}, got shape {fitness.shape}")
-    if not is_traced(fitness) and not bool(jnp.all(jnp.isfinite(fitness))):
-        raise ValueError(f"fitness must be finite, got {fitness.tolist()}")
+    require_shape("fitness", fitness, x0.shape)
+    require_finite("fitness", fitness)
     return jax.nn.log_softmax(jnp.log(x0)[None, :] + ts[:, None] * fitness[None, :], axis=1)
 
 
@@ -253,12 +253,9 @@ def require_values(name: str, function: Callable[[Any], Any], like: Any) -> None
 
 def _require_matrix(name: str, matrix: Any, shape: tuple[int, int], dtype: Any) -> Array:
     matrix = as_inexact(matrix)
-    if matrix.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, got shape {matrix.shape}")
-    if not jnp.issubdtype(matrix.dtype, jnp.floating):
-        raise ValueError(f"{name} must be real, got dtype {matrix.dtype}")
-    if not is_traced(matrix) and not np.all(np.isfinite(np.asarray(matrix))):
-        raise ValueError(f"{name} must be finite, got NaN or infinity")
+    require_shape(name, matrix, shape)
+    require_real(name, matrix)
+    require_finite(name, matrix)
     return matrix.astype(dtype)
 
 
@@ -324,12 +321,11 @@ def _exponentiated_step(log_x, fitness, learning_rate):
 def _iterate(step, fitness, x0, steps, name, rate, time_step) -> Trajectory:
     x0 = require_simplex("x0", x0)
     fitness = _require_fitness(fitness, x0.size, x0.dtype)
-    if not isinstance(steps, (int, np.integer)) or steps < 0:
-        raise ValueError(f"steps must be an integer >= 0, got {steps!r}")
+    steps = require_integer("steps", steps, at_least=0)
     if np.shape(rate) != () or not (is_traced(rate) or np.isfinite(float(rate))):
         raise ValueError(f"{name} must be a finite number, got {rate}")
     rate, time_step = jnp.asarray(rate, x0.dtype), jnp.asarray(time_step, x0.dtype)
-    return _scan(step, fitness, x0, int(steps), rate, time_step)
+    return _scan(step, fitness, x0, steps, rate, time_step)
 
 
 @eqx.filter_jit

@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 from scipy.linalg import helmert
 
-from dynamics.arguments import require_shape
-from dynamics.flow import ArrayLike, as_inexact, is_traced
+from dynamics.arguments import require_shape, require_vector
+from dynamics.flow import ArrayLike, is_traced
 
 
 def require_simplex(name: str, x: ArrayLike) -> Float[Array, " n"]:
@@ -19,16 +20,14 @@ def require_simplex(name: str, x: ArrayLike) -> Float[Array, " n"]:
 
     A traced point that is off the simplex becomes NaN, which makes the lane's `ok` false.
     """
-    x = as_inexact(x)
-    if x.ndim != 1 or x.size == 0:
-        raise ValueError(f"{name} must have shape (n,), got shape {x.shape}")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{name} must be real, got dtype {x.dtype}")
-    good = jnp.all(x >= 0) & (jnp.abs(jnp.sum(x) - 1) <= simplex_slack(x.dtype))
-    if not is_traced(x) and not bool(good):
-        raise ValueError(
-            f"{name} must be a point of the simplex (no negative entry, sum one), got {x.tolist()}"
-        )
+    x = require_vector(name, x)
+    slack = simplex_slack(x.dtype)
+    if not is_traced(x):
+        values = np.asarray(x, float)
+        if not (np.all(values >= 0) and abs(np.sum(values) - 1) <= slack):
+            rule = "a point of the simplex (no negative entry, sum one)"
+            raise ValueError(f"{name} must be {rule}, got {values.tolist()}")
+    good = jnp.all(x >= 0) & (jnp.abs(jnp.sum(x) - 1) <= slack)
     return jnp.where(good, x, jnp.nan)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from dynamics.arguments import require_real, require_shape
 from dynamics.flow import ArrayLike, as_inexact, is_traced
 
 
@@ -42,8 +43,7 @@ class SequenceClasses(eqx.Module):
 
     def __check_init__(self):
         P = self.P
-        if not jnp.issubdtype(P.dtype, jnp.floating):
-            raise ValueError(f"P must be real, got dtype {P.dtype}")
+        require_real("P", P)
         if P.ndim != 2 or P.shape[0] < 1 or P.shape[1] < 2:
             raise ValueError(f"P must have shape (K, M) with K >= 1 and M >= 2, got shape {P.shape}")
         if not is_traced(P):
@@ -56,8 +56,7 @@ class SequenceClasses(eqx.Module):
                 row = int(np.argmax(deviation))
                 raise ValueError(f"P must have rows that sum to 1, got {values[row].sum():.6g} in row {row}")
         for name, tokens in (("query", self.query), ("next_token", self.next_token)):
-            if tokens.shape != P.shape[:1]:
-                raise ValueError(f"{name} must have shape ({P.shape[0]},), got shape {tokens.shape}")
+            require_shape(name, tokens, P.shape[:1])
             require_tokens(name, tokens, P.shape[1])
 
     def are_valid(self) -> Bool[Array, ""]:
@@ -169,8 +168,7 @@ def log_context_weights(Z: ArrayLike, classes: SequenceClasses) -> Float[Array, 
         [[1.0, -inf]]
     """
     Z, M = as_inexact(Z), classes.vocab_size
-    if Z.shape != (M, M):
-        raise ValueError(f"Z must have shape ({M}, {M}), got shape {Z.shape}")
+    require_shape("Z", Z, (M, M))
     dtype = jnp.promote_types(Z.dtype, classes.P.dtype)
     return log_counts(classes.P).astype(dtype) + Z[classes.query].astype(dtype)
 

@@ -7,10 +7,12 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optimistix as optx
 from jaxtyping import Array, Float
 
-from dynamics.flow import ArrayLike, as_inexact, is_traced, require_number
+from dynamics.arguments import require_every, require_positive
+from dynamics.flow import ArrayLike, as_inexact, require_number
 from dynamics.scan_snap.classes import SequenceClasses, log_context_weights, require_tokens
 
 
@@ -93,7 +95,7 @@ def crossover_time(learning_rate_Y: ArrayLike, num_classes: ArrayLike, vocab_siz
         8.67
     """
     _, rate, K, M = _require_setting(0.0, learning_rate_Y, num_classes, vocab_size)
-    _require_positive("learning_rate_Y", rate)
+    require_positive("learning_rate_Y", rate, rate.dtype)
     return K / rate * ((M - 1) / M * jnp.log(M - 1) + (M - 2) / M)
 
 
@@ -193,7 +195,7 @@ def attention_growth_snapping(
     """
     t, rate_Y, K, M = _require_setting(t, learning_rate_Y, num_classes, vocab_size)
     rate_Z, C0 = _require_growth(learning_rate_Z, C0, t.dtype)
-    _require_positive("learning_rate_Y", rate_Y)
+    require_positive("learning_rate_Y", rate_Y, rate_Y.dtype)
     square = jnp.log(M * rate_Y * t / K) ** 2
     return jnp.log1p(2 * K * (1 - 1 / M) ** 2 / C0 * rate_Z / rate_Y * square) / 4
 
@@ -222,7 +224,7 @@ def attention_growth_printed(
     """
     t, rate_Y, K, M = _require_setting(t, learning_rate_Y, num_classes, vocab_size)
     rate_Z, C0 = _require_growth(learning_rate_Z, C0, t.dtype)
-    _require_positive("learning_rate_Y", rate_Y)
+    require_positive("learning_rate_Y", rate_Y, rate_Y.dtype)
     return jnp.log(C0 + 2 * K * rate_Z / rate_Y * jnp.log(M * rate_Y * t / K) ** 2)
 
 
@@ -314,8 +316,7 @@ def _require_setting(
     t: ArrayLike, learning_rate_Y: ArrayLike, num_classes: ArrayLike, vocab_size: ArrayLike
 ) -> tuple[Array, Array, Array, Array]:
     t = as_inexact(t)
-    if not is_traced(t) and not bool(jnp.all((t >= 0) & jnp.isfinite(t))):
-        raise ValueError(f"t must be finite and >= 0, got {t}")
+    require_every("t", t, lambda t: (t >= 0) & np.isfinite(t), "finite and >= 0")
     rate = require_number("learning_rate_Y", learning_rate_Y, t.dtype, at_least=0)
     K = require_number("num_classes", num_classes, t.dtype, at_least=1)
     return t, rate, K, require_number("vocab_size", vocab_size, t.dtype, at_least=2)
@@ -323,11 +324,4 @@ def _require_setting(
 
 def _require_growth(learning_rate_Z: ArrayLike, C0: ArrayLike, dtype: Any) -> tuple[Array, Array]:
     rate = require_number("learning_rate_Z", learning_rate_Z, dtype, at_least=0)
-    C0 = require_number("C0", C0, dtype)
-    _require_positive("C0", C0)
-    return rate, C0
-
-
-def _require_positive(name: str, value: Array) -> None:
-    if not is_traced(value) and not bool(value > 0):
-        raise ValueError(f"{name} must be a positive number, got {value}")
+    return rate, require_positive("C0", C0, dtype)

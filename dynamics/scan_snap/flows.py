@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dynamics.arguments import require_finite, require_shape
 from dynamics.flow import ArrayLike, Trajectory, as_inexact, integrate, is_traced, require_number
 from dynamics.scan_snap.classes import SequenceClasses, distinct_tokens, log_counts
 from dynamics.scan_snap.closed_forms import decoder_margin
@@ -420,10 +421,8 @@ def _require_start(name: str, start: ArrayLike | None, classes: SequenceClasses,
     if start is None:
         return jnp.zeros((M, M), dtype)
     start = as_inexact(start).astype(dtype)
-    if start.shape != (M, M):
-        raise ValueError(f"{name} must have shape ({M}, {M}), got shape {start.shape}")
-    if not is_traced(start) and not bool(jnp.all(jnp.isfinite(start))):
-        raise ValueError(f"{name} must be finite, got NaN or infinity")
+    require_shape(name, start, (M, M))
+    require_finite(name, start)
     return start
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from dynamics.arguments import require_same_shape
 from dynamics.flow import ArrayLike, as_inexact
 from models.attention.products import HEAD_WEIGHTS
 from models.functional import Frozen
@@ -109,11 +110,7 @@ class AttentionHead(nnx.Module):
             ValueError: the weights do not have one shape (d,) or (d, d').
         """
         weights = [as_inexact(weight) for weight in (key, query, value, output)]
-        shapes = [weight.shape for weight in weights]
-        if len(set(shapes)) != 1 or len(shapes[0]) not in (1, 2):
-            raise ValueError(
-                f"key, query, value and output must have one shape (d,) or (d, d'), got {shapes}"
-            )
+        require_same_shape("(d,) or (d, d')", [1, 2], **dict(zip(HEAD_WEIGHTS, weights, strict=True)))
         self.key, self.query, self.value, self.output = map(nnx.Param, weights)
 
     def __call__(self, X: ArrayLike) -> Array:
@@ -157,13 +154,9 @@ class AttentionStack(nnx.Module):
             ValueError: the shapes do not fit.
         """
         weights = [as_inexact(weight) for weight in (key, query, value, output)]
-        shapes = [weight.shape for weight in weights]
-        if len(set(shapes)) != 1 or len(shapes[0]) not in (3, 4):
-            raise ValueError(
-                "key, query, value and output must have one shape (layers, heads, d) or "
-                f"(layers, heads, d, d'), got {shapes}"
-            )
-        layers, _, dim = shapes[0][:3]
+        axes = "(layers, heads, d) or (layers, heads, d, d')"
+        require_same_shape(axes, [3, 4], **dict(zip(HEAD_WEIGHTS, weights, strict=True)))
+        layers, _, dim = weights[0].shape[:3]
         if feedforward is not None:
             up, down = map(as_inexact, feedforward)
             if up.shape != down.shape or up.shape[:-1] != (layers, dim):

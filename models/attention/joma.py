@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, PyTree
 
+from dynamics.arguments import require_choice, require_shapes
 from dynamics.flow import ArrayLike, as_inexact, is_traced
 from dynamics.joma import Kind, attend
 from models.functional import Frozen
@@ -91,17 +92,9 @@ class JomaBlock(nnx.Module):
                 of a query are all zero: it sees nothing and, from zero hidden weights, never learns.
         """
         embedding, query_embedding, W, z = map(as_inexact, (embedding, query_embedding, W, z))
-        if any(array.ndim != 2 for array in (embedding, query_embedding, W, z)) or (
-            not embedding.shape[0] == query_embedding.shape[0] == W.shape[0]
-            or z.shape != (query_embedding.shape[1], embedding.shape[1])
-        ):
-            shapes = ", ".join(str(array.shape) for array in (embedding, query_embedding, W, z))
-            raise ValueError(
-                "embedding, query_embedding, W and z must have shapes (d, M), (d, Q), (d, K) and (Q, M), "
-                f"got {shapes}"
-            )
-        if kind not in get_args(Kind):
-            raise ValueError(f"kind must be one of {get_args(Kind)}, got {kind!r}")
+        embeddings = {"embedding": (embedding, "d M"), "query_embedding": (query_embedding, "d Q")}
+        require_shapes(**embeddings, W=(W, "d K"), z=(z, "Q M"))
+        require_choice("kind", kind, get_args(Kind))
         if kind == "linear" and not is_traced(z) and not np.all(np.any(np.asarray(z) != 0, axis=1)):
             raise ValueError(
                 "z must not be zero for linear attention: no token is seen, and from zero hidden weights, a "

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, PyTree
 
+from dynamics.arguments import require_shapes
 from dynamics.flow import ArrayLike, as_inexact
 from dynamics.scan_snap import Weights, require_tokens
 from models.data.tokens import Contexts, require_sequences
@@ -40,8 +41,7 @@ class ScanSnapAttention(nnx.Module):
             ValueError: the weights are not two square matrices of one size.
         """
         Y, Z = as_inexact(Y), as_inexact(Z)
-        if Y.ndim != 2 or Y.shape[0] != Y.shape[1] or Y.shape != Z.shape:
-            raise ValueError(f"Y and Z must have one shape (M, M), got shapes {Y.shape} and {Z.shape}")
+        require_shapes(Y=(Y, "M M"), Z=(Z, "M M"))
         self.Y, self.Z = nnx.Param(Y), nnx.Param(Z)
 
     @classmethod

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dynamics.arguments import require_choice
 from dynamics.flow import ArrayLike, as_inexact
 
 Split = Literal["train", "test"]
@@ -150,8 +151,7 @@ def cifar100(
         >>> int(labels.max())  # doctest: +SKIP
         19
     """
-    if labels not in ("fine", "coarse"):
-        raise ValueError(f"labels must be 'fine' or 'coarse', got {labels!r}")
+    require_choice("labels", labels, ("fine", "coarse"))
     folder = "cifar-100-binary"
     folders = ("", folder, "cifar-100", f"cifar-100/{folder}")
     (path,) = _find(data_dir, folders, [f"{_require_split(split)}.bin"])
@@ -190,8 +190,7 @@ def patches(images: ArrayLike, shape: tuple[int, int], *, colour: bool = False) 
 
 
 def _require_split(split: Any) -> str:
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    require_choice("split", split, ("train", "test"))
     return split
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import optimistix as optx
 from jaxtyping import Array
 
+from dynamics.arguments import require_real, require_sizes
 from dynamics.flow import ArrayLike, as_inexact, is_traced
 from models.attention import attention_log_ratio, diagonal_head, log_mean_ratio
 
@@ -49,8 +50,7 @@ def teacher_with_ratio(key: Array, keys: ArrayLike, ratio: ArrayLike) -> Array:
     keys = as_inexact(keys)
     if keys.ndim != 3 or keys.shape[0] < 1 or keys.shape[1] < 2 or keys.shape[2] < 1:
         raise ValueError(f"keys must have shape (N, n, d) with n >= 2 tokens, got shape {keys.shape}")
-    if not jnp.issubdtype(keys.dtype, jnp.floating):
-        raise ValueError(f"keys must be real, got dtype {keys.dtype}")
+    require_real("keys", keys)
     if np.shape(ratio) != ():
         raise ValueError(f"ratio must be a number, got shape {np.shape(ratio)}")
     if not is_traced(keys):
@@ -222,12 +222,10 @@ def diagonal_teacher(
         >>> task.Y.shape == task.X.shape, task.kq.shape
         (True, (2,))
     """
-    for name, size in (("samples", samples), ("tokens", tokens), ("dim", dim)):
-        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
-            raise ValueError(f"{name} must be a positive integer, got {size!r}")
+    samples, tokens, dim = require_sizes(samples=samples, tokens=tokens, dim=dim)
     dtype = jnp.result_type(float) if dtype is None else dtype
     scales = jnp.asarray(kq_scale, dtype), jnp.asarray(vo_scale, dtype)
-    return _diagonal_teacher(key, *scales, (int(samples), int(tokens), int(dim)))
+    return _diagonal_teacher(key, *scales, (samples, tokens, dim))
 
 
 @partial(jax.jit, static_argnums=3)

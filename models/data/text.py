@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from dynamics.arguments import require_integer, require_shape
 from dynamics.scan_snap import SequenceClasses
 from models.data.tokens import Contexts
 
@@ -151,9 +152,7 @@ def next_token_classes(
     """
     sizes = {"num_classes": num_classes, "vocab_size": vocab_size, "window": window}
     for name, size in (sizes | ({} if max_windows is None else {"max_windows": max_windows})).items():
-        least = 2 if name == "vocab_size" else 1
-        if not isinstance(size, (int, np.integer)) or size < least:
-            raise ValueError(f"{name} must be an integer >= {least}, got {size!r}")
+        require_integer(name, size, at_least=2 if name == "vocab_size" else 1)
     frequency = Counter(token for token in tokens if token)
     if vocab_size > len(frequency):
         raise ValueError(
@@ -221,8 +220,7 @@ def select_windows(text: TextClasses, keep: np.ndarray) -> TextClasses:
         [[0.0, 0.5, 0.0, 0.5]]
     """
     keep = np.asarray(keep, bool)
-    if keep.shape != text.label.shape:
-        raise ValueError(f"keep must have shape {text.label.shape}, got shape {keep.shape}")
+    require_shape("keep", keep, text.label.shape)
     counts = np.asarray(text.contexts.counts)[keep]
     names = [text.words[word] for word in np.asarray(text.classes.next_token)]
     P = _context_law(counts, text.label[keep], names)

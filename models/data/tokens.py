@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from dynamics.arguments import require_integer
 from dynamics.flow import ArrayLike, as_inexact, is_traced
 from dynamics.scan_snap import SequenceClasses, require_tokens
 
@@ -69,8 +70,7 @@ def synthetic_classes(
     sizes = {"num_queries": (num_queries, 1), "next_per_query": (next_per_query, 1)}
     sizes |= {"num_common": (num_common, 0), "num_distinct": (num_distinct, 0)}
     for name, (size, least) in sizes.items():
-        if not isinstance(size, (int, np.integer)) or size < least:
-            raise ValueError(f"{name} must be an integer >= {least}, got {size!r}")
+        require_integer(name, size, at_least=least)
     if num_common + num_distinct == 0:
         raise ValueError("num_distinct must be positive where num_common is 0, got 0")
     for name, weight in (

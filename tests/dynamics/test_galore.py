@@ -368,8 +368,8 @@ def test_bad_input_is_refused():
         "steps must be integers >= 0, got -1": lambda: galore.gradient_iterates(G0, S, RATE, -1),
         "steps must be integers >= 0, got 0.5": lambda: galore.gradient_iterates(G0, S, RATE, 0.5),
         "B and C must have shapes": lambda: galore.gradient_operator(B, C[0]),
-        "B and C must have shapes .* those": lambda: galore.gradient_operator(B[:3], C),
-        "A must have shape": lambda: galore.reversible_gradient(B[:1], B, C, G0),
+        r"B and C must have shapes \(N, m, m\) and": lambda: galore.gradient_operator(B[:3], C),
+        "W, A, B and C must have shapes": lambda: galore.reversible_gradient(B[:1], B, C, G0),
         "J, f and y must have": lambda: galore.reversible_terms(B, G0, G0, "squared"),
         "loss must be one of": lambda: galore.reversible_terms(B, C[:, 0], C[:, 0], "hinge"),
         "P must have orthonormal": lambda: galore.projected_coefficients(B, 2 * P),
@@ -380,7 +380,7 @@ def test_bad_input_is_refused():
         r"lipschitz\[1\] must be": lambda: galore.contraction_factor(
             B, C, RATE, "valid", lipschitz=(0, -1, 0)
         ),
-        "G0, P and Q must have": lambda: galore.projected_descent(G0, B, C, P, P[:1], RATE, 0),
+        "G0, B, C, P and Q must have": lambda: galore.projected_descent(G0, B, C, P, P[:1], RATE, 0),
     }.items():
         with pytest.raises(ValueError, match=match):
             call()

@@ -223,7 +223,7 @@ def test_a_product_that_returns_with_the_other_sign():
     [
         (([1.0, 1.0], [0.5, -1.0], 5.0, [0.0, 1.0]), "u0 and v0 must differ in magnitude.*coordinate 1"),
         (([1.0], [0.5, 0.5], 5.0, [0.0, 1.0]), "u0 and v0 must have one shape"),
-        (([1.0, 1.0], [0.5, 0.5], 0.0, [0.0, 1.0]), "log_inv_alpha must be positive"),
+        (([1.0, 1.0], [0.5, 0.5], 0.0, [0.0, 1.0]), "log_inv_alpha must be a positive number, got 0.0"),
         (([1.0, 1.0], [0.5, 0.5], 5.0, [-1.0, 1.0]), "taus must not be negative"),
         (([1.0, np.nan], [0.5, 0.5], 5.0, [0.0, 1.0]), "u0 and v0 must be finite"),
     ],
@@ -236,7 +236,7 @@ def test_bad_input_of_the_flow(arguments, message):
 def test_bad_input_of_the_algorithm():
     with pytest.raises(ValueError, match="size must be a positive integer"):
         greedy(lambda beta: -beta, 0)
-    with pytest.raises(ValueError, match="max_stages must be a positive integer"):
+    with pytest.raises(ValueError, match="max_stages must be an integer >= 1, got 0"):
         greedy(lambda beta: -beta, 2, max_stages=0)
     with pytest.raises(ValueError, match="u0 and v0 must differ in magnitude"):
         greedy(lambda beta: -beta, 2, u0=[1.0, 1.0], v0=[0.5, -1.0])

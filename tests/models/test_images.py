@@ -130,7 +130,7 @@ def test_cifar100_has_both_labels(tmp_path, folder):
     _, coarse = cifar100(tmp_path, "test", labels="coarse")
     assert (images.dtype, fine.tolist(), coarse.tolist()) == (jnp.float64, [99, 7], [19, 2])
     np.testing.assert_allclose(images, pixels, rtol=1e-15)
-    with pytest.raises(ValueError, match="labels must be 'fine' or 'coarse', got 'both'"):
+    with pytest.raises(ValueError, match=r"labels must be one of \('fine', 'coarse'\), got 'both'"):
         cifar100(tmp_path, labels="both")
 
 
@@ -159,7 +159,7 @@ def test_what_is_not_there_or_not_known(read, tmp_path):
         read(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"is missing from .*: pass --data-dir DIR"):
         read(tmp_path)
-    with pytest.raises(ValueError, match="split must be 'train' or 'test', got 'valid'"):
+    with pytest.raises(ValueError, match=r"split must be one of \('train', 'test'\), got 'valid'"):
         read(tmp_path, "valid")
 
 

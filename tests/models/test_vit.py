@@ -148,7 +148,7 @@ def test_bad_input_is_refused():
 
     with pytest.raises(ValueError, match="image_shape must be"):
         build(image_shape=(4,))
-    with pytest.raises(ValueError, match="heads must be a positive integer, got 0"):
+    with pytest.raises(ValueError, match="heads must be an integer >= 1, got 0"):
         build(heads=0)
     with pytest.raises(ValueError, match="shape must tile images of 4 by 6 pixels, got 3 by 3"):
         build(patch=(3, 3))
