@@ -314,6 +314,41 @@ def scale_by_name(**scales: ArrayLike) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
 
 
+# Small networks that a CPU trains at once. Batches of 8 or 16 out of 64 to 128 took a quarter less time than
+# one vmap, single lanes and batches of 4 or 32 gained less.
+_LANES = 16
+
+
+def map_lanes(f: Callable[[Any], Any], lanes: PyTree) -> PyTree:
+    """`jax.vmap(f)(lanes)`, in batches one after another where JAX runs on a CPU.
+
+    For many seeds of a small network: a CPU computes them in less time so, an accelerator does not. A batch
+    is the largest divisor of the number of lanes that is at most 16, so that `f` is compiled once.
+
+    Args:
+        f: function of one lane, such as a run from one key.
+        lanes: pytree whose leaves have one leading axis of lanes.
+
+    Returns:
+        What `f` returns, with the lanes in front.
+
+    Raises:
+        ValueError: `lanes` holds no array, or leading axes of several lengths.
+
+    Example:
+        >>> map_lanes(lambda x: x**2, jnp.arange(40.0))[-1].item()
+        1521.0
+    """
+    counts = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(lanes)}
+    if len(counts) != 1 or counts == {()}:
+        raise ValueError(f"lanes must be arrays with one leading axis of lanes, got lengths {sorted(counts)}")
+    ((count,),) = counts
+    if jax.default_backend() != "cpu" or count <= _LANES:
+        return jax.vmap(f)(lanes)
+    batch = max(size for size in range(1, _LANES + 1) if count % size == 0)
+    return jax.lax.map(f, lanes, batch_size=batch)
+
+
 _UNCHANGED = optax.identity()  # one object: a new one would be compiled anew
 
 

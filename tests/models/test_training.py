@@ -7,7 +7,15 @@ import optax
 import pytest
 from flax import nnx
 
-from models.training import Descent, record_steps, sgd_until, train, train_at_rates, train_in_chunks
+from models.training import (
+    Descent,
+    map_lanes,
+    record_steps,
+    sgd_until,
+    train,
+    train_at_rates,
+    train_in_chunks,
+)
 from sims.compare import convergence_order
 from tests.helpers import count_compilations
 
@@ -353,3 +361,31 @@ def test_heavy_ball_follows_the_flow_at_the_longer_time_step(axis, converges):
         gaps.append(np.max(np.abs(path.ys - np.exp(-path.ts[:, None] * decay[None, :]))))
     order = convergence_order(rates, gaps).slope
     assert (order == pytest.approx(1.0, abs=0.1)) if converges else order < 0.2
+
+
+@pytest.mark.parametrize(
+    ("backend", "count", "loops"), [("cpu", 16, 0), ("cpu", 40, 1), ("cpu", 17, 1), ("gpu", 40, 0)]
+)
+def test_lanes_are_one_vmap_or_batches_compiled_once(backend, count, loops, monkeypatch):
+    traced = []
+
+    def run(lane):
+        traced.append(lane)
+        return {"y": jnp.tanh(lane["x"] @ A), "key": jax.random.normal(lane["key"])}
+
+    x = np.random.default_rng(0).normal(size=(count, 3, 2))
+    lanes = {"x": x, "key": jax.random.split(KEY, count)}
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    text = str(jax.make_jaxpr(lambda lanes: map_lanes(run, lanes))(lanes))
+    assert len(traced) == 1
+    assert text.count("scan[") == loops
+    found, expected = map_lanes(run, lanes), jax.vmap(run)(lanes)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-14), found, expected)
+
+
+@pytest.mark.parametrize("lanes", [{}, {"x": np.ones(())}, (np.ones(2), np.ones(3))])
+def test_lanes_that_do_not_fit_are_named(lanes):
+    with pytest.raises(
+        ValueError, match=r"^lanes must be arrays with one leading axis of lanes, got lengths"
+    ):
+        map_lanes(lambda lane: lane, lanes)
