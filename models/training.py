@@ -85,10 +85,7 @@ def train(
 
 def _require_run(params, optimizer, steps, every, batches, key, time_step) -> PyTree:
     """Check what the two drivers share; return the parameters as arrays."""
-    params = jax.tree.map(jnp.asarray, params)
-    dtypes = {leaf.dtype for leaf in jax.tree.leaves(params)}
-    if not dtypes or not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes):
-        raise ValueError(f"params must be floating arrays, got {sorted(map(str, dtypes)) or 'none'}")
+    params = _require_params(params)
     if not isinstance(optimizer, optax.GradientTransformation):
         raise ValueError(
             f"optimizer must be an Optax transformation such as optax.sgd(0.1), got {optimizer!r}"
@@ -108,6 +105,15 @@ def _require_run(params, optimizer, steps, every, batches, key, time_step) -> Py
     return params
 
 
+def _require_params(params: PyTree) -> PyTree:
+    """The parameters as arrays, or `ValueError`."""
+    params = jax.tree.map(jnp.asarray, params)
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(params)}
+    if not dtypes or not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes):
+        raise ValueError(f"params must be floating arrays, got {sorted(map(str, dtypes)) or 'none'}")
+    return params
+
+
 @eqx.filter_jit
 def _train(loss, params, optimizer, steps, observe, every, batches, key):
     state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
@@ -123,7 +129,7 @@ def record_steps(steps: int, every: int) -> np.ndarray:
     return marks if marks[-1] == steps else np.append(marks, steps)
 
 
-def _times(marks: np.ndarray, time_step: ArrayLike, params: PyTree) -> Array:
+def _times(marks: np.ndarray | Array, time_step: ArrayLike, params: PyTree) -> Array:
     """Times of the records, in the parameters' precision but in no less than 32-bit."""
     precision = jnp.finfo(jnp.result_type(*jax.tree.leaves(params))).dtype
     dtype = jnp.float32 if jnp.finfo(precision).bits < 32 else precision
@@ -308,78 +314,81 @@ def scale_by_name(**scales: ArrayLike) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
 
 
-def train_at_rates(
-    loss: Callable[..., Array],
-    params: PyTree,
-    substeps: tuple[int, ...],
-    *,
-    horizon: float,
-    points: int,
-    observe: Observe | None = None,
-    precondition: optax.GradientTransformation | None = None,
-) -> tuple[Array, Trajectory]:
-    """Gradient descent at several learning rates to the same time, recorded at the same times.
+# Small networks that a CPU trains at once. Batches of 8 or 16 out of 64 to 128 took a quarter less time than
+# one vmap, single lanes and batches of 4 or 32 gained less.
+_LANES = 16
 
-    Lane i takes `substeps[i]` steps between two records, so its learning rate is
-    `horizon / (points * substeps[i])`. All lanes are one `vmap` of `train`: this is what
-    `sims.compare.convergence_order` is fed with.
+
+def map_lanes(f: Callable[[Any], Any], lanes: PyTree) -> PyTree:
+    """`jax.vmap(f)(lanes)`, in batches one after another where JAX runs on a CPU.
+
+    For many seeds of a small network: a CPU computes them in less time so, an accelerator does not. A batch
+    is the largest divisor of the number of lanes that is at most 16, so that `f` is compiled once.
 
     Args:
-        loss: scalar `loss(params)`.
-        params: parameters.
-        substeps: steps between two records, one number per lane.
-        horizon: time at which all lanes end.
-        points: number of records after the first.
-        observe: what is recorded; the parameters where None.
-        precondition: transformation of the gradients in front of gradient descent, such as `scale_by_name`.
+        f: function of one lane, such as a run from one key.
+        lanes: pytree whose leaves have one leading axis of lanes.
 
     Returns:
-        The learning rates (L,) and a `Trajectory` with `ts` (L, points + 1) and leaves (L, points + 1, ...).
+        What `f` returns, with the lanes in front.
+
+    Raises:
+        ValueError: `lanes` holds no array, or leading axes of several lengths.
+
+    Example:
+        >>> map_lanes(lambda x: x**2, jnp.arange(40.0))[-1].item()
+        1521.0
+    """
+    counts = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(lanes)}
+    if len(counts) != 1 or counts == {()}:
+        raise ValueError(f"lanes must be arrays with one leading axis of lanes, got lengths {sorted(counts)}")
+    ((count,),) = counts
+    if jax.default_backend() != "cpu" or count <= _LANES:
+        return jax.vmap(f)(lanes)
+    batch = max(size for size in range(1, _LANES + 1) if count % size == 0)
+    return jax.lax.map(f, lanes, batch_size=batch)
+
+
+_UNCHANGED = optax.identity()  # one object: a new one would be compiled anew
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Gradient descent at several learning rates to the same time, recorded at the same times.
+
+    Lane i takes `substeps[i]` steps between two records, so that its learning rate is
+    `horizon / (points * substeps[i])`: what `sims.compare.convergence_order` is fed with. It is hashable, and
+    so may be a static argument of a compiled function.
 
     Raises:
         ValueError: `substeps`, `points` or `horizon` is not positive.
 
     Example:
-        >>> rates, path = train_at_rates(lambda p: p**2, jnp.array(1.0), (1, 10), horizon=1.0, points=5)
-        >>> path.ys.shape
+        >>> descent = Descent(horizon=1.0, points=5, substeps=(1, 10))
+        >>> descent.rates.tolist()
+        [0.2, 0.02]
+        >>> descent.train(lambda p: p**2, jnp.array(1.0))[1].ys.shape
         (2, 6)
     """
-    if len(substeps) == 0 or min(substeps) < 1:
-        raise ValueError(f"substeps must be positive integers, at least one, got {substeps}")
-    if points < 1:
-        raise ValueError(f"points must be a positive integer, got {points}")
-    if not 0 < horizon < np.inf:
-        raise ValueError(f"horizon must be positive and finite, got {horizon}")
-    dtype = jnp.result_type(*jax.tree.leaves(params))
-    counts = jnp.asarray(substeps)
-    rates = jnp.asarray(horizon / (points * np.asarray(substeps)), dtype)
-    precondition = optax.identity() if precondition is None else precondition
-    steps = points * max(substeps)
-    return rates, _train_lanes(loss, params, counts, rates, points, steps, observe, precondition)
-
-
-@dataclass(frozen=True)
-class Descent:
-    """Gradient descent at several learning rates to the same time, recorded at the same times."""
 
     horizon: float
-    """Time at which the runs end."""
+    """Time at which all runs end."""
     points: int
-    """Records along a run."""
+    """Records along a run, the start not counted."""
     substeps: tuple[int, ...]
     """Steps between two records, one per learning rate: the rate is horizon / (points * substeps)."""
 
     def __post_init__(self):
-        if not 0 < self.horizon < np.inf:
-            raise ValueError(f"horizon must be positive and finite, got {self.horizon}")
+        if len(self.substeps) == 0 or min(self.substeps) < 1:
+            raise ValueError(f"substeps must be positive integers, at least one, got {self.substeps}")
         if self.points < 1:
             raise ValueError(f"points must be a positive integer, got {self.points}")
-        if len(self.substeps) < 2 or min(self.substeps) < 1:
-            raise ValueError(f"substeps must be positive integers, at least two, got {self.substeps}")
+        if not 0 < self.horizon < np.inf:
+            raise ValueError(f"horizon must be positive and finite, got {self.horizon}")
 
     @property
     def times(self) -> np.ndarray:
-        """Times of the records, (points + 1,)."""
+        """The times of the records, (points + 1,)."""
         return np.linspace(0.0, self.horizon, self.points + 1)
 
     @property
@@ -394,25 +403,68 @@ class Descent:
         observe: Observe | None = None,
         precondition: optax.GradientTransformation | None = None,
     ) -> tuple[Array, Trajectory]:
-        """The learning rates and the trajectories of `train_at_rates`."""
-        return train_at_rates(
-            loss,
-            params,
-            self.substeps,
-            horizon=self.horizon,
-            points=self.points,
-            observe=observe,
-            precondition=precondition,
-        )
+        """Train all lanes in one program, which other learning rates and horizons use again.
+
+        What is kept while it runs are the records, not the steps. The loops have no fixed length, so that the
+        result cannot be differentiated in reverse.
+
+        Args:
+            loss: scalar `loss(params)`.
+            params: parameters, the same ones for every lane.
+            observe: what is recorded; the parameters where None.
+            precondition: transformation of the gradients in front of gradient descent, such as
+                `scale_by_name`.
+
+        Returns:
+            The learning rates (L,) and a `Trajectory` with `ts` (L, points + 1) and leaves
+            (L, points + 1, ...); `ok` (L,): the records and the last parameters of a lane are finite.
+        """
+        params = _require_params(params)
+        rates = jnp.asarray(self.rates, jnp.result_type(*jax.tree.leaves(params)))
+        observe = _identity if observe is None else observe
+        precondition = _UNCHANGED if precondition is None else precondition
+        counts = jnp.asarray(self.substeps)
+        return rates, _train_lanes(loss, params, counts, rates, self.points, observe, precondition)
 
 
 @eqx.filter_jit
-def _train_lanes(loss, params, counts, rates, points, steps, observe, precondition):
+def _train_lanes(loss, params, counts, rates, points, observe, precondition):
     def lane(count, rate):
-        optimizer = optax.chain(precondition, sgd_until(rate, points * count))
-        _, path = train(loss, params, optimizer, steps=steps, observe=observe, time_step=rate)
-        keep = jnp.arange(points + 1) * count
-        return jax.tree.map(lambda leaf: leaf[keep], (path.ts, path.ys)), path.ok
+        optimizer = optax.chain(precondition, optax.sgd(rate))
 
-    (ts, ys), ok = jax.vmap(lane)(counts, rates)
-    return Trajectory(ts, ys, ok)
+        def update(_, carry):
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+            return optax.apply_updates(params, updates), state
+
+        def to_next_record(carry, _):
+            # Lanes with fewer steps wait for the others here.
+            carry = jax.lax.fori_loop(0, count, update, carry)
+            return carry, observe(carry[0])
+
+        (last, _), ys = jax.lax.scan(to_next_record, (params, optimizer.init(params)), length=points)
+        ys = jax.tree.map(lambda a, b: jnp.concatenate([jnp.asarray(a)[None], b]), observe(params), ys)
+        ts = _times(jnp.arange(points + 1) * count, rate, params)
+        return Trajectory(ts, ys, all_finite(ys) & all_finite(last))
+
+    return jax.vmap(lane)(counts, rates)
+
+
+def train_at_rates(
+    loss: Callable[..., Array],
+    params: PyTree,
+    substeps: tuple[int, ...],
+    *,
+    horizon: float,
+    points: int,
+    observe: Observe | None = None,
+    precondition: optax.GradientTransformation | None = None,
+) -> tuple[Array, Trajectory]:
+    """`Descent(horizon, points, substeps).train(loss, params, observe, precondition)`.
+
+    Example:
+        >>> rates, path = train_at_rates(lambda p: p**2, jnp.array(1.0), (1, 10), horizon=1.0, points=5)
+        >>> path.ys.shape
+        (2, 6)
+    """
+    return Descent(horizon, points, substeps).train(loss, params, observe, precondition)

@@ -7,7 +7,15 @@ import optax
 import pytest
 from flax import nnx
 
-from models.training import record_steps, sgd_until, train, train_at_rates, train_in_chunks
+from models.training import (
+    Descent,
+    map_lanes,
+    record_steps,
+    sgd_until,
+    train,
+    train_at_rates,
+    train_in_chunks,
+)
 from sims.compare import convergence_order
 from tests.helpers import count_compilations
 
@@ -247,9 +255,12 @@ def test_checkpoints_that_cannot_be_written(tmp_path):
 
 def test_learning_rates_end_together_and_close_in_on_the_flow():
     y0, substeps = np.array([1.0, -2.0]), (4, 16, 64)
-    rates, path = train_at_rates(quadratic, y0, substeps, horizon=2.0, points=4)
+    descent = Descent(horizon=2.0, points=4, substeps=substeps)
+    rates, path = descent.train(quadratic, y0)
     np.testing.assert_allclose(rates, 0.5 / np.array(substeps), rtol=1e-15)
-    np.testing.assert_allclose(path.ts, np.tile(np.linspace(0, 2, 5), (3, 1)), rtol=1e-14)
+    np.testing.assert_array_equal(rates, descent.rates)
+    np.testing.assert_array_equal(descent.times, np.linspace(0, 2, 5))
+    np.testing.assert_allclose(path.ts, np.tile(descent.times, (3, 1)), rtol=1e-14)
     assert path.ok.all()
     _, alone = train(quadratic, y0, optax.sgd(float(rates[1])), steps=64, every=16)
     np.testing.assert_allclose(path.ys[1], alone.ys, rtol=1e-13)
@@ -272,7 +283,7 @@ def test_descent_stands_still_after_its_steps(momentum):
 
 
 def test_a_diverging_rate_fails_alone():
-    _, path = train_at_rates(lambda y: y**4, 1.0, (1, 100), horizon=100.0, points=10)
+    _, path = Descent(100.0, 10, (1, 100)).train(lambda y: y**4, 1.0)
     assert path.ok.tolist() == [False, True]
 
 
@@ -289,7 +300,48 @@ def test_a_diverging_rate_fails_alone():
 def test_bad_rates_are_named(change, message):
     arguments = {"substeps": (1, 2), "horizon": 1.0, "points": 2, **change}
     with pytest.raises(ValueError, match=message):
-        train_at_rates(quadratic, np.ones(2), **arguments)
+        Descent(**arguments)
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_other_horizons_and_rates_compile_nothing(preconditioned):
+    precondition = optax.trace(0.5) if preconditioned else None
+    Descent(2.0, 4, (1, 2)).train(quadratic, np.ones(2), precondition=precondition)
+    with count_compilations() as names:
+        for horizon, substeps in ((2.0, (1, 2)), (3.0, (1, 2)), (2.0, (4, 5))):
+            rates, path = Descent(horizon, 4, substeps).train(
+                quadratic, np.zeros(2), precondition=precondition
+            )
+            assert rates.tolist() == [horizon / (4 * count) for count in substeps]
+            assert path.ok.tolist() == [True, True]
+    assert names == []
+
+
+def test_lanes_with_a_preconditioner_that_remembers_equal_runs_alone():
+    momentum = optax.trace(0.5)
+    rates, path = Descent(2.0, 4, (3, 10)).train(loss, PARAMS, energy, momentum)
+    for lane, count in enumerate((3, 10)):
+        optimizer = optax.chain(momentum, optax.sgd(float(rates[lane])))
+        _, alone = train(loss, PARAMS, optimizer, steps=4 * count, every=count, observe=energy)
+        for name, record in alone.ys.items():
+            np.testing.assert_allclose(path.ys[name][lane], record, rtol=1e-12)
+
+
+def test_memory_is_that_of_the_records_whatever_the_steps():
+    records = 2 * 11 * 2 * 8  # lanes, times, parameters, bytes of a number
+    for count in (2, 100_000):
+        descent = Descent(1.0, 10, (1, count))
+        lowered = jax.jit(lambda y0, descent=descent: descent.train(quadratic, y0)[1].ys).lower(jnp.ones(2))
+        memory = lowered.compile().memory_analysis()
+        assert records <= memory.temp_size_in_bytes + memory.output_size_in_bytes < 6 * records
+
+
+def test_a_descent_is_a_static_argument():
+    run = jax.jit(lambda y0, descent: descent.train(quadratic, y0), static_argnums=1)
+    rates, path = run(jnp.ones(2), Descent(2.0, 4, (1, 2)))
+    again, same = train_at_rates(quadratic, np.ones(2), (1, 2), horizon=2.0, points=4)
+    assert_trees_equal((rates, path.ts), (again, same.ts))
+    np.testing.assert_allclose(path.ys, same.ys, rtol=1e-14)
 
 
 @pytest.mark.parametrize(("axis", "converges"), [(1 / (1 - 0.5), True), (1.0, False)])
@@ -309,3 +361,31 @@ def test_heavy_ball_follows_the_flow_at_the_longer_time_step(axis, converges):
         gaps.append(np.max(np.abs(path.ys - np.exp(-path.ts[:, None] * decay[None, :]))))
     order = convergence_order(rates, gaps).slope
     assert (order == pytest.approx(1.0, abs=0.1)) if converges else order < 0.2
+
+
+@pytest.mark.parametrize(
+    ("backend", "count", "loops"), [("cpu", 16, 0), ("cpu", 40, 1), ("cpu", 17, 1), ("gpu", 40, 0)]
+)
+def test_lanes_are_one_vmap_or_batches_compiled_once(backend, count, loops, monkeypatch):
+    traced = []
+
+    def run(lane):
+        traced.append(lane)
+        return {"y": jnp.tanh(lane["x"] @ A), "key": jax.random.normal(lane["key"])}
+
+    x = np.random.default_rng(0).normal(size=(count, 3, 2))
+    lanes = {"x": x, "key": jax.random.split(KEY, count)}
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    text = str(jax.make_jaxpr(lambda lanes: map_lanes(run, lanes))(lanes))
+    assert len(traced) == 1
+    assert text.count("scan[") == loops
+    found, expected = map_lanes(run, lanes), jax.vmap(run)(lanes)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-14), found, expected)
+
+
+@pytest.mark.parametrize("lanes", [{}, {"x": np.ones(())}, (np.ones(2), np.ones(3))])
+def test_lanes_that_do_not_fit_are_named(lanes):
+    with pytest.raises(
+        ValueError, match=r"^lanes must be arrays with one leading axis of lanes, got lengths"
+    ):
+        map_lanes(lambda lane: lane, lanes)
