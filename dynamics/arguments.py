@@ -101,7 +101,8 @@ def require_shapes(**arrays: tuple[Array, str]) -> None:
     shapes = [array.shape for array, _ in arrays.values()]
     if not all(map(fits, shapes, axes)):
         wanted = [f"({', '.join(letters)}{',' * (len(letters) == 1)})" for letters in axes]
-        raise ValueError(f"{_listed(arrays)} must have shapes {_listed(wanted)}, got {_listed(shapes)}")
+        word = "shape" if len(arrays) == 1 else "shapes"
+        raise ValueError(f"{_listed(arrays)} must have {word} {_listed(wanted)}, got {_listed(shapes)}")
 
 
 def require_same_shape(axes: str, dims: Sequence[int], **arrays: Array) -> None:

@@ -23,7 +23,7 @@ def stable_rank(A: ArrayLike) -> Float[Array, "*batch"]:
     """
     values = jnp.linalg.svd(as_inexact(A), compute_uv=False)
     largest = jnp.max(values, axis=-1, keepdims=True)
-    # Scaled before it is squared: a collapsed matrix would underflow.
+    # The values are scaled before they are squared: those of a collapsed matrix would underflow.
     return jnp.sum(jnp.square(values / jnp.where(largest > 0, largest, 1)), axis=-1)
 
 
@@ -104,7 +104,7 @@ def captured_energy(P: ArrayLike, G: ArrayLike) -> Float[Array, "*batch"]:
 
 @eqx.filter_jit
 def _captured(P, G):
-    # Scaled before it is squared: a tiny gradient would underflow.
+    # The gradient is scaled before it is squared: a tiny one would underflow.
     peak = jnp.max(jnp.abs(G), axis=(-2, -1), keepdims=True)
     G = G / jnp.where(peak == 0, 1, peak)
     whole = jnp.sum(G**2, axis=(-2, -1))
@@ -116,9 +116,9 @@ def _captured(P, G):
 def principal_angles(P: ArrayLike, Q: ArrayLike) -> Float[Array, "*batch k"]:
     r"""Angles between two subspaces in radians, in ascending order, k = min(r, s) of them, in [0, pi/2].
 
-    cos from the singular values of P^T Q, sin from those of (I - P P^T) Q: neither is accurate alone. With
-    a flat tail of singular values the last angles between gradients' subspaces tell nothing, unlike
-    `captured_energy`.
+    The cosines are the singular values of P^T Q, the sines those of (I - P P^T) Q: neither alone is
+    accurate. With a flat tail of singular values the last angles between gradients' subspaces tell nothing,
+    unlike `captured_energy`.
 
     Args:
         P: orthonormal columns, (..., m, r).

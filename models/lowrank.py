@@ -235,7 +235,7 @@ def relora(
         def restart():
             learned = LoraParams(optax.apply_updates(params.trained, steps), params.frozen)
             renewed = _restart(learned, jax.random.fold_in(key, count // restart_every), scale)
-            # Added to the parameters it gives what is wanted, zero for B exactly.
+            # Adding the difference to the parameters gives the renewed ones, with B exactly zero.
             return jax.tree.map(jnp.subtract, renewed, params), _forget(optimizer, inner, params.trained)
 
         def go_on():

@@ -13,9 +13,9 @@ class Memory(NamedTuple):
     """What one weight matrix and its Adam state take, in numbers.
 
     Attributes:
-        weights: of the matrix, adaptors included.
-        states: of both moments.
-        projection: of the bases.
+        weights: numbers in the matrix, adaptors included.
+        states: numbers in both moments.
+        projection: numbers in the bases.
     """
 
     weights: int

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-Number = float | jax.Array
+# A number of Python, or of a trace.
+Number = int | float | jax.Array
 
 
 def descent(rate: Number, momentum: Number, steps: Number) -> optax.GradientTransformation:

@@ -35,8 +35,9 @@ def reversible_terms(J: ArrayLike, f: ArrayLike, y: ArrayLike, loss: Loss | str)
         squared:  A_i = J_i^T y_i f_i^T,      B_i = J_i^T J_i,              C_i = f_i f_i^T
         softmax:  A_i = J_i^T P1 y_i f_i^T,   B_i = J_i^T P1 J_i / d,       P1 = I - 1 1^T / d
 
-    Exact for half the squared error. For cross-entropy an approximation near zero logits, its relative error
-    of second order in them. Printed for it is J P1 y, which does not have a shape that fits.
+    The form is exact for half the squared error. For cross-entropy it is an approximation near zero logits,
+    whose relative error is of second order in them; the J P1 y that is printed for it has a shape that does
+    not fit.
 
     Source: zhao2024galore, Theorem 3.2.
 

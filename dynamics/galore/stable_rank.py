@@ -64,7 +64,7 @@ def slow_split(G0: ArrayLike, S: ArrayLike, form: Form | str) -> SlowSplit:
     """
     require_choice("form", form, get_args(Form))
     G0, S, learning_rate, _ = require_linear(G0, S, 0, 0)
-    # Traced, so that one program has both forms.
+    # The form is traced, so that one program has both.
     return _split(G0, S, learning_rate, jnp.asarray(form == "valid"))
 
 
@@ -170,6 +170,7 @@ def bound_counterexample(dtype: Any = None) -> tuple[Array, Array, Array]:
         G0 (2, 2), and B and C (6, 2, 2), positive semidefinite, for `gradient_operator`.
 
     Example:
+        >>> from dynamics.galore import gradient_operator
         >>> from dynamics.spectra import stable_rank
         >>> G0, B, C = bound_counterexample()
         >>> bound = stable_rank_bound(G0, gradient_operator(B, C), 0.5, 0, "printed")

@@ -29,10 +29,10 @@ from dynamics.flow import (
 
 NegGradient = Callable[[Any], Any]
 
-# Exponents above it are clipped: a step that is tried and rejected must not overflow. Products that large
-# (e^20 / 4, above 1e8) are flagged.
+# Exponents above this number are clipped: a step that is tried and rejected must not overflow. Products
+# that large (e^20 / 4, above 1e8) are flagged.
 _CLIP = 20.0
-# From here on active products make the flow too stiff for an explicit solver.
+# From this log(1 / alpha) on active products make the flow too stiff for an explicit solver.
 _STIFF = 40.0
 
 
@@ -297,7 +297,7 @@ def _log_problem(w0, z0, lam, taus):
     """Start, times and constants of the flow; NaN where a traced argument is bad."""
     good = jnp.all(jnp.minimum(w0, z0) > 0) & (lam > 0) & (taus[0] >= 0)
     b0 = 1 - jnp.log(jnp.where(good, w0, jnp.ones_like(w0))) / jnp.where(good, lam, jnp.ones_like(lam))
-    # A hair before zero, so that taus[0] = 0 can be asked for.
+    # The flow starts a hair before zero, so that taus[0] = 0 can be asked for.
     start = jnp.where(good, -1e-30, jnp.nan).astype(w0.dtype)
     return b0, jnp.concatenate([start[None], taus]), (lam, jnp.log(w0 * z0))
 

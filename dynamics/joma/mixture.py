@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from dynamics.arguments import require_finite, require_positive, require_shapes
 from dynamics.flow import ArrayLike, as_inexact, require_number
 
-# From pre-activations to activations, elementwise; scalar to scalar under vmap.
+# An activation maps pre-activations to activations, elementwise; under vmap a scalar to a scalar.
 Activation = Callable[[Array], Array]
 
 
@@ -124,7 +124,7 @@ def isotropic_moments(
     Gauss-Legendre quadrature on panels that get finer towards the point where the pre-activation is zero:
     the kink of ReLU and its like does no harm, and neither does an activation that saturates within a
     millionth of the range, as tanh does for large |v|. One that oscillates for ever is resolved while |v| u
-    stays below about ten. Independent of the network, and of sampling.
+    stays below about ten. The result depends neither on a network nor on sampling.
 
     Source: tian2024joma, Theorem 3.
 

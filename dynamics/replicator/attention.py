@@ -19,7 +19,7 @@ from dynamics.flow import ArrayLike, Trajectory, as_inexact, integrate, require_
 from dynamics.replicator.population import require_values
 from dynamics.replicator.simplex import require_simplex
 
-# From a point of the simplex (n,) to the gradient of the loss there, (n,).
+# A gradient maps a point of the simplex (n,) to the gradient of the loss there, (n,).
 Gradient = Callable[[Array], Array]
 
 
@@ -259,7 +259,7 @@ class LinearRate(NamedTuple):
 def attention_lipschitz(tokens: Float[Array, "N n d"], keys: Float[Array, "N n d"]) -> Float[Array, ""]:
     r"""Lipschitz constant of p -> A(p), rows softmax(K_i p)^T X_i: half the root of sum_i |X_i|^2 |K_i|^2.
 
-    Spectral norms; the half is the largest eigenvalue of a softmax Jacobian.
+    The norms are spectral; the half is the largest eigenvalue of a softmax Jacobian.
 
     Source: softmax2025talk, over-parametrized theorem (constants derived anew, they are not public).
 

@@ -509,7 +509,7 @@ def _require_state(
     game, atol = _require_payoff(payoff, atol, x)
     state = np.asarray(x, float)
     require_shape("x", state, (len(game),))
-    # Looked at on the host: many small calls would spend their time on a device.
+    # The state is looked at on the host: many small calls would spend their time on a device.
     if not (np.all(state >= 0) and abs(np.sum(state) - 1) <= max(1e-6, atol)):
         raise ValueError(
             f"x must be a point of the simplex (no negative entry, sum one), got {state.tolist()}"
@@ -534,7 +534,7 @@ def _border(game: np.ndarray) -> np.ndarray:
 def _has_interior_rest_point(game: np.ndarray, atol: float) -> bool:
     """Whether some v > 0 of sum one gives all strategies the same fitness."""
     n = len(game)
-    # Unknowns: the shares, the common fitness, and a floor under the shares, which is maximized.
+    # The unknowns are the shares, the common fitness, and a floor under the shares, which is maximized.
     equations = np.hstack([_border(game), np.zeros((n + 1, 1))])
     floor = np.hstack([-np.eye(n), np.zeros((n, 1)), np.ones((n, 1))])
     best = linprog(

@@ -15,15 +15,15 @@ from dynamics.arguments import require_finite, require_integer, require_real, re
 from dynamics.flow import ArrayLike, Trajectory, all_finite, as_inexact, integrate, is_traced
 from dynamics.replicator.simplex import require_simplex, simplex_slack
 
-# A payoff matrix (n, n), whose fitness is payoff @ x, or any function of x with values of shape (n,).
+# Fitness is given by a payoff matrix (n, n), as payoff @ x, or by any function of x with values (n,).
 Fitness = ArrayLike | Callable[[Array], Array]
 
 
 def simulate(fitness: Fitness, x0: ArrayLike, ts: ArrayLike, **options: Any) -> Trajectory:
     r"""Replicator flow dx_i/dt = x_i (F_i(x) - <x, F(x)>) on the simplex.
 
-    Integrated as d log x / dt = F - <x, F>, which stays on the simplex and follows coordinates far below
-    the smallest float: the heteroclinic cycle of rock-paper-scissors reaches 1e-200 and returns.
+    It is integrated as d log x / dt = F - <x, F>, which stays on the simplex and follows coordinates far
+    below the smallest float: the heteroclinic cycle of rock-paper-scissors reaches 1e-200 and returns.
 
     Args:
         fitness: payoff matrix (n, n), F(x) = payoff @ x, or a function from x (n,) to F (n,).

@@ -36,7 +36,7 @@ class SequenceClasses(eqx.Module):
         3
     """
 
-    # Arrays, except while JAX takes the pytree apart.
+    # The fields are arrays, except while JAX takes the pytree apart.
     P: Array | Any = eqx.field(converter=as_inexact)
     query: Array | Any = eqx.field(converter=jnp.asarray)
     next_token: Array | Any = eqx.field(converter=jnp.asarray)
@@ -50,7 +50,7 @@ class SequenceClasses(eqx.Module):
             values = np.asarray(P, float)
             if not np.all(np.isfinite(values) & (values >= 0)):
                 raise ValueError("P must hold finite numbers >= 0, got a negative or infinite one or NaN")
-            # Rounding of M numbers, and of probabilities that were written down with few digits.
+            # The tolerance allows rounding of M numbers, and probabilities written down with few digits.
             deviation = np.abs(values.sum(axis=1) - 1)
             if np.any(deviation > _sum_tolerance(P)):
                 row = int(np.argmax(deviation))
@@ -184,7 +184,7 @@ def distinct_entropy(Z: ArrayLike, classes: SequenceClasses) -> Float[Array, " K
 
     It is what Figure 6 of the source shows, where "entropy of c_n" would suggest all tokens.
 
-    Source: tian2023scan, Figure 6 (which tokens are meant was found by reproducing its numbers).
+    Source: tian2023scan, Figure 6 (it does not say which tokens are meant; with these one gets its numbers).
 
     Args:
         Z: attention logits [query, context token], shape (M, M).
@@ -203,7 +203,7 @@ def distinct_entropy(Z: ArrayLike, classes: SequenceClasses) -> Float[Array, " K
     """
     distinct = distinct_tokens(classes)
     has_distinct = jnp.any(distinct, axis=-1, keepdims=True)
-    # Where a class has none, any tokens do: their entropy is thrown away, but must not be NaN.
+    # A class without distinct tokens gets others: their entropy is thrown away, but must not be NaN.
     kept = (classes.P > 0) & (distinct | ~has_distinct)
     log_share = jax.nn.log_softmax(jnp.where(kept, log_context_weights(Z, classes), 0), axis=-1, where=kept)
     log_share = jnp.where(kept, log_share, 0)

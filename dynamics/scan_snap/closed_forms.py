@@ -62,8 +62,8 @@ def _solve_margin(drive: Array, M: Array) -> Array:
         drive, M = args
         return (M - 1) * u + jnp.expm1(u) - drive
 
-    # Both are above the root, and the excess is convex: Newton's method falls to the root monotonically, and
-    # then stays within rounding, which is not what the solver calls converged.
+    # Both bounds lie above the root, and the excess is convex: Newton's method falls to the root
+    # monotonically, and then stays within rounding, which is not what the solver calls converged.
     upper = jnp.minimum(drive / M, jnp.log1p(drive))
     precision = jnp.finfo(drive.dtype)
     newton = optx.Newton(rtol=4 * float(precision.eps), atol=float(precision.tiny))
@@ -185,7 +185,7 @@ def attention_growth_snapping(
         B = (1/4) ln(1 + 2 K (M - 1)^2 / (C0 M^2) (learning_rate_Z / learning_rate_Y) ln^2(M rate_Y t / K))
 
     Source: tian2023scan, Theorem 4, corrected. Arguments, result and errors are those of `attention_growth`,
-    but that learning_rate_Y must be positive. Infinite at t = 0, where it does not apply.
+    but that learning_rate_Y must be positive. It is infinite at t = 0, where it does not apply.
 
     Example:
         >>> rates = dict(learning_rate_Y=1.0, learning_rate_Z=1.0)

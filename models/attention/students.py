@@ -20,7 +20,7 @@ from models.losses import gauss_newton_spectrum
 from models.optimizers import one_of
 from models.training import train
 
-# The two starts of a student, and their positions in `Task`.
+# A student starts from one of two places; these are their positions in `Task`.
 STANDARD, LOCAL = 0, 1
 
 
@@ -28,7 +28,16 @@ STANDARD, LOCAL = 0, 1
 
 
 class Task(NamedTuple):
-    """Tokens, the labels of a teacher, the teacher, and where students start: standard and local."""
+    """What a student is trained on, and from where.
+
+    Attributes:
+        tokens: X, (N, n, d).
+        labels: the outputs of the teacher, (N,).
+        prompt: the teacher's prompt, (d,).
+        value: the teacher's value, (d,).
+        start_prompts: prompts that a student starts from, standard and local, (2, d).
+        start_values: values that it starts from, (2, d).
+    """
 
     tokens: Any
     labels: Any
@@ -69,7 +78,7 @@ def _spectrum(prompt, value, tokens, joint):
 
 @eqx.filter_jit
 def make_tasks(key, seeds, ratios, samples, dim, noise) -> tuple[Task, dict[str, Any]]:
-    """Tasks over (seed, ratio), tokens and value over seeds alone, and the spectra at the teachers."""
+    """Make tasks over (seed, ratio), tokens and value over seeds alone, and the spectra at the teachers."""
     k_draws, k_teacher = jax.random.split(key)
 
     def one(key, ratio, tokens, vectors):
@@ -113,7 +122,7 @@ class Lanes(NamedTuple):
 
 @eqx.filter_jit
 def train_lanes(task: Task, lanes: Lanes, families, joint, steps, every):
-    """All runs of all seeds in one program: records of shape (seed, lane, record, ...)."""
+    """Train all lanes of all seeds in one program: records have shape (seed, lane, record, ...)."""
 
     def run(tokens, labels, prompt, value, lane):
         optimizers = [family(lane.rate, lane.second, steps) for family in families]
@@ -148,7 +157,7 @@ def condition_number(spectrum: Array) -> Array:
 
 @eqx.filter_jit
 def train_wide(key, seeds, ratios, rate, samples, dim, dtype, steps, every):
-    """Gradient descent on (p, v) from the standard start with d > N, over (seed, ratio)."""
+    """Train (p, v) by gradient descent from the standard start with d > N, over (seed, ratio)."""
 
     def run(lane):
         seed, ratio = lane
@@ -158,7 +167,7 @@ def train_wide(key, seeds, ratios, rate, samples, dim, dtype, steps, every):
         ys = _student(optax.sgd(rate), *start, task.tokens, task.labels, True, steps, every)
         return {**ys, "prompt": jnp.linalg.norm(ys["prompt"], axis=-1)}
 
-    # One after the other: products of many tokens with one vector stream through memory at full speed.
+    # Runs go one after the other: products of many tokens with a vector stream through memory at full speed.
     grid = jnp.meshgrid(jnp.arange(seeds), ratios, indexing="ij")
     runs = jax.lax.map(run, tuple(axis.reshape(-1) for axis in grid))
     return jax.tree.map(lambda leaf: leaf.reshape(seeds, len(ratios), *leaf.shape[1:]), runs)
@@ -166,10 +175,10 @@ def train_wide(key, seeds, ratios, rate, samples, dim, dtype, steps, every):
 
 @eqx.filter_jit
 def train_small(key, seeds, steps):
-    """Instances to which the theorem applies, N = n = 3 and d = 12: labels close to the first outputs."""
+    """Train instances to which the over-parametrized theorem applies: N = n = 3, d = 12."""
 
     def run(draws):
-        # Twelve rows of twelve numbers: tokens, prompt, value, and the direction of the labels.
+        # The twelve rows of twelve numbers are tokens, prompt, value, and the direction of the labels.
         tokens, (prompt, value) = draws[:9].reshape(3, 3, 12), draws[9:11] / 12**0.5
         direction = draws[11, :3] / jnp.linalg.norm(draws[11, :3])
         predict, start = as_function(PromptAttention(prompt, value))
@@ -180,11 +189,11 @@ def train_small(key, seeds, steps):
 
         sigma = smallest_singular_value(start)
         lipschitz = replicator.attention_lipschitz(tokens, tokens)
-        # A tenth less than the hypothesis allows.
+        # The residual is a tenth less than the hypothesis allows.
         residual = sigma**2 / (4 * lipschitz) / 1.1
         labels = predict(start, tokens) + residual * direction
         theory = replicator.overparametrized_rate(sigma, lipschitz, residual)
-        # To the time at which the bound has fallen to exp(-14), a millionth.
+        # The run ends when the bound has fallen to exp(-14), a millionth.
         rate = 7 / theory.rate / steps
 
         def loss(params):

@@ -17,7 +17,7 @@ from dynamics.flow import ArrayLike, as_inexact
 
 Split = Literal["train", "test"]
 
-_IDX_IMAGES, _IDX_LABELS = 2051, 2049  # unsigned bytes, of three dimensions and of one
+_IDX_IMAGES, _IDX_LABELS = 2051, 2049  # the magic numbers of unsigned bytes in three dimensions and in one
 _CIFAR_PIXELS = 3 * 32 * 32
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-# figure_4.log: loss of the batch before iteration 0, 2, 4, ..., 98; one run, seed 2.
+# figure_4.log holds the loss of the batch before iterations 0, 2, 4, ..., 98 of one run, of seed 2.
 FIGURE_4_EVERY = 2
 # fmt: off
 FIGURE_4_LOSSES = (
@@ -16,8 +16,8 @@ FIGURE_4_LOSSES = (
     2.0961e-05, 2.1617e-05, 1.9688e-05, 2.2006e-05, 2.631e-05, 2.3653e-05, 2.2377e-05, 2.2224e-05,
 )
 
-# figure_6_data.pkl: entropy after 100 iterations, mean and standard deviation over seeds 1 to 10. Axes:
-# number of queries, learning rate of Z, learning rate of Y over that of Z.
+# figure_6_data.pkl holds the entropy after 100 iterations, its mean and standard deviation over seeds 1 to
+# 10. The axes are the number of queries, the learning rate of Z, and that of Y over that of Z.
 FIGURE_6_QUERIES = (1, 3, 5, 10)
 FIGURE_6_RATES = (0.5, 1.0, 2.0, 3.0)
 FIGURE_6_RATIOS = (1.0, 2.0, 5.0, 10.0)

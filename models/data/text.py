@@ -17,7 +17,7 @@ from models.data.tokens import Contexts
 
 _TOKEN = re.compile(r"\w+(?:'\w+)*|[^\w\s]")
 _WORD = re.compile(r"[^\W\d]\w*(?:'\w+)*")
-# Lines of interactive sessions and of grammars: code, not English.
+# Lines of interactive sessions and of grammars are code, not English.
 _NO_PROSE = re.compile(r"^\s*(?:>>>|\.\.\.|\||.*::=).*$", re.MULTILINE)
 
 
