@@ -168,10 +168,10 @@ def _flows(gradient, starts, ts) -> tuple[Trajectory, jax.Array]:
 def _decay(rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:
     """Flows with three tokens from next to minima, along the slowest direction, and from far."""
     x, hessian = random_minima(rng, 3, count, 0.7, 0.5)
-    values, vectors = np.linalg.eig(linearization(x, hessian))
-    lanes, slow = np.arange(count), np.argmax(values.real, axis=1)
-    slowest = -values.real[lanes, slow]
-    direction = vectors.real[lanes, :, slow] @ np.asarray(replicator.tangent_basis(3)).T
+    values, vectors = (np.real(part) for part in np.linalg.eig(linearization(x, hessian)))
+    lanes, slow = np.arange(count), np.argmax(values, axis=1)
+    slowest = -values[lanes, slow]
+    direction = vectors[lanes, :, slow] @ np.asarray(replicator.tangent_basis(3)).T
     near = x + 1e-3 * direction / np.max(np.abs(direction / x), axis=1, keepdims=True)
     far, _ = random_minima(rng, 3, count, 1.0, 0.0)
     # Slopes are taken after two time constants, when faster modes are gone; after sixty it is at rest.
@@ -211,6 +211,7 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
     yield _corollary(saved)
     error, imaginary = minima["linearization_error"].max(), minima["imaginary"].max()
     root = "at the root of rounding two equal ones become a pair"
+    flows = "flows next to a minimum: largest distance of rate / slowest eigenvalue from one"
     off = largest(saved["flow/rate"] / saved["flow/slowest"] - 1)
     yield stated(
         "stability",
@@ -222,12 +223,8 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         at_most("largest imaginary part of an eigenvalue, relative", imaginary, 1e-6, why=root),
         every("minima with negative eigenvalues alone", minima["abscissa"] < 0),
         every("the same where the Hessian is negative off the tangent space", minima["abscissa_lowered"] < 0),
-        at_most(
-            "flows next to a minimum: largest distance of rate / slowest eigenvalue from one",
-            off,
-            1e-3,
-            why="size of the terms beyond the linear ones: flows start 1e-3 off",
-        ),
+        # The terms beyond the linear ones are as large as the start is far off.
+        at_most(flows, off, 1e-3, why="flows start 1e-3 off"),
     )
     rest, speed = saved["flow/residual"].max(), minima["vertex_speed"].max()
     damped = "errors fall by exp(-60), to rounding"
@@ -273,42 +270,24 @@ def _corollary(saved: Saved) -> Claim:
     over_bound = np.min(pair / saved["family/pair_bound"][1:])
     small = epsilons <= 1e-3
     slopes = np.array([convergence_order(epsilons[small], values[small]).slope for values in pair])
-    place = f"next to a vertex, e = {epsilons[at]:.0e}: largest kappa over the printed bound"
-    cancels = "an identity up to rounding, where 1 - (n - 1) e cancels"
+    furthest = slopes[np.argmax(np.abs(slopes + 2))]
+    printed = f"next to a vertex, e = {epsilons[at]:.0e}: largest kappa over the printed bound"
+    square = "the same minima: largest distance of kappa / n^2 from one"
+    exact = "distance of kappa from n^2 (1 - (n - 1) e)^2 at every e, relative"
+    line = "two large tokens: log-log slope of kappa in e, the one furthest from -2"
+    two = "two large tokens: smallest kappa over the corrected bound"
     return corrected(
         "corollary",
         "As the smallest entry e of a minimum goes to 0 its condition number goes to infinity; it does "
         "where the largest entry stays below 1 - d, and goes to n^2 next to a vertex",
         "softmax2025talk, corollary",
-        printed=[at_least(place, over_printed, 1, why="the statement itself")],
+        printed=[at_least(printed, over_printed, 1, why="the statement itself")],
         mended=[
-            at_most(
-                "the same minima: largest distance of kappa / n^2 from one",
-                to_square,
-                1e-2,
-                why="2 (n - 1) e to first order",
-            ),
-            at_most(
-                "distance of kappa from n^2 (1 - (n - 1) e)^2 at every e, relative",
-                to_exact,
-                1e-10,
-                why=cancels,
-            ),
-            at_least(
-                "two large tokens: smallest kappa over the corrected bound",
-                over_bound,
-                1,
-                _ROUNDING,
-                why="proved",
-            ),
+            at_most(square, to_square, 1e-2, why="2 (n - 1) e to first order"),
+            at_most(exact, to_exact, 1e-10, why="rounding, enlarged where 1 - (n - 1) e cancels"),
+            at_least(two, over_bound, 1, _ROUNDING, why="proved, up to rounding"),
             every("random minima above the corrected bound", kappa >= bound * (1 - _ROUNDING)),
-            slope(
-                "two large tokens: log-log slope of kappa in e, the one furthest from -2",
-                slopes[np.argmax(np.abs(slopes + 2))],
-                -2,
-                1e-2,
-                why="below e = 1e-3 the next term in e changes it by less",
-            ),
+            slope(line, furthest, -2, 1e-2, why="below e = 1e-3 the next term in e changes it by less"),
         ],
     )
 
