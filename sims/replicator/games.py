@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -65,30 +65,19 @@ PRESETS: dict[Preset, Config] = {
 }
 
 
-class Portrait(NamedTuple):
-    """A game of three strategies, and the time that its trajectories are shown for."""
-
-    title: str
-    payoff: Callable[[], Array]
-    strategies: tuple[str, str, str]
-    time: float
-
-
 ROCK_PAPER_SCISSORS = ("rock", "paper", "scissors")
 ANIMALS = ("hawk", "dove", "bourgeois")
-zero_sum = partial(games.rock_paper_scissors, 1.0, 1.0)
-dear_losses = partial(games.rock_paper_scissors, 1.0, 2.0)
-PORTRAITS = (
-    Portrait("Win = loss: centre", zero_sum, ROCK_PAPER_SCISSORS, 12.0),
-    Portrait(
-        "Win 2, loss 1: spiral", partial(games.rock_paper_scissors, 2.0, 1.0), ROCK_PAPER_SCISSORS, 20.0
-    ),
-    Portrait("Win 1, loss 2: cycle", dear_losses, ROCK_PAPER_SCISSORS, 14.0),
-    Portrait(
-        "Coordination, rewards 1, 2, 3", partial(games.coordination, [1.0, 2.0, 3.0]), ("1", "2", "3"), 30.0
-    ),
-    Portrait("Zeeman's game", games.zeeman, ("1", "2", "3"), 30.0),
-    Portrait("Hawk-dove-bourgeois", partial(games.hawk_dove_bourgeois, 2.0, 4.0), ANIMALS, 60.0),
+ZERO_SUM = partial(games.rock_paper_scissors, 1.0, 1.0)
+FAVOURABLE = partial(games.rock_paper_scissors, 2.0, 1.0)
+UNFAVOURABLE = partial(games.rock_paper_scissors, 1.0, 2.0)
+# Title, payoffs, strategies and time shown of each portrait.
+PORTRAITS: tuple[tuple[str, Callable[[], Array], tuple[str, str, str], float], ...] = (
+    ("Win = loss: centre", ZERO_SUM, ROCK_PAPER_SCISSORS, 12.0),
+    ("Win 2, loss 1: spiral", FAVOURABLE, ROCK_PAPER_SCISSORS, 20.0),
+    ("Win 1, loss 2: cycle", UNFAVOURABLE, ROCK_PAPER_SCISSORS, 14.0),
+    ("Coordination, rewards 1, 2, 3", partial(games.coordination, (1.0, 2.0, 3.0)), ("1", "2", "3"), 30.0),
+    ("Zeeman's game", games.zeeman, ("1", "2", "3"), 30.0),
+    ("Hawk-dove-bourgeois", partial(games.hawk_dove_bourgeois, 2.0, 4.0), ANIMALS, 60.0),
 )
 # Value and cost in the game of hawks and doves.
 VALUE, COST = 2.0, 3.0
@@ -183,47 +172,42 @@ def _ascent(payoff: Array, log_x: Array) -> dict[str, Array]:
 
 
 _divergence = jax.jit(jax.vmap(games.kl_divergence))
+_rock_paper_scissors = jax.jit(jax.vmap(jax.vmap(games.rock_paper_scissors)))
 _velocity = jax.jit(jax.vmap(jax.vmap(field, (None, 0)), (0, None)))
 
 
 def _portraits(log_x: list[np.ndarray], config: Config) -> dict[str, Any]:
     """Trajectories, arrows and rest points of the six games."""
-    payoffs, grid = np.stack([portrait.payoff() for portrait in PORTRAITS]), lattice(config.arrows)
-    found = [games.rest_points(payoff) for payoff in payoffs]
+    payoffs, grid = np.stack([payoff() for _, payoff, *_ in PORTRAITS]), lattice(config.arrows)
+    points = np.stack([games.rest_points(payoff).points for payoff in payoffs])
     kinds = [
-        [
-            games.stability(payoff, x) if exists else ""
-            for x, exists in zip(rest.points, rest.exists, strict=True)
-        ]
-        for payoff, rest in zip(payoffs, found, strict=True)
+        ["" if np.isnan(x[0]) else games.stability(payoff, x) for x in found]
+        for payoff, found in zip(payoffs, points, strict=True)
     ]
     return {
         "log_x": ("game start record strategy", np.stack(log_x)),
         "arrows": ("arrow strategy", grid),
         "velocity": ("game arrow strategy", _velocity(payoffs, grid)),
-        "rest_points": ("game support strategy", np.stack([rest.points for rest in found])),
+        "rest_points": ("game support strategy", points),
         "stability": ("game support", np.array(kinds)),
     }
 
 
-def _small_games() -> dict[str, Any]:
-    """Rates and shares at the rest points of games that are solved by hand."""
-    pays = np.linspace(0.5, 3, 6)
-    win, loss = (values.ravel() for values in np.meshgrid(pays, pays, indexing="ij"))
-    payoffs = jax.jit(jax.vmap(games.rock_paper_scissors))(win, loss)
-    found = games.eigenvalues(payoffs, np.full((win.size, 3), 1 / 3))
-    upper = found[np.arange(win.size), np.argmax(np.imag(found), axis=1)]
-    hawk_dove, zeeman, centre = games.hawk_dove(VALUE, COST), games.zeeman(), np.full(3, 1 / 3)
+def _solve_by_hand() -> dict[str, Any]:
+    """Rates and shares at rest points that are known."""
+    pays, centre = np.linspace(0.5, 3, 6), np.full(3, 1 / 3)
+    payoffs = _rock_paper_scissors(*np.meshgrid(pays, pays, indexing="ij"))
+    found = games.eigenvalues(payoffs, np.broadcast_to(centre, (6, 6, 3)))
+    hawk_dove, zeeman = games.hawk_dove(VALUE, COST), games.zeeman()
     mixed = games.rest_points(hawk_dove).points[-1]
+    growth = np.max(np.real(games.eigenvalues(zeeman, centre)))
     return {
         "win": ("win", pays),
         "loss": ("loss", pays),
-        "centre": ("win loss", upper.reshape(6, 6)),
+        # Of the two conjugate ones the upper.
+        "eigenvalue": ("win loss", np.where(np.imag(found[..., 0]) > 0, found[..., 0], found[..., 1])),
         "hawks": {"share": mixed[0], "rate": np.real(games.eigenvalues(hawk_dove, mixed))[0]},
-        "zeeman": {
-            "growth": np.max(np.real(games.eigenvalues(zeeman, centre))),
-            "ess": games.is_ess(zeeman, centre),
-        },
+        "zeeman": {"growth": growth, "ess": games.is_ess(zeeman, centre)},
     }
 
 
@@ -239,8 +223,8 @@ def run(config: Config, context: Context) -> dict:
     orbit = np.array([[0.5, 0.3, 0.2]])
     runs = {title: (payoff(), lattice(config.starts), time) for title, payoff, _, time in PORTRAITS}
     runs |= {
-        "closed": (zero_sum(), orbit, config.closed_horizon),
-        "cycle": (dear_losses(), orbit, config.cycle_horizon),
+        "closed": (ZERO_SUM(), orbit, config.closed_horizon),
+        "cycle": (UNFAVOURABLE(), orbit, config.cycle_horizon),
         "ess": (random[game], 0.999 * stable_x + 0.001 / 3, 100.0),
         "ascent": (symmetric, anywhere, 20.0),
     }
@@ -250,7 +234,7 @@ def run(config: Config, context: Context) -> dict:
 
     context.progress("deciding on rest points", 0.9)
     return {
-        "game": ("game", np.array([portrait.title for portrait in PORTRAITS])),
+        "game": ("game", np.array([title for title, *_ in PORTRAITS])),
         "portrait": _portraits([log_x[title][:, drawn] for title, *_ in PORTRAITS], config),
         "ok": ("trajectory", ok),
         "closed_time": ("closed_time", times["closed"]),
@@ -262,7 +246,7 @@ def run(config: Config, context: Context) -> dict:
         "largest_rise": ("stable", np.max(np.diff(divergence, axis=1), axis=1)),
         "ascent": ("symmetric_game", _ascent(symmetric, log_x["ascent"])),
         "census": ("rest_point", census),
-        **_small_games(),
+        **_solve_by_hand(),
     }
 
 
@@ -308,6 +292,7 @@ def _long_runs(saved: Saved) -> Iterator[Claim]:
     switches = np.flatnonzero(np.diff(leaders)) + 1
     sojourns, turns = np.diff(saved["cycle_time"][switches]), np.diff(leaders)[switches - 1] % 3
     least, double = np.min(log_x) / np.log(10), sojourns[-1] / sojourns[-2]
+    way = "between corners: a time of order 1 of 200"
     yield stated(
         "heteroclinic",
         "Where losing costs more than winning pays, rock-paper-scissors approaches the cycle of its corners",
@@ -315,21 +300,15 @@ def _long_runs(saved: Saved) -> Iterator[Claim]:
         every("trajectories of all games that stay finite", saved["ok"]),
         every("switches of the largest share in the order of the cycle", turns == turns[0]),
         # A share falls at the rate of the loss and returns at that of the win, 2 to 1.
-        equals(
-            "last sojourn at a corner over the one before",
-            double,
-            2,
-            0.1,
-            why="the way between corners takes a time of order 1 of 200",
-        ),
-        at_most("log10 of the smallest share on the way", least, -150, why="far below the smallest float"),
+        equals("last sojourn at a corner over the one before", double, 2, 0.1, why=way),
+        at_most("log10 of the smallest share on the way", least, -150, why="10^-173 is exp(-2 * 200)"),
     )
 
 
 def _solved_by_hand(saved: Saved) -> Iterator[Claim]:
     win, loss = saved["win"][:, None], saved["loss"]
     expected = -(win - loss) / 6 + 1j * (win + loss) / (2 * np.sqrt(3))
-    off, two = largest(saved["centre"] - expected), "rounding of 2 x 2 problems"
+    off, two = largest(saved["eigenvalue"] - expected), "rounding of 2 x 2 problems"
     yield stated(
         "rock-paper-scissors",
         "The centre of rock-paper-scissors has eigenvalues -(win - loss)/6 ± i (win + loss)/(2 sqrt 3)",
