@@ -56,7 +56,7 @@ PRESETS: dict[Preset, Config] = {
 
 # The Lagrange multiplier of sum(x) = 1 at the minima; any number will do.
 _MULTIPLIER = 0.5
-# Inequalities between quotients of numbers that are each exact up to rounding.
+# Inequalities are between quotients of numbers that are each exact up to rounding.
 _ROUNDING = 1e-8
 
 
@@ -324,7 +324,7 @@ def figure(config: Config, saved: Saved) -> Figure:
 
 
 def _scatter(ax: Axes, ratio: np.ndarray, scaled: np.ndarray, violates: np.ndarray) -> None:
-    # Enough points to see the cloud, spread over all numbers of tokens.
+    # Enough points are drawn to see the cloud, spread over all numbers of tokens.
     shown = np.arange(ratio.size) % max(1, ratio.size // 3500) == 0
     for chosen, color, text in ((~violates, "C0", "above the printed bound"), (violates, "C1", "below")):
         label = f"{text}: {np.sum(chosen)} of {ratio.size}"
@@ -339,7 +339,7 @@ def _scatter(ax: Axes, ratio: np.ndarray, scaled: np.ndarray, violates: np.ndarr
 def _histograms(ax: Axes, quotients: dict[str, tuple[np.ndarray, dict]]) -> None:
     logs = {label: np.log10(values) for label, (values, _) in quotients.items()}
     everything = np.concatenate(list(logs.values()))
-    # One edge at zero, which the proved bounds never cross.
+    # One edge lies at zero, which the proved bounds never cross.
     bins = 0.2 * np.arange(np.floor(everything.min() / 0.2), np.ceil(everything.max() / 0.2) + 1)
     for label, (_, look) in quotients.items():
         ax.stairs(np.histogram(logs[label].round(9), bins)[0], bins, label=label, **look)

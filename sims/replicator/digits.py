@@ -168,7 +168,7 @@ def train_lanes(task: Task, optimizer: Any, rates: jax.Array, keys: jax.Array, c
             return cross_entropy(params, (task.predict, tokens[chosen], labels[chosen]))
 
         def draw(key):
-            return jax.random.choice(key, len(labels), (config.batch,), replace=False)
+            return jax.random.choice(key, len(labels), (config.batch or len(labels),), replace=False)
 
         batches = {} if config.batch is None else {"batches": draw, "key": key}
         return train(loss, start, optimizer(rate), steps=config.steps, every=config.every, **batches)[1].ys
@@ -311,8 +311,8 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         "softmax2025talk, theorem on local analysis and experiment, as seen on real images",
         *checks,
     )
-    losses = (np.asarray(saved[f"{name}/loss"], float) for name in OPTIMIZERS)
-    alone, together = np.min(speedups(*losses, saved["step"]), axis=1)
+    gd, adam = (np.asarray(saved[f"{name}/loss"], float) for name in OPTIMIZERS)
+    alone, together = np.min(speedups(gd, adam, saved["step"]), axis=1)
     best = np.stack([saved[f"{name}/best"] for name in OPTIMIZERS])
     last = np.array([len(config.rates[name]) - 1 for name in OPTIMIZERS])[:, None]
     twice = "more than a finer grid of rates could make up for"

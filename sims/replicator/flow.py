@@ -69,7 +69,7 @@ PRESETS: dict[Preset, Config] = {
     "standard": replace(_QUICK, samples=5, tokens=8, dim=60, descent=_DESCENT),
     "paper": replace(_QUICK, samples=20, tokens=20, dim=400, descent=_DESCENT),
 }
-# The network's own gradient flow: what gradient descent tends to as the learning rate goes to zero.
+# Gradient descent of the network tends to this flow as the learning rate goes to zero.
 _network_field = gradient_flow(squared_error)
 
 
@@ -224,7 +224,7 @@ def run(config: Config, context: Context) -> dict:
         name: np.max(np.abs(network.ys - flows[name].ys), axis=(1, 2, 3))[1:-1]
         for name in ("separate", "coupled")
     }
-    own_flow = lane(network, 0)
+    own_flow, finest = lane(network, 0), lane(trained["orthogonal"], -1)
     return {
         "rate": ("rate", config.descent.rates),
         "time": ("time", config.descent.times),
@@ -232,7 +232,7 @@ def run(config: Config, context: Context) -> dict:
         "theory": ("time sample token", orthogonal.ys),
         "single": ("time sample token", flows["single"].ys),
         "shares": ("time sample token", flows["shares"].ys),
-        "trained": ("time sample token", trained["orthogonal"].ys[-1]),  # at the finest rate
+        "trained": ("time sample token", finest.ys),
         "gap": ("rate", gaps),
         "eps_gap": ("eps", over_eps),
         "flow_gap": {
@@ -309,7 +309,7 @@ def figure(config: Config, saved: Saved) -> Figure:
     (over_time, over_rate), (over_eps, to_vertex) = axes
 
     ts, trained = saved["time"], saved["trained"]
-    # The sample whose attention moves most, and its tokens that move most.
+    # What is shown is the sample whose attention moves most, and those of its tokens that do.
     moved = np.abs(trained[-1] - trained[0])
     sample = np.argmax(moved.max(axis=1))
     tokens = np.argsort(-moved[sample])[:4]

@@ -70,7 +70,7 @@ ANIMALS = ("hawk", "dove", "bourgeois")
 ZERO_SUM = partial(games.rock_paper_scissors, 1.0, 1.0)
 FAVOURABLE = partial(games.rock_paper_scissors, 2.0, 1.0)
 UNFAVOURABLE = partial(games.rock_paper_scissors, 1.0, 2.0)
-# Title, payoffs, strategies and time shown of each portrait.
+# Each portrait has a title, payoffs, strategies and the time that it shows.
 PORTRAITS: tuple[tuple[str, Callable[[], Array], tuple[str, str, str], float], ...] = (
     ("Win = loss: centre", ZERO_SUM, ROCK_PAPER_SCISSORS, 12.0),
     ("Win 2, loss 1: spiral", FAVOURABLE, ROCK_PAPER_SCISSORS, 20.0),
@@ -79,7 +79,7 @@ PORTRAITS: tuple[tuple[str, Callable[[], Array], tuple[str, str, str], float], .
     ("Zeeman's game", games.zeeman, ("1", "2", "3"), 30.0),
     ("Hawk-dove-bourgeois", partial(games.hawk_dove_bourgeois, 2.0, 4.0), ANIMALS, 60.0),
 )
-# Value and cost in the game of hawks and doves.
+# What hawks and doves fight for, and what losing a fight costs.
 VALUE, COST = 2.0, 3.0
 
 PATH = "C1"
@@ -204,7 +204,7 @@ def _solve_by_hand() -> dict[str, Any]:
     return {
         "win": ("win", pays),
         "loss": ("loss", pays),
-        # Of the two conjugate ones the upper.
+        # The upper one of each conjugate pair is compared.
         "eigenvalue": ("win loss", np.where(np.imag(found[..., 0]) > 0, found[..., 0], found[..., 1])),
         "hawks": {"share": mixed[0], "rate": np.real(games.eigenvalues(hawk_dove, mixed))[0]},
         "zeeman": {"growth": growth, "ess": games.is_ess(zeeman, centre)},

@@ -59,7 +59,7 @@ PRESETS: dict[Preset, Config] = {
     "standard": replace(_QUICK, heads=3, samples=9, tokens=6, dim=60),
     "paper": replace(_QUICK, heads=8, samples=24, tokens=16, dim=400),
 }
-# The network's own gradient flow: what gradient descent tends to as the learning rate goes to zero.
+# Gradient descent of the network tends to this flow as the learning rate goes to zero.
 _network_field = gradient_flow(squared_error)
 
 
@@ -237,7 +237,7 @@ def figure(config: Config, saved: Saved) -> Figure:
     (own, shared), (over_sharing, over_rate) = axes
 
     trained = {name: saved[f"trained/{name}"] for name in ("own", "shared")}
-    # The sample whose attention is changed most by sharing.
+    # What is shown is the sample whose attention is changed most by sharing.
     sample = np.argmax(np.abs(trained["shared"] - trained["own"]).max(axis=(0, 2)))
     labels = [f"token {token + 1}" for token in range(min(4, config.tokens))]
     one_head = saved["one_head"][:, sample, : len(labels)]
