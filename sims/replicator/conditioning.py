@@ -7,8 +7,9 @@ minima next to a vertex violate, and against the two bounds that are proved.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -18,28 +19,31 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dynamics import replicator
-from dynamics.replicator import attention_field, corollary_bound
+from dynamics.flow import Trajectory
 from sims import plotting
-from sims.claims import Check, Claim, Preset
-from sims.compare import convergence_order
-from sims.results import Context, Result, Saved
+from sims.claims import ROUNDING, Claim, Preset, at_least, at_most, corrected, equals, every, slope, stated
+from sims.compare import SOLVE, convergence_order, largest, require_ok
+from sims.ranges import Count, NonNegative, Positive, Range
+from sims.results import Context, Saved
+
+Exponent = Annotated[float, Range(at_most=-1)]
 
 
 @dataclass(frozen=True)
 class Config:
     """Random minima, families of minima and perturbed flows."""
 
-    instances: int = 500
+    instances: Count = 500
     """Random minima for each number of tokens."""
-    max_tokens: int = 8
+    max_tokens: Annotated[int, Range(at_least=3)] = 8
     """Numbers of tokens n: 2 up to this one."""
-    log10_ratio: float = 4.0
+    log10_ratio: Positive = 4.0
     """Decades over which the entries of a minimum spread, at most."""
-    log10_spread: float = 2.0
+    log10_spread: NonNegative = 2.0
     """Decades over which the eigenvalues of a Hessian spread, at most."""
-    log10_epsilon: tuple[float, float] = (-8.0, -2.0)
+    log10_epsilon: tuple[Exponent, Exponent] = (-8.0, -2.0)
     """Range of the smallest entry in the two families of minima, as powers of ten."""
-    flows: int = 16
+    flows: Count = 16
     """Minima that a flow is started next to, with three tokens each."""
 
 
@@ -52,7 +56,7 @@ PRESETS: dict[Preset, Config] = {
 
 # The Lagrange multiplier of sum(x) = 1 at the minima; any number will do.
 _MULTIPLIER = 0.5
-# Inequalities between quotients of numbers that are each exact up to rounding.
+# Inequalities are between quotients of numbers that are each exact up to rounding.
 _ROUNDING = 1e-8
 
 
@@ -76,60 +80,39 @@ def random_minima(
     return x / x.sum(axis=1, keepdims=True), (hessian + np.swapaxes(hessian, 1, 2)) / 2
 
 
-def next_to_vertex(n: int, epsilons: np.ndarray) -> np.ndarray:
-    """One token has all but (n - 1) e, the others e each; shape (E, n)."""
-    return np.stack([np.array([1 - (n - 1) * e, *[e] * (n - 1)]) for e in epsilons])
-
-
-def two_large(n: int, epsilons: np.ndarray) -> np.ndarray:
-    """Two tokens share all but (n - 2) e; shape (E, n)."""
-    return np.stack([np.array([*[(1 - (n - 2) * e) / 2] * 2, *[e] * (n - 2)]) for e in epsilons])
-
-
-class Local(NamedTuple):
-    """What the theory says about a minimum, and what is measured there."""
-
-    kappa: Any
-    """Condition number."""
-    lower: Any
-    """Proved lower bound on it."""
-    upper: Any
-    """Proved upper bound on it."""
-    corollary: Any
-    """Proved lower bound in the smallest and the largest entry."""
-    matrix: Any
-    """Linearization of the flow on the tangent space, by automatic differentiation."""
-    indefinite: Any
-    """The same with the Hessian made negative off the tangent space."""
-    residual: Any
-    """KKT residual at each vertex, shape (n,)."""
-    speed: Any
-    """Largest |J g| at a vertex."""
+def with_large(count: int, n: int, epsilons: np.ndarray) -> np.ndarray:
+    """Points at which `count` tokens share evenly what the others, at e each, leave; shape (E, n)."""
+    x = np.repeat(epsilons[:, None], n, axis=1)
+    x[:, :count] = ((1 - (n - count) * epsilons) / count)[:, None]
+    return x
 
 
 @jax.jit
 @jax.vmap
-def local_analysis(x: jax.Array, hessian: jax.Array) -> Local:
-    """Conditioning, linearization and stationary points of minima, one per row."""
+def local_analysis(x: jax.Array, hessian: jax.Array) -> dict[str, jax.Array]:
+    """Conditioning, linearizations on the tangent space, and the vertices, for minima one per row."""
     n = x.size
-    # Lowered along the vector of ones by more than the largest eigenvalue.
+    # The Hessian is lowered along the vector of ones by more than its largest eigenvalue.
     lowered = hessian - 2 * jnp.trace(hessian) / n
 
     def linearized(hessian):
-        return replicator.linearize(lambda y: attention_field(y, loss_gradient(hessian, x, y)), x)
+        return replicator.linearize(lambda y: replicator.attention_field(y, loss_gradient(hessian, x, y)), x)
 
-    matrix, indefinite = jax.vmap(linearized)(jnp.stack([hessian, lowered]))
+    matrix, lowered_matrix = jax.vmap(linearized)(jnp.stack([hessian, lowered]))
     vertices = jnp.eye(n, dtype=x.dtype)
     gradients = jax.vmap(Partial(loss_gradient, hessian, x))(vertices)
-    return Local(
-        replicator.condition_number(x, hessian),
-        *replicator.condition_bounds(x, hessian),
-        corollary_bound(x, hessian),
-        matrix,
-        indefinite,
-        residual=jnp.maximum(*jax.vmap(replicator.kkt_residual)(vertices, gradients)),
-        speed=jnp.max(jnp.abs(replicator.softmax_jacobian_product(vertices, gradients))),
-    )
+    residuals = jnp.maximum(*jax.vmap(replicator.kkt_residual)(vertices, gradients))
+    lower, upper = replicator.condition_bounds(x, hessian)
+    return {
+        "kappa": replicator.condition_number(x, hessian),
+        "lower": lower,
+        "upper": upper,
+        "corollary": replicator.corollary_bound(x, hessian),
+        "matrix": matrix,
+        "lowered_matrix": lowered_matrix,
+        "vertex_residual": jnp.min(residuals),
+        "vertex_speed": jnp.max(jnp.abs(replicator.softmax_jacobian_product(vertices, gradients))),
+    }
 
 
 def linearization(x: np.ndarray, hessian: np.ndarray) -> np.ndarray:
@@ -139,281 +122,196 @@ def linearization(x: np.ndarray, hessian: np.ndarray) -> np.ndarray:
     return -basis.T @ jacobian @ jacobian @ hessian @ basis
 
 
+def _analyze(rng: np.random.Generator, n: int, epsilons: np.ndarray, config: Config) -> tuple[dict, dict]:
+    """Random minima with n tokens, one number of each kind per minimum, and the two families."""
+    count = config.instances
+    x, hessian = random_minima(rng, n, count, config.log10_ratio, config.log10_spread)
+    # The families have a round Hessian. They ride along: one program per number of tokens.
+    family = np.concatenate([with_large(large, n, epsilons) for large in (1, 2)])
+    round_hessians = np.tile(np.eye(n), (len(family), 1, 1))
+    both = jax.device_get(
+        local_analysis(np.concatenate([x, family]), np.concatenate([hessian, round_hessians]))
+    )
+    minima = {name: leaf[:count] for name, leaf in both.items()}
+    vertex, pair = np.split(both["kappa"][count:], 2)
+    families = {"vertex": vertex, "pair": pair, "pair_bound": both["corollary"][count + len(epsilons) :]}
+
+    matrix, formula = minima.pop("matrix"), linearization(x, hessian)
+    values, lowered_values = np.linalg.eigvals(matrix), np.linalg.eigvals(minima.pop("lowered_matrix"))
+    curvatures, error = np.linalg.eigvalsh(hessian), np.linalg.norm(matrix - formula, axis=(1, 2))
+    minima |= {
+        "ratio": x.max(axis=1) / x.min(axis=1),
+        "spread": curvatures[:, -1] / curvatures[:, 0],
+        "linearization_error": error / np.linalg.norm(formula, axis=(1, 2)),
+        "imaginary": np.max(np.abs(values.imag / values.real), axis=1),
+        "abscissa": values.real.max(axis=1),
+        "abscissa_lowered": lowered_values.real.max(axis=1),
+    }
+    return minima, families
+
+
 @jax.jit
 @jax.vmap
-def _decay(x, hessian, slowest, direction, far):
-    """Flows from next to a minimum and from far: the decay of the first, the KKT residuals at rest."""
-    near = x + 1e-3 * direction / jnp.max(jnp.abs(direction / x))
-    # Slopes are taken after two time constants, when faster modes are gone; after sixty it is at rest.
-    ts = jnp.array([0.0, 2.0, 6.0, 60.0]) / slowest
-    gradient = Partial(loss_gradient, hessian, x)
+def _flows(gradient, starts, ts) -> tuple[Trajectory, jax.Array]:
+    """Attention along flows from several starts, and the largest KKT residual where they rest."""
 
     def flow(start):
-        path = replicator.softmax_flow(gradient, jnp.log(start), ts, rtol=1e-13, atol=1e-14, throw=False)
-        return jax.nn.softmax(path.ys, axis=1)
+        path = replicator.softmax_flow(gradient, jnp.log(start), ts, rtol=1e-13, atol=1e-14, **SOLVE)
+        return Trajectory(ts, jax.nn.softmax(path.ys, axis=1), path.ok)
 
-    attention = jax.vmap(flow)(jnp.stack([near, far]))
-    distance = jnp.linalg.norm(attention[0] - x[None, :], axis=1)
-    rate = jnp.log(distance[1] / distance[2]) / (ts[2] - ts[1])
-    rest = attention[:, -1]
+    paths = jax.vmap(flow)(starts)
+    rest = paths.ys[:, -1]
     residuals = jax.vmap(replicator.kkt_residual)(rest, jax.vmap(gradient)(rest))
-    return rate, jnp.max(jnp.stack(residuals))
+    return paths, jnp.max(jnp.stack(residuals))
 
 
-def run(config: Config, context: Context) -> Result:
+def _decay(rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:
+    """Flows with three tokens from next to minima, along the slowest direction, and from far."""
+    x, hessian = random_minima(rng, 3, count, 0.7, 0.5)
+    values, vectors = (np.real(part) for part in np.linalg.eig(linearization(x, hessian)))
+    lanes, slow = np.arange(count), np.argmax(values, axis=1)
+    slowest = -values[lanes, slow]
+    direction = vectors[lanes, :, slow] @ np.asarray(replicator.tangent_basis(3)).T
+    near = x + 1e-3 * direction / np.max(np.abs(direction / x), axis=1, keepdims=True)
+    far, _ = random_minima(rng, 3, count, 1.0, 0.0)
+    # Slopes are taken after two time constants, when faster modes are gone; after sixty it is at rest.
+    ts = np.array([0.0, 2.0, 6.0, 60.0]) / slowest[:, None]
+    gradient = Partial(loss_gradient, hessian, x)
+    paths, residual = jax.device_get(_flows(gradient, np.stack([near, far], axis=1), ts))
+    require_ok("a flow to a minimum", paths)
+    distance = np.linalg.norm(paths.ys[:, 0] - x[:, None], axis=2)
+    rate = np.log(distance[:, 1] / distance[:, 2]) / (ts[:, 2] - ts[:, 1])
+    return {"rate": rate, "slowest": slowest, "residual": residual}
+
+
+def run(config: Config, context: Context) -> dict:
     """Analyze random minima and the two families for every size, and flows next to minima."""
     rng = np.random.default_rng(context.seed)
     sizes = range(2, config.max_tokens + 1)
     epsilons = np.logspace(*config.log10_epsilon, 25)
-    columns, kappas, bounds = [], [], []
+    found = []
     for index, n in enumerate(sizes):
         context.progress(f"minima with {n} tokens", 0.8 * index / len(sizes))
-        x, hessian = random_minima(rng, n, config.instances, config.log10_ratio, config.log10_spread)
-        # The families have a round Hessian. They ride along: one program per number of tokens.
-        family = np.concatenate([next_to_vertex(n, epsilons), two_large(n, epsilons)])
-        round_hessians = np.tile(np.eye(n), (len(family), 1, 1))
-        both = local_analysis(np.concatenate([x, family]), np.concatenate([hessian, round_hessians]))
-        both = jax.tree.map(np.asarray, both)
-        columns.append(_columns(x, hessian, jax.tree.map(lambda leaf: leaf[: config.instances], both)))
-        kappas.append(np.split(both.kappa[config.instances :], 2))
-        bounds.append(both.corollary[config.instances + len(epsilons) :])
-    minima = {name: np.concatenate([column[name] for column in columns]) for name in columns[0]}
-    vertex, pair = np.stack(kappas, axis=1)
-    families = {
-        "tokens": np.array(sizes),
-        "epsilon": epsilons,
-        "vertex": vertex,
-        "pair": pair,
-        "pair_bound": np.stack(bounds),
-    }
-
+        found.append(_analyze(rng, n, epsilons, config))
+    minima, families = zip(*found, strict=True)
     context.progress("flows next to a minimum", 0.8)
-    x, hessian = random_minima(rng, 3, config.flows, 0.7, 0.5)
-    values, vectors = np.linalg.eig(linearization(x, hessian))
-    values, vectors = np.real(values), np.real(vectors)
-    lanes, slow = np.arange(config.flows), np.argmax(values, axis=1)
-    slowest = -values[lanes, slow]
-    directions = vectors[lanes, :, slow] @ np.asarray(replicator.tangent_basis(3)).T
-    far, _ = random_minima(rng, 3, config.flows, 1.0, 0.0)
-    rate, rest = (np.asarray(leaf) for leaf in _decay(x, hessian, slowest, directions, far))
-
-    claims = (
-        _lower_bound(minima),
-        _corollary(minima, families),
-        _stability(minima, rate / slowest),
-        _kkt(minima, rest),
-    )
-    dims = {f"minima/{name}": ("minimum",) for name in minima}
-    dims |= {f"family/{name}": ("tokens", "epsilon") for name in ("vertex", "pair", "pair_bound")}
-    flow = {"rate": rate, "slowest": slowest}
-    return Result({"minima": minima, "family": families, "flow": flow}, claims, dims)
-
-
-def _columns(x: np.ndarray, hessian: np.ndarray, local: Local) -> dict[str, np.ndarray]:
-    """One number per minimum of each kind that the claims and the figure are made of."""
-    curvatures = np.linalg.eigvalsh(hessian)
-    spread = curvatures[:, -1] / curvatures[:, 0]
-    formula = linearization(x, hessian)
-    error = np.linalg.norm(local.matrix - formula, axis=(1, 2)) / np.linalg.norm(formula, axis=(1, 2))
-    values, lowered_values = np.linalg.eigvals(local.matrix), np.linalg.eigvals(local.indefinite)
     return {
-        "tokens": np.full(len(x), x.shape[1]),
-        "ratio": x.max(axis=1) / x.min(axis=1),
-        "spread": spread,
-        "kappa": local.kappa,
-        "lower": local.lower,
-        "upper": local.upper,
-        "corollary": local.corollary,
-        "linearization_error": error,
-        "imaginary": np.max(np.abs(values.imag / values.real), axis=1),
-        "abscissa": values.real.max(axis=1),
-        "abscissa_lowered": lowered_values.real.max(axis=1),
-        "vertex_residual": local.residual.min(axis=1),
-        "vertex_speed": local.speed,
+        "size": ("size", np.array(sizes)),
+        "epsilon": ("epsilon", epsilons),
+        "minima": ("minimum", jax.tree.map(lambda *leaves: np.concatenate(leaves), *minima)),
+        "family": ("size epsilon", jax.tree.map(lambda *leaves: np.stack(leaves), *families)),
+        "flow": ("flow", _decay(rng, config.flows)),
     }
 
 
-def _count(which: np.ndarray) -> int:
-    return int(np.count_nonzero(which))
-
-
-def _lower_bound(minima: dict[str, np.ndarray]) -> Claim:
-    kappa, total = minima["kappa"], minima["kappa"].size
-    printed = minima["ratio"] ** 2 / minima["spread"]
-
-    def obey(bound: np.ndarray) -> int:
-        return _count(kappa >= bound * (1 - _ROUNDING))
-
-    return Claim(
-        "replicator.conditioning/lower-bound",
-        "The condition number at a minimum is at least (mu/L) (max x / min x)^2; what is proved is "
-        "(mu/L) (max w / min w)^2 <= kappa <= (L/mu) (max x / min x)^2 with w = x (1 - x)",
-        "softmax2025talk, theorem",
-        "corrected",
-        [
-            Check("random minima above the printed bound", "all of", total, obey(printed)),
-            # An inequality that is proved: no exception.
-            Check("random minima above the proved lower bound", "all of", total, obey(minima["lower"])),
-            Check(
-                "random minima below the proved upper bound",
-                "all of",
-                total,
-                _count(kappa <= minima["upper"] * (1 + _ROUNDING)),
-            ),
-        ],
-    )
-
-
-def _corollary(minima: dict[str, np.ndarray], family: dict[str, np.ndarray]) -> Claim:
-    epsilons, small = family["epsilon"], family["epsilon"] <= 1e-3
-    # From three tokens on: with two the tangent space is a line, and kappa is one.
-    n, vertex, pair = family["tokens"][1:, None], family["vertex"][1:], family["pair"][1:]
-    at = int(np.argmin(np.abs(np.log10(epsilons) + 4)))
-    # The weakest reading of the printed bound: the largest entry is only known to be at least 1 / n.
-    over_printed = vertex * (n * epsilons[None, :]) ** 2
-    exact = (n * (1 - (n - 1) * epsilons[None, :])) ** 2
-    slopes = np.array([convergence_order(epsilons[small], kappa[small]).slope for kappa in pair])
-    obeyed = _count(minima["kappa"] >= minima["corollary"] * (1 - _ROUNDING))
-    return Claim(
-        "replicator.conditioning/corollary",
-        "As the smallest entry e of a minimum goes to 0 its condition number goes to infinity; it does "
-        "where the largest entry stays below 1 - d, and goes to n^2 next to a vertex",
-        "softmax2025talk, corollary",
-        "corrected",
-        [
-            Check(
-                f"next to a vertex, e = {epsilons[at]:.0e}: largest kappa over the printed bound",
-                "at least",
-                1.0,
-                over_printed[:, at].max(),
-            ),
-            # There kappa / n^2 - 1 = -2 (n - 1) e to first order.
-            Check(
-                "the same minima: largest distance of kappa / n^2 from one",
-                "at most",
-                1e-2,
-                np.max(np.abs(vertex[:, at] / n[:, 0] ** 2 - 1)),
-            ),
-            # An identity: rounding, enlarged where 1 - (n - 1) e cancels.
-            Check(
-                "distance of kappa from n^2 (1 - (n - 1) e)^2 at every e, relative",
-                "at most",
-                1e-10,
-                np.max(np.abs(vertex / exact - 1)),
-            ),
-            Check(
-                "two large tokens: smallest kappa over the corrected bound",
-                "at least",
-                1.0,
-                np.min(pair / family["pair_bound"][1:]),
-                _ROUNDING,
-            ),
-            Check("random minima above the corrected bound", "all of", minima["kappa"].size, obeyed),
-            # Below e = 1e-3 the next term of the expansion in e changes the slope by less.
-            Check(
-                "two large tokens: log-log slope of kappa in e, the one furthest from -2",
-                "slope",
-                -2.0,
-                slopes[np.argmax(np.abs(slopes + 2))],
-                1e-2,
-            ),
-        ],
-    )
-
-
-def _stability(minima: dict[str, np.ndarray], rate_ratio: np.ndarray) -> Claim:
-    total = minima["kappa"].size
-    return Claim(
-        "replicator.conditioning/stability",
+def claims(config: Config, saved: Saved) -> Iterator[Claim]:
+    """The condition number against its bounds, stability, and what a stationary point is."""
+    minima = saved["minima"]
+    yield _lower_bound(minima)
+    yield _corollary(saved)
+    error, imaginary = minima["linearization_error"].max(), minima["imaginary"].max()
+    root = "at the root of rounding two equal ones become a pair"
+    flows = "flows next to a minimum: largest distance of rate / slowest eigenvalue from one"
+    off = largest(saved["flow/rate"] / saved["flow/slowest"] - 1)
+    yield stated(
+        "stability",
         "An interior minimum with a positive definite Hessian is linearly stable: the flow linearizes to "
         "-J^2 H, whose eigenvalues on the tangent space are real and negative",
         "softmax2025talk, theorem",
-        "stated",
-        [
-            # Two routes to one matrix: rounding, as every entry of J is exact to full relative precision.
-            Check(
-                "distance of the linearization from -J^2 H, relative",
-                "at most",
-                1e-12,
-                minima["linearization_error"].max(),
-            ),
-            # Two equal real eigenvalues become a complex pair at the square root of rounding, 1e-8.
-            Check(
-                "largest imaginary part of an eigenvalue, relative",
-                "at most",
-                1e-6,
-                minima["imaginary"].max(),
-            ),
-            Check(
-                "minima with negative eigenvalues alone",
-                "all of",
-                total,
-                _count(minima["abscissa"] < 0),
-            ),
-            Check(
-                "the same where the Hessian is negative off the tangent space",
-                "all of",
-                total,
-                _count(minima["abscissa_lowered"] < 0),
-            ),
-            # The flow starts at 1e-3 of the way, which is the size of the terms beyond the linear ones.
-            Check(
-                "flows next to a minimum: largest distance of rate / slowest eigenvalue from one",
-                "at most",
-                1e-3,
-                np.max(np.abs(rate_ratio - 1)),
-            ),
-        ],
+        # Every entry of J is exact to full relative precision.
+        at_most("distance of the linearization from -J^2 H, relative", error, 1e-12, why=ROUNDING),
+        at_most("largest imaginary part of an eigenvalue, relative", imaginary, 1e-6, why=root),
+        every("minima with negative eigenvalues alone", minima["abscissa"] < 0),
+        every("the same where the Hessian is negative off the tangent space", minima["abscissa_lowered"] < 0),
+        # The terms beyond the linear ones are as large as the start is far off.
+        at_most(flows, off, 1e-3, why="flows start 1e-3 off"),
     )
-
-
-def _kkt(minima: dict[str, np.ndarray], rest: np.ndarray) -> Claim:
-    total = minima["kappa"].size
-    return Claim(
-        "replicator.conditioning/kkt",
+    rest, speed = saved["flow/residual"].max(), minima["vertex_speed"].max()
+    damped = "errors fall by exp(-60), to rounding"
+    yield stated(
+        "kkt",
         "A stationary point inside the simplex is a KKT point of minimizing the loss there; on the boundary "
         "it need not be one",
         "softmax2025talk, theorem",
-        "stated",
-        [
-            # The flow damps every error by exp(-60), and the solver adds rounding of its own.
-            Check("KKT residual where flows from near and far rest", "at most", 1e-12, rest.max()),
-            # x_i (g_i - <x, g>) has an exact zero in every product.
-            Check("largest |J g| at a vertex", "equals", 0.0, minima["vertex_speed"].max()),
-            # With the minimum inside, convexity leaves no vertex a KKT point.
-            Check(
-                "minima none of whose vertices has a KKT residual below 1e-12",
-                "all of",
-                total,
-                _count(minima["vertex_residual"] > 1e-12),
-            ),
+        at_most("KKT residual where flows from near and far rest", rest, 1e-12, why=damped),
+        equals("largest |J g| at a vertex", speed, 0, why="x_i (g_i - <x, g>) is zero in every product"),
+        # With the minimum inside, convexity leaves no vertex a KKT point.
+        every(
+            "minima none of whose vertices has a KKT residual below 1e-12", minima["vertex_residual"] > 1e-12
+        ),
+    )
+
+
+def _lower_bound(minima: dict[str, np.ndarray]) -> Claim:
+    kappa, printed = minima["kappa"], minima["ratio"] ** 2 / minima["spread"]
+    above, below = 1 - _ROUNDING, 1 + _ROUNDING
+    return corrected(
+        "lower-bound",
+        "The condition number at a minimum is at least (mu/L) (max x / min x)^2; what is proved is "
+        "(mu/L) (max w / min w)^2 <= kappa <= (L/mu) (max x / min x)^2 with w = x (1 - x)",
+        "softmax2025talk, theorem",
+        printed=[every("random minima above the printed bound", kappa >= printed * above)],
+        mended=[
+            every("random minima above the proved lower bound", kappa >= minima["lower"] * above),
+            every("random minima below the proved upper bound", kappa <= minima["upper"] * below),
         ],
     )
 
 
-def figure(saved: Saved) -> Figure:
+def _corollary(saved: Saved) -> Claim:
+    epsilons, kappa, bound = saved["epsilon"], saved["minima/kappa"], saved["minima/corollary"]
+    # From three tokens on: with two the tangent space is a line, and kappa is one.
+    n, vertex, pair = saved["size"][1:, None], saved["family/vertex"][1:], saved["family/pair"][1:]
+    at = int(np.argmin(np.abs(np.log10(epsilons) + 4)))
+    # The weakest reading of the printed bound: the largest entry is only known to be at least 1 / n.
+    over_printed = np.max(vertex * (n * epsilons[None, :]) ** 2, axis=0)[at]
+    to_square = largest(vertex[:, at] / n[:, 0] ** 2 - 1)
+    to_exact = largest(vertex / (n * (1 - (n - 1) * epsilons[None, :])) ** 2 - 1)
+    over_bound = np.min(pair / saved["family/pair_bound"][1:])
+    small = epsilons <= 1e-3
+    slopes = np.array([convergence_order(epsilons[small], values[small]).slope for values in pair])
+    furthest = slopes[np.argmax(np.abs(slopes + 2))]
+    printed = f"next to a vertex, e = {epsilons[at]:.0e}: largest kappa over the printed bound"
+    square = "the same minima: largest distance of kappa / n^2 from one"
+    exact = "distance of kappa from n^2 (1 - (n - 1) e)^2 at every e, relative"
+    line = "two large tokens: log-log slope of kappa in e, the one furthest from -2"
+    two = "two large tokens: smallest kappa over the corrected bound"
+    return corrected(
+        "corollary",
+        "As the smallest entry e of a minimum goes to 0 its condition number goes to infinity; it does "
+        "where the largest entry stays below 1 - d, and goes to n^2 next to a vertex",
+        "softmax2025talk, corollary",
+        printed=[at_least(printed, over_printed, 1, why="the statement itself")],
+        mended=[
+            at_most(square, to_square, 1e-2, why="2 (n - 1) e to first order"),
+            at_most(exact, to_exact, 1e-10, why="rounding, enlarged where 1 - (n - 1) e cancels"),
+            at_least(two, over_bound, 1, _ROUNDING, why="proved, up to rounding"),
+            every("random minima above the corrected bound", kappa >= bound * (1 - _ROUNDING)),
+            slope(line, furthest, -2, 1e-2, why="below e = 1e-3 the next term in e changes it by less"),
+        ],
+    )
+
+
+def figure(config: Config, saved: Saved) -> Figure:
     """Random minima against the printed bound, kappa over each bound, and the two families."""
     drawn, axes = plotting.new_figure(1, 3, width=4.6, height=3.9)
     against_ratio, over_bounds, over_epsilon = axes[0]
-    ratio, kappa = saved["minima/ratio"], saved["minima/kappa"]
-    printed = ratio**2 / saved["minima/spread"]
-    _scatter(against_ratio, ratio, kappa * saved["minima/spread"], kappa < printed * (1 - _ROUNDING))
-    _histograms(
-        over_bounds,
-        {
-            "proved lower bound (never < 0)": (kappa / saved["minima/lower"], "C0"),
-            "proved upper bound (never > 0)": (kappa / saved["minima/upper"], "C2"),
-            "printed lower bound": (kappa / printed, "C1"),
-        },
-    )
+    ratio, spread, kappa = (saved[f"minima/{name}"] for name in ("ratio", "spread", "kappa"))
+    printed = ratio**2 / spread
+    _scatter(against_ratio, ratio, kappa * spread, kappa < printed * (1 - _ROUNDING))
+    filled = {"fill": True, "alpha": 0.45}
+    quotients = {
+        "proved lower bound (never < 0)": (kappa / saved["minima/lower"], {"color": "C0", **filled}),
+        "proved upper bound (never > 0)": (kappa / saved["minima/upper"], {"color": "C2", **filled}),
+        "printed lower bound": (kappa / printed, {"color": "C1", "linewidth": 2}),
+    }
+    _histograms(over_bounds, quotients)
 
-    epsilon, sizes = saved["family/epsilon"], saved["family/tokens"]
-    largest = sizes[-1]
-    pair, vertex = saved["family/pair"][-1], saved["family/vertex"]
-    over_epsilon.loglog(epsilon, pair, "s", color="C1", label=f"two large tokens, n = {largest}")
+    epsilon, sizes = saved["epsilon"], saved["size"]
+    n, pair, vertex = sizes[-1], saved["family/pair"][-1], saved["family/vertex"]
+    over_epsilon.loglog(epsilon, pair, "s", color="C1", label=f"two large tokens, n = {n}")
     plotting.reference_slope(over_epsilon, epsilon, pair, -2, "slope −2, and n²")
-    printed = 1 / (largest * epsilon) ** 2
-    over_epsilon.loglog(epsilon, printed, label=f"printed bound, n = {largest}", **plotting.PRINTED)
+    over_epsilon.loglog(epsilon, 1 / (n * epsilon) ** 2, label=f"printed bound, n = {n}", **plotting.PRINTED)
     shown = np.unique(np.linspace(1, len(sizes) - 1, 3).astype(int))
     for index, color in zip(shown, ("C0", "C2", "C3"), strict=False):
         n = sizes[index]
@@ -425,10 +323,9 @@ def figure(saved: Saved) -> Figure:
     return drawn
 
 
-def _scatter(ax: Axes, ratio: np.ndarray, scaled: np.ndarray, violates: np.ndarray) -> Axes:
-    # Enough points to see the cloud, spread over all numbers of tokens.
-    shown = np.zeros(ratio.size, bool)
-    shown[:: max(1, ratio.size // 3500)] = True
+def _scatter(ax: Axes, ratio: np.ndarray, scaled: np.ndarray, violates: np.ndarray) -> None:
+    # Enough points are drawn to see the cloud, spread over all numbers of tokens.
+    shown = np.arange(ratio.size) % max(1, ratio.size // 3500) == 0
     for chosen, color, text in ((~violates, "C0", "above the printed bound"), (violates, "C1", "below")):
         label = f"{text}: {np.sum(chosen)} of {ratio.size}"
         ax.loglog(ratio[shown & chosen], scaled[shown & chosen], ".", markersize=3, color=color, label=label)
@@ -437,21 +334,17 @@ def _scatter(ax: Axes, ratio: np.ndarray, scaled: np.ndarray, violates: np.ndarr
     ax.set(xlabel="max x / min x", ylabel="condition number × L / mu", ylim=(0.5, scaled.max() * 300))
     ax.set_title("Random minima against the printed bound")
     ax.legend(loc="upper left", markerscale=3)
-    return ax
 
 
-def _histograms(ax: Axes, quotients: dict[str, tuple[np.ndarray, str]]) -> Axes:
+def _histograms(ax: Axes, quotients: dict[str, tuple[np.ndarray, dict]]) -> None:
     logs = {label: np.log10(values) for label, (values, _) in quotients.items()}
     everything = np.concatenate(list(logs.values()))
-    # One edge at zero, which the proved bounds never cross.
+    # One edge lies at zero, which the proved bounds never cross.
     bins = 0.2 * np.arange(np.floor(everything.min() / 0.2), np.ceil(everything.max() / 0.2) + 1)
-    for label, (_, color) in quotients.items():
-        look = {"linewidth": 2, "fill": False} if label == "printed lower bound" else {"alpha": 0.45}
-        counts, _ = np.histogram(logs[label].round(9), bins)
-        ax.stairs(counts, bins, label=label, color=color, **{"fill": True, **look})
+    for label, (_, look) in quotients.items():
+        ax.stairs(np.histogram(logs[label].round(9), bins)[0], bins, label=label, **look)
     ax.axvline(0, **plotting.THEORY)
     ax.set(xlabel="log10 of condition number / bound", ylabel="random minima", yscale="log")
     ax.set_ylim(0.7, 4 * ax.get_ylim()[1])
     ax.set_title("Condition number over each bound")
     ax.legend(loc="upper left")
-    return ax

@@ -11,9 +11,9 @@ the run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -21,57 +21,67 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.tree_util import Partial
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import rankdata
 
-from dynamics.flow import Trajectory
 from dynamics.replicator import tangent_basis
-from dynamics.spectra import entropy
 from models.attention import PromptAttention, attention_log_ratio, attention_logits, log_mean_ratio
 from models.data.images import digits, patches
 from models.functional import as_function
-from models.losses import gauss_newton_spectrum
+from models.losses import cross_entropy, gauss_newton_spectrum
 from models.training import record_steps, train
 from sims import plotting
-from sims.claims import Check, Claim, Preset
-from sims.results import Context, Result, Saved
+from sims.claims import Claim, Preset, at_least, at_most, every, qualified, stated
+from sims.ranges import Count, Length, Positive
+from sims.results import Context, Saved
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {"GD": optax.sgd, "Adam": optax.adam}
 SETTINGS = ("prompts alone", "prompts and values")
-Predict = Callable[[Any, Any], jax.Array]
+Rates = Annotated[tuple[Positive, ...], Length(1)]
 
 
 @dataclass(frozen=True)
 class Config:
     """Images, network and training."""
 
-    train_images: int = 300
+    train_images: Count = 300
     """Images to train on."""
-    test_images: int = 200
+    test_images: Count = 200
     """Images to test on."""
-    patch: tuple[int, int] = (2, 2)
+    patch: tuple[Count, Count] = (2, 2)
     """Height and width of a token's patch: `2 2` cuts an image into 16 tokens, `1 8` into its 8 rows."""
-    heads: int = 4
+    heads: Count = 4
     """Heads: prompts, each with a value of its own."""
-    batch: int | None = None
+    batch: Count | None = None
     """Images per step; all of them where None."""
-    seeds: int = 2
+    seeds: Count = 2
     """Random initializations."""
-    steps: int = 200
+    steps: Count = 200
     """Updates."""
-    every: int = 4
+    every: Count = 4
     """Steps between two records."""
-    rates_gd: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0)
+    rates_gd: Rates = (0.3, 1.0, 3.0, 10.0)
     """Learning rates of gradient descent."""
-    rates_adam: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
+    rates_adam: Rates = (0.03, 0.1, 0.3, 1.0)
     """Learning rates of Adam."""
-    spectra: int = 8
+    spectra: Count = 8
     """Times at which the Gauss-Newton spectrum is taken, evenly spaced in the logarithm of the step."""
-    spectrum_images: int = 40
+    spectrum_images: Count = 40
     """Test images that make up the Gauss-Newton matrix."""
     dtype: Literal["float32", "float64"] = "float32"
     """Floating dtype of the network."""
+
+    def __post_init__(self):
+        images = self.train_images + self.test_images
+        if images > 1797:
+            raise ValueError(f"train_images and test_images must be at most 1797 in all, got {images}")
+
+    @property
+    def rates(self) -> dict[str, tuple[float, ...]]:
+        """The learning rates of each optimizer."""
+        return {"GD": self.rates_gd, "Adam": self.rates_adam}
 
 
 _STANDARD = Config(
@@ -109,38 +119,44 @@ def image_tokens(images: jax.Array, patch: tuple[int, int], train_images: int) -
     return jnp.concatenate([content, jnp.broadcast_to(position[None], (samples, n, n - 1))], axis=-1)
 
 
+class Task(NamedTuple):
+    """Training and test set (images, tokens, labels); the network and all seeds' starts."""
+
+    training: Any
+    test: Any
+    predict: Any
+    starts: Any
+
+
 @eqx.filter_jit
-def prepare(key, images, labels, patch, train_images, test_images, heads, seeds) -> tuple[Any, ...]:
-    """Training and test set (images, tokens, labels) in random order; the network and all seeds' starts."""
+def prepare(key: jax.Array, images: jax.Array, labels: jax.Array, config: Config) -> Task:
+    """Images in random order as tokens, and a start for each seed."""
     k_order, k_start = jax.random.split(key)
-    order = jax.random.permutation(k_order, len(images))[: train_images + test_images]
+    count = config.train_images
+    order = jax.random.permutation(k_order, len(images))[: count + config.test_images]
     images, labels = images[order], labels[order]
-    tokens = image_tokens(images, patch, train_images)
+    tokens = image_tokens(images, config.patch, count)
 
     def start(key):
         dim, dtype = tokens.shape[-1], tokens.dtype
-        return as_function(PromptAttention.standard(key, dim, outputs=10, heads=heads, dtype=dtype))
+        model = PromptAttention.standard(key, dim, outputs=10, heads=config.heads, dtype=dtype)
+        predict, params = as_function(model)
+        return Partial(_class_logits, predict), params
 
-    whole = (images, tokens, labels)
-    training = jax.tree.map(lambda leaf: leaf[:train_images], whole)
-    test = jax.tree.map(lambda leaf: leaf[train_images:], whole)
-    return training, test, *jax.vmap(start)(jax.random.split(k_start, seeds))
+    training = images[:count], tokens[:count], labels[:count]
+    test = images[count:], tokens[count:], labels[count:]
+    return Task(training, test, *jax.vmap(start)(jax.random.split(k_start, config.seeds)))
 
 
-def class_logits(predict: Predict, params: Any, tokens: jax.Array) -> jax.Array:
+def _class_logits(predict: Any, params: Any, tokens: jax.Array) -> jax.Array:
     """Logits of the classes, (N, 10): the output at the one query."""
     return predict(params, tokens)[:, 0]
 
 
-def cross_entropy(predict: Predict, params: Any, tokens: jax.Array, labels: jax.Array) -> jax.Array:
-    """The loss, a mean over images."""
-    logits = class_logits(predict, params, tokens)
-    return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
-
-
 @eqx.filter_jit
-def train_lanes(predict, optimizer, rates, keys, starts, tokens, labels, batch, steps, every) -> Trajectory:
-    """Train in both settings, at every rate, from every start; leaves (setting, rate, seed, time, ...)."""
+def train_lanes(task: Task, optimizer: Any, rates: jax.Array, keys: jax.Array, config: Config) -> Any:
+    """Parameters in both settings, at every rate, from every start; (setting, rate, seed, time, ...)."""
+    _, tokens, labels = task.training
 
     def lane(train_value, rate, key, start):
         def loss(params, chosen=slice(None)):
@@ -149,50 +165,59 @@ def train_lanes(predict, optimizer, rates, keys, starts, tokens, labels, batch, 
                 lambda leaf: jnp.where(train_value, leaf, jax.lax.stop_gradient(leaf)), params["value"]
             )
             params = nnx.State({**params, "value": value})
-            return cross_entropy(predict, params, tokens[chosen], labels[chosen])
+            return cross_entropy(params, (task.predict, tokens[chosen], labels[chosen]))
 
         def draw(key):
-            return jax.random.choice(key, len(labels), (batch,), replace=False)
+            return jax.random.choice(key, len(labels), (config.batch or len(labels),), replace=False)
 
-        batches = {} if batch is None else {"batches": draw, "key": key}
-        _, path = train(loss, start, optimizer(rate), steps=steps, every=every, **batches)
-        return path
+        batches = {} if config.batch is None else {"batches": draw, "key": key}
+        return train(loss, start, optimizer(rate), steps=config.steps, every=config.every, **batches)[1].ys
 
     over_seeds = jax.vmap(lane, in_axes=(None, None, 0, 0))
     over_rates = jax.vmap(over_seeds, in_axes=(None, 0, None, None))
-    return jax.vmap(over_rates, in_axes=(0, None, None, None))(jnp.array([False, True]), rates, keys, starts)
+    over_settings = jax.vmap(over_rates, in_axes=(0, None, None, None))
+    train_value = jnp.array([setting == "prompts and values" for setting in SETTINGS])
+    return over_settings(train_value, rates, keys, task.starts)
 
 
 @eqx.filter_jit
-def measure(predict, params, tokens, labels, test_tokens, test_labels) -> dict[str, jax.Array]:
+def measure(task: Task, params: Any) -> dict[str, jax.Array]:
     """Loss, accuracies and sharpness of the attention for all of many parameters, (..., heads, 1, d)."""
 
+    def accuracy(params, tokens, labels):
+        return jnp.mean(jnp.argmax(task.predict(params, tokens), axis=-1) == labels)
+
     def one(params):
-        log_ratios = attention_log_ratio(params["prompt"][...], test_tokens).reshape(-1)
-        attention = jax.nn.softmax(attention_logits(params["prompt"][...], test_tokens), axis=-1)
-        right = jnp.argmax(class_logits(predict, params, tokens), axis=-1) == labels
-        test_right = jnp.argmax(class_logits(predict, params, test_tokens), axis=-1) == test_labels
+        log_ratios = attention_log_ratio(params["prompt"][...], task.test[1]).reshape(-1)
         return {
-            "loss": cross_entropy(predict, params, tokens, labels),
-            "train_accuracy": jnp.mean(right),
-            "test_accuracy": jnp.mean(test_right),
+            "loss": cross_entropy(params, (task.predict, *task.training[1:])),
+            "train_accuracy": accuracy(params, *task.training[1:]),
+            "test_accuracy": accuracy(params, *task.test[1:]),
             "log10_mean_ratio": log_mean_ratio(log_ratios) / math.log(10),
             "log10_median_ratio": jnp.median(log_ratios) / math.log(10),
-            "entropy": jnp.mean(entropy(attention)) / math.log(attention.shape[-1]),
         }
 
     return _map_lanes(one, params)
 
 
+def at_best_rates(task: Task, params: Any) -> tuple[np.ndarray, dict[str, np.ndarray], Any]:
+    """For each setting the rate with the lowest loss, a mean over seeds and the whole run, and its runs."""
+    curves = measure(task, params)
+    average = np.mean(np.asarray(curves["loss"], float), axis=(2, 3))
+    best = np.argmin(np.where(np.isfinite(average), average, np.inf), axis=1)
+    lanes = np.arange(len(best)), best
+    return best, *jax.tree.map(lambda leaf: np.asarray(leaf)[lanes], (curves, params))
+
+
 @eqx.filter_jit
-def condition_numbers(predict, params, tokens) -> jax.Array:
+def condition_numbers(task: Task, params: Any, images: int) -> jax.Array:
     """Largest over smallest eigenvalue of G^T G / N, G = d logits / d prompts, for all of many parameters."""
     dtype = jnp.result_type(float)  # smaller eigenvalues survive than in the network's own dtype
-    params, tokens = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, tokens))
+    params, tokens = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, task.test[1][:images]))
 
     def one(params):
         def logits(prompt, tokens):
-            return class_logits(predict, nnx.State({**params, "prompt": prompt}), tokens)
+            return task.predict(nnx.State({**params, "prompt": prompt}), tokens)
 
         spectrum = gauss_newton_spectrum(logits, params["prompt"], tokens)
         return spectrum[0] / spectrum[-1]
@@ -208,117 +233,45 @@ def _map_lanes(function: Callable[[Any], Any], params: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.reshape(*lanes, *leaf.shape[1:]), found)
 
 
-@eqx.filter_jit
-def attention_maps(prompts, tokens) -> jax.Array:
-    """Attention (setting, image, head, token) of prompts (setting, head, 1, d)."""
-    logits = jax.vmap(lambda prompt: attention_logits(prompt, tokens))(prompts)
-    return jax.nn.softmax(logits, axis=-1)[:, :, :, 0]
-
-
-def best_rates(loss: jax.Array) -> np.ndarray:
-    """For each setting the index of the rate with the lowest loss, a mean over seeds and the whole run."""
-    average = np.mean(np.asarray(loss, float), axis=(2, 3))
-    return np.argmin(np.where(np.isfinite(average), average, np.inf), axis=1)
-
-
-def run(config: Config, context: Context) -> Result:
+def run(config: Config, context: Context) -> dict:
     """Train with both optimizers in both settings and measure how sharp and how ill-conditioned they end."""
     context.progress("reading the images", 0.0)
-    images, labels = digits(config.dtype)
-    if config.train_images + config.test_images > len(images):
-        raise ValueError(
-            f"train_images and test_images must be at most {len(images)} in all, "
-            f"got {config.train_images} and {config.test_images}"
-        )
     k_data, k_batch = jax.random.split(jax.random.key(context.seed))
-    sizes = (config.patch, config.train_images, config.test_images, config.heads, config.seeds)
-    training, test, predict, starts = prepare(k_data, images, labels, *sizes)
+    task = prepare(k_data, *digits(config.dtype), config)
     keys = jax.random.split(k_batch, config.seeds)
     steps = record_steps(config.steps, config.every)
     marks = np.unique(np.geomspace(1, len(steps), config.spectra).round().astype(int)) - 1
-    shown_images = max(2, config.heads // 3)
+    images, tokens, _ = (leaf[: max(2, config.heads // 3)] for leaf in task.test)
 
-    def run_optimizer(name, rates, begun):
+    def with_optimizer(name, begun):
         context.progress(f"training with {name}", begun)
-        rates = jnp.asarray(rates, config.dtype)
-        _, tokens, labels = training
-        _, test_tokens, test_labels = test
-        length = {"batch": config.batch, "steps": config.steps, "every": config.every}
-        paths = train_lanes(predict, OPTIMIZERS[name], rates, keys, starts, tokens, labels, **length)
+        rates = jnp.asarray(config.rates[name], config.dtype)
+        params = train_lanes(task, OPTIMIZERS[name], rates, keys, config)
         context.progress(f"measuring {name}", begun + 0.3)
-        measured = measure(predict, paths.ys, tokens, labels, test_tokens, test_labels)
-        best = best_rates(measured["loss"])
-        shown, params = jax.tree.map(
-            lambda leaf: np.asarray(leaf)[np.arange(len(SETTINGS)), best], (measured, paths.ys)
-        )
+        best, curves, params = at_best_rates(task, params)
         at_marks = jax.tree.map(lambda leaf: leaf[:, :, marks], params)
+        last_prompt = params["prompt"][...][SETTINGS.index("prompts and values"), 0, -1]
+        attention = jax.nn.softmax(attention_logits(last_prompt, tokens), axis=-1)
         return {
-            **shown,
-            "condition": condition_numbers(predict, at_marks, test_tokens[: config.spectrum_images]),
-            "maps": attention_maps(params["prompt"][...][:, 0, -1], test_tokens[:shown_images]),
-            "rates": rates,
-            "best": best,
-            "loss_of_rates": measured["loss"],
+            "best": ("setting", best),
+            "condition": ("setting seed mark", condition_numbers(task, at_marks, config.spectrum_images)),
+            "maps": ("sample head token", attention[:, :, 0]),
+            **{quantity: ("setting seed step", curve) for quantity, curve in curves.items()},
         }
 
-    runs = {
-        "GD": run_optimizer("GD", config.rates_gd, 0.05),
-        "Adam": run_optimizer("Adam", config.rates_adam, 0.5),
+    return {
+        "setting": ("setting", np.array(SETTINGS)),
+        "step": ("step", steps),
+        "mark": ("mark", steps[marks]),
+        "image": ("sample row column", images),
+        "GD": with_optimizer("GD", 0.05),
+        "Adam": with_optimizer("Adam", 0.5),
     }
-    data = {"steps": steps, "marks": marks, "images": test[0][:shown_images], "runs": runs}
-    claims = (_sharpens(runs), _conditioning(runs, marks), _adam(runs, steps))
-    dims = {
-        f"runs/{name}/{quantity}": ("setting", "seed", "time")
-        for name in runs
-        for quantity in ("loss", "train_accuracy", "test_accuracy", "log10_mean_ratio", "log10_median_ratio")
-    }
-    return Result(data, claims, {**dims, "steps": ("time",)})
 
 
-def _growth(curves: Any) -> np.ndarray:
-    """Last minus first along time, median over seeds: one number per setting."""
-    curves = np.asarray(curves, float)
-    return np.median(curves[..., -1] - curves[..., 0], axis=1)
-
-
-def _sharpens(runs: Any) -> Claim:
-    grown = {name: np.min(_growth(runs[name]["log10_mean_ratio"])) for name in runs}
-    accuracy = np.median(np.asarray(runs["Adam"]["test_accuracy"])[1, :, -1])
-    return Claim(
-        "replicator.digits/sharpens",
-        "Training on real images drives attention towards sparse maps: the ratio grows by decades",
-        "softmax2025talk, experiment (there with a teacher)",
-        "stated",
-        [
-            # Ratios are told apart in orders of magnitude: one at least, in both settings.
-            Check("decades that the mean ratio grows by, GD", "at least", 1.0, grown["GD"]),
-            Check("decades that the mean ratio grows by, Adam", "at least", 1.0, grown["Adam"]),
-            # Far from chance, 0.1, so that it is a network that has learned whose attention is looked at.
-            Check("test accuracy, Adam, prompts and values", "at least", 0.8, accuracy),
-        ],
-    )
-
-
-def _conditioning(runs: Any, marks: np.ndarray) -> Claim:
-    checks = []
-    for name, saved in runs.items():
-        ratio = np.asarray(saved["log10_mean_ratio"], float)[:, :, marks]
-        condition = np.log10(np.asarray(saved["condition"], float))
-        ranks = [rankdata(np.median(curves, axis=1)) for curves in (ratio, condition)]
-        checks += [
-            # Orders of magnitude are told apart by decades: one at least, in both settings.
-            Check(f"decades of the condition number, {name}", "at least", 1.0, np.min(_growth(condition))),
-            # One is a monotone relation, zero is none: more than half of the way.
-            Check(f"rank correlation with the ratio, {name}", "at least", 0.5, np.corrcoef(*ranks)[0, 1]),
-        ]
-    return Claim(
-        "replicator.digits/conditioning",
-        "As the attention sharpens, the Gauss-Newton matrix over the prompts becomes ill-conditioned: "
-        "its condition number grows by decades along with the ratio",
-        "softmax2025talk, theorem on local analysis and experiment, as seen on real images",
-        "stated",
-        checks,
-    )
+def _growth(curves: np.ndarray) -> float:
+    """Last minus first along time, median over seeds, in the setting where it is least."""
+    return np.min(np.median(curves[..., -1] - curves[..., 0], axis=1))
 
 
 def speedups(loss_gd: np.ndarray, loss_adam: np.ndarray, steps: np.ndarray) -> np.ndarray:
@@ -328,74 +281,106 @@ def speedups(loss_gd: np.ndarray, loss_adam: np.ndarray, steps: np.ndarray) -> n
     return taken_gd / taken_adam
 
 
-def _adam(runs: Any, steps: np.ndarray) -> Claim:
-    loss_gd, loss_adam = (np.asarray(runs[name]["loss"], float) for name in OPTIMIZERS)
-    alone, together = np.min(speedups(loss_gd, loss_adam, steps), axis=1)
-    inside = [(run["best"] > 0) & (run["best"] < len(run["rates"]) - 1) for run in runs.values()]
-    return Claim(
-        "replicator.digits/adam",
+def claims(config: Config, saved: Saved) -> Iterator[Claim]:
+    """Attention that sharpens, what it does to the conditioning, and to either optimizer."""
+    ratio = {name: np.asarray(saved[f"{name}/log10_mean_ratio"], float) for name in OPTIMIZERS}
+    _, accuracy = np.median(saved["Adam/test_accuracy"][:, :, -1], axis=1)
+    decade = "orders of magnitude are told apart: one at least"
+    chance = "a network that has learned: chance is 0.1"
+    yield stated(
+        "sharpens",
+        "Training on real images drives attention towards sparse maps: the ratio grows by decades",
+        "softmax2025talk, experiment (there with a teacher)",
+        at_least("decades that the mean ratio grows by, GD", _growth(ratio["GD"]), 1, why=decade),
+        at_least("decades that the mean ratio grows by, Adam", _growth(ratio["Adam"]), 1, why=decade),
+        at_least("test accuracy, Adam, prompts and values", accuracy, 0.8, why=chance),
+    )
+    checks, marked = [], np.isin(saved["step"], saved["mark"])
+    for name in OPTIMIZERS:
+        condition = np.log10(saved[f"{name}/condition"])
+        ranks = [rankdata(np.median(curves, axis=1)) for curves in (ratio[name][:, :, marked], condition)]
+        monotone, half = np.corrcoef(*ranks)[0, 1], "1 if monotone, 0 if unrelated: more than half"
+        checks += [
+            at_least(f"decades of the condition number, {name}", _growth(condition), 1, why=decade),
+            at_least(f"rank correlation with the ratio, {name}", monotone, 0.5, why=half),
+        ]
+    yield stated(
+        "conditioning",
+        "As the attention sharpens, the Gauss-Newton matrix over the prompts becomes ill-conditioned: "
+        "its condition number grows by decades along with the ratio",
+        "softmax2025talk, theorem on local analysis and experiment, as seen on real images",
+        *checks,
+    )
+    gd, adam = (np.asarray(saved[f"{name}/loss"], float) for name in OPTIMIZERS)
+    alone, together = np.min(speedups(gd, adam, saved["step"]), axis=1)
+    best = np.stack([saved[f"{name}/best"] for name in OPTIMIZERS])
+    last = np.array([len(config.rates[name]) - 1 for name in OPTIMIZERS])[:, None]
+    twice = "more than a finer grid of rates could make up for"
+    yield qualified(
+        "adam",
         "Adam is less affected: it needs fewer than half of gradient descent's steps to a loss that both "
         "reach; with prompts alone the two end in different minima, and some starts are against Adam",
         "softmax2025talk, experiment and answer on Adam",
-        "qualified",
-        [
-            # A factor of two at each one's best rate is more than a finer grid of rates could make up for.
-            Check("prompts and values, steps of GD per step of Adam, worst start", "at least", 2.0, together),
-            Check("prompts alone, steps of GD per step of Adam, worst start", "at most", 2.0, alone),
-            # A best rate at the end of its grid would not be the best.
-            Check("best rates that lie inside their grid", "all of", 4, np.sum(inside)),
-        ],
         condition="the values are trained along with the prompts",
+        inside=[
+            at_least("prompts and values, steps of GD per step of Adam, worst start", together, 2, why=twice),
+            # A best rate at the end of its grid would not be the best.
+            every("best rates that lie inside their grid", (best > 0) & (best < last)),
+        ],
+        outside=[at_most("prompts alone, steps of GD per step of Adam, worst start", alone, 2, why=twice)],
         preset="standard",  # it takes several starts to meet one that is against Adam
     )
 
 
-def figure(saved: Saved) -> Figure:
+def figure(config: Config, saved: Saved) -> Figure:
     """Loss, accuracy, ratio and condition number in both settings, and where the heads look in the end."""
     drawn, axes = plotting.new_figure(3, 4, width=3.0, height=2.5)
-    steps, marks = saved["steps"], saved["marks"]
+    steps, marks = saved["step"], saved["mark"]
     for row, setting in enumerate(SETTINGS):
         loss, accuracy, ratio, condition = axes[row]
         for color, name in zip(("C0", "C1"), OPTIMIZERS, strict=True):
-
-            def curves(quantity, path=f"runs/{name}", row=row):
-                return saved[f"{path}/{quantity}"][row]
-
-            rate = saved[f"runs/{name}/rates"][curves("best")]
-            _band(loss, steps, curves("loss"), color, label=f"{name}, rate {rate:.3g}")
-            _band(accuracy, steps, curves("test_accuracy"), color)
-            _band(accuracy, steps, curves("train_accuracy"), color, linestyle=":")
-            _band(ratio, steps, curves("log10_mean_ratio"), color)
-            _band(ratio, steps, curves("log10_median_ratio"), color, linestyle=":")
-            _band(condition, steps[marks], curves("condition"), color, label=name, marker="o")
-        for ax, full, dotted in ((accuracy, "test", "training"), (ratio, "mean", "median")):
-            ax.plot([], [], color="0.3", label=full)
-            ax.plot([], [], color="0.3", linestyle=":", label=dotted)
-        low, high = loss.get_ylim()
-        loss.set(ylabel="training loss (nats)", **({"yscale": "log"} if low < 0.1 * high else {}))
-        loss.set_title(f"Loss: {setting}")
-        accuracy.set(ylim=(0, 1.03), ylabel="accuracy")
-        accuracy.set_title("Accuracy")
-        ratio.set(ylabel="log10 max / min attention")
-        ratio.set_title("Attention ratio, test set")
-        condition.set(yscale="log", ylabel="condition number")
-        condition.set_title("Gauss-Newton, prompts")
-        for ax, place in zip(axes[row], ("best", "lower right", "upper left", "upper left"), strict=True):
-            ax.set_xscale("symlog", linthresh=2 * steps[1])
-            ticks = [0, *(10**power for power in range(1, len(str(steps[-1]))))]
-            ax.set_xticks(ticks, labels=map(str, ticks))
-            ax.set(xlabel="step", xlim=(0, steps[-1]))
-            ax.legend(loc=place)
-
+            rate = config.rates[name][saved[f"{name}/best"][row]]
+            _band(loss, steps, saved[f"{name}/loss"][row], color, label=f"{name}, rate {rate:.3g}")
+            _band(accuracy, steps, saved[f"{name}/test_accuracy"][row], color)
+            _band(accuracy, steps, saved[f"{name}/train_accuracy"][row], color, linestyle=":")
+            _band(ratio, steps, saved[f"{name}/log10_mean_ratio"][row], color)
+            _band(ratio, steps, saved[f"{name}/log10_median_ratio"][row], color, linestyle=":")
+            _band(condition, marks, saved[f"{name}/condition"][row], color, label=name, marker="o")
+        _finish(axes[row], setting, steps)
     grid = axes[2, 0].get_gridspec()
     for ax in axes[2]:
         ax.remove()
     halves = [drawn.add_subplot(grid[2, :2]), drawn.add_subplot(grid[2, 2:])]
     for ax, name in zip(halves, OPTIMIZERS, strict=True):
-        _maps(ax, saved["images"], saved[f"runs/{name}/maps"][1], saved.config["patch"])
-        ax.set_title(f"Heads after {name} on {SETTINGS[1]}")
+        _maps(ax, saved["image"], saved[f"{name}/maps"], config.patch)
+        ax.set_title(f"Heads after {name} on prompts and values")
     drawn.colorbar(halves[-1].images[0], ax=halves, label="attention", fraction=0.02, pad=0.01)
     return drawn
+
+
+def _finish(panels: np.ndarray, setting: str, steps: np.ndarray) -> None:
+    """The labels, scales and legends of the four panels of a setting."""
+    loss, accuracy, ratio, condition = panels
+    for ax, full, dotted in ((accuracy, "test", "training"), (ratio, "mean", "median")):
+        ax.plot([], [], color="0.3", label=full)
+        ax.plot([], [], color="0.3", linestyle=":", label=dotted)
+    low, high = loss.get_ylim()
+    loss.set_yscale("log" if low < 0.1 * high else "linear")
+    accuracy.set_ylim(0, 1.03)
+    condition.set_yscale("log")
+    words = (
+        (f"Loss: {setting}", "training loss (nats)", "best"),
+        ("Accuracy", "accuracy", "lower right"),
+        ("Attention ratio, test set", "log10 max / min attention", "upper left"),
+        ("Gauss-Newton, prompts", "condition number", "upper left"),
+    )
+    ticks = [0, *(10**power for power in range(1, len(str(steps[-1]))))]
+    for ax, (title, ylabel, place) in zip(panels, words, strict=True):
+        ax.set_xscale("symlog", linthresh=2 * steps[1])
+        ax.set_xticks(ticks, labels=map(str, ticks))
+        ax.set(xlabel="step", ylabel=ylabel, xlim=(0, steps[-1]))
+        ax.set_title(title)
+        ax.legend(loc=place)
 
 
 def _band(ax: Axes, x: np.ndarray, curves: np.ndarray, color: str, **line: Any) -> None:
@@ -406,7 +391,7 @@ def _band(ax: Axes, x: np.ndarray, curves: np.ndarray, color: str, **line: Any) 
     ax.fill_between(x, curves.min(axis=0), curves.max(axis=0), color=color, alpha=0.15, linewidth=0)
 
 
-def _maps(ax: Axes, images: np.ndarray, maps: np.ndarray, patch: list[int]) -> Axes:
+def _maps(ax: Axes, images: np.ndarray, maps: np.ndarray, patch: tuple[int, int]) -> None:
     """One row per image, one column per head: attention as heat, with the digit's outline over it."""
     samples, height, width = images.shape
     heads = maps.shape[1]
@@ -422,4 +407,3 @@ def _maps(ax: Axes, images: np.ndarray, maps: np.ndarray, patch: list[int]) -> A
     ax.imshow(heat, cmap="Oranges", vmin=0, vmax=1)
     ax.contour(outline, levels=[0.5], colors="black", linewidths=0.8)
     ax.set_axis_off()
-    return ax

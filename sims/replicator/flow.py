@@ -15,6 +15,7 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.tree_util import Partial
 from matplotlib.figure import Figure
 
@@ -68,7 +69,7 @@ PRESETS: dict[Preset, Config] = {
     "standard": replace(_QUICK, samples=5, tokens=8, dim=60, descent=_DESCENT),
     "paper": replace(_QUICK, samples=20, tokens=20, dim=400, descent=_DESCENT),
 }
-# The network's own gradient flow: what gradient descent tends to as the learning rate goes to zero.
+# Gradient descent of the network tends to this flow as the learning rate goes to zero.
 _network_field = gradient_flow(squared_error)
 
 
@@ -180,7 +181,7 @@ def _loss_rates(task: Task, config: Config) -> dict[str, jax.Array]:
         x, replicator.squared_error_gradient(tokens @ task.value, task.targets, x)
     )
     return {
-        "network": -sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(gradient)),
+        "network": -optax.tree.norm(gradient, squared=True),
         "formula": -config.key_scale * jnp.sum(pushed**2),
     }
 
@@ -223,7 +224,7 @@ def run(config: Config, context: Context) -> dict:
         name: np.max(np.abs(network.ys - flows[name].ys), axis=(1, 2, 3))[1:-1]
         for name in ("separate", "coupled")
     }
-    own_flow = lane(network, 0)
+    own_flow, finest = lane(network, 0), lane(trained["orthogonal"], -1)
     return {
         "rate": ("rate", config.descent.rates),
         "time": ("time", config.descent.times),
@@ -231,7 +232,7 @@ def run(config: Config, context: Context) -> dict:
         "theory": ("time sample token", orthogonal.ys),
         "single": ("time sample token", flows["single"].ys),
         "shares": ("time sample token", flows["shares"].ys),
-        "trained": ("rate time sample token", trained["orthogonal"].ys),
+        "trained": ("time sample token", finest.ys),
         "gap": ("rate", gaps),
         "eps_gap": ("eps", over_eps),
         "flow_gap": {
@@ -247,82 +248,55 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
     """The equation and its assumption, the simplex, the loss, and the way to a vertex."""
     own, shares, loss_rate = saved["flow_gap"], saved["shares"], saved["loss_rate"]
     order = {name: convergence_order(saved["rate"], gap).slope for name, gap in saved["gap"].items()}
+    in_rate = "order of gradient descent's gap in the learning rate"
+    to_single = "gap of the network's flow to one Jacobian"
     yield stated(
         "two-jacobians",
         "With orthogonal keys attention follows the replicator equation x' = J(x) F(x), F = -k J(x) g",
         "softmax2025talk, gradient flow of the attention vectors",
         at_most("gap of the network's own gradient flow", own["theory"], 1e-6, why=SOLVER),
-        slope(
-            "order of gradient descent's gap in the learning rate", order["theory"], 1, 0.1, why=SECOND_ORDER
-        ),
-        at_least(
-            "gap of the network's flow to one Jacobian", own["single"], 1e-2, why="size of the attention"
-        ),
+        slope(in_rate, order["theory"], 1, 0.1, why=SECOND_ORDER),
+        at_least(to_single, own["single"], 1e-2, why="size of the attention"),
     )
     small = saved["eps"] <= 0.1
     in_eps = convergence_order(saved["eps"][small], saved["eps_gap/separate"][small]).slope
-    coupled = largest(saved["eps_gap/coupled"])
+    coupled, twice = largest(saved["eps_gap/coupled"]), "the second order bends it by eps, twice"
+    gaussian = "coupled flow, Gaussian keys: order in the learning rate"
     yield stated(
         "near-orthogonal",
         "The equation still holds approximately where the keys are nearly orthogonal",
         "softmax2025talk, remark on the orthogonality assumption",
-        slope(
-            "order of the gap in eps, eps <= 0.1",
-            in_eps,
-            1,
-            0.2,
-            why="the second order bends it by eps, twice",
-        ),
+        slope("order of the gap in eps, eps <= 0.1", in_eps, 1, 0.2, why=twice),
         at_most("largest gap of the coupled flow at any eps", coupled, 1e-6, why=f"{SOLVER}, for any keys"),
-        slope(
-            "coupled flow, Gaussian keys: order in the learning rate",
-            order["coupled"],
-            1,
-            0.1,
-            why=SECOND_ORDER,
-        ),
+        slope(gaussian, order["coupled"], 1, 0.1, why=SECOND_ORDER),
     )
-    mass = largest(shares.sum(axis=-1) - 1)
+    mass, kept = largest(shares.sum(axis=-1) - 1), "Runge-Kutta keeps linear invariants"
+    distance = largest(shares - saved["theory"])
     yield stated(
         "interior",
         "The interior of the simplex is invariant",
         "softmax2025talk, replicator equation",
         # The equation is solved in the shares themselves, where neither is built in.
-        at_most(
-            "deviation of the shares' sum from one", mass, 1e-10, why="Runge-Kutta keeps linear invariants"
-        ),
+        at_most("deviation of the shares' sum from one", mass, 1e-10, why=kept),
         at_least("smallest share", shares.min(), 0.0, why="the statement itself"),
-        at_most(
-            "distance of the shares from softmax of the logits",
-            largest(shares - saved["theory"]),
-            1e-6,
-            why=SOLVER,
-        ),
+        at_most("distance of the shares from softmax of the logits", distance, 1e-6, why=SOLVER),
     )
+    quotient = loss_rate["network"] / loss_rate["formula"]
     yield stated(
         "dissipation",
         "The loss falls at the rate k sum |J g|^2",
         "softmax2025talk, gradient flow of the attention vectors (derived here from it)",
-        equals(
-            "dL/dt by autodiff over the formula",
-            loss_rate["network"] / loss_rate["formula"],
-            1.0,
-            1e-12,
-            why=ROUNDING,
-        ),
+        equals("dL/dt by autodiff over the formula", quotient, 1.0, 1e-12, why=ROUNDING),
     )
     flow, end = saved["vertex/flow"], saved["vertex_time"][-1]
-    gap = largest(flow - saved["vertex/closed"])
+    gap, steps = largest(flow - saved["vertex/closed"]), "1e-8 per step, on logits to 15"
+    share, next_term = 2 * end * np.exp(flow[-1]), "the next term is u / exp(u), 3e-5"
     yield stated(
         "vertex",
         "Towards a vertex the losing token falls like 1/(2 k D t), not exponentially",
         "softmax2025talk, gradient flow (closed form derived anew: u + sinh u = -k D t)",
-        at_most(
-            "largest gap to the closed form up to t = 1e6", gap, 1e-6, why="1e-8 per step, on logits to 15"
-        ),
-        equals(
-            "2 t x_2 at t = 1e6", 2 * end * np.exp(flow[-1]), 1, 1e-4, why="the next term is u / exp(u), 3e-5"
-        ),
+        at_most("largest gap to the closed form up to t = 1e6", gap, 1e-6, why=steps),
+        equals("2 t x_2 at t = 1e6", share, 1, 1e-4, why=next_term),
     )
 
 
@@ -334,28 +308,26 @@ def figure(config: Config, saved: Saved) -> Figure:
     drawn, axes = plotting.new_figure(2, 2, width=4.8, height=3.6)
     (over_time, over_rate), (over_eps, to_vertex) = axes
 
-    ts, finest = saved["time"], saved["trained"][-1]
-    shown = min(4, finest.shape[-1])
-    # The sample whose attention moves most, and its tokens that move most.
-    moved = np.abs(finest[-1] - finest[0])
+    ts, trained = saved["time"], saved["trained"]
+    # What is shown is the sample whose attention moves most, and those of its tokens that do.
+    moved = np.abs(trained[-1] - trained[0])
     sample = np.argmax(moved.max(axis=1))
-    tokens = np.argsort(-moved[sample])[:shown]
+    tokens = np.argsort(-moved[sample])[:4]
     labels = [f"token {token + 1}" for token in tokens]
     theory = saved["theory"][:, sample, tokens]
-    plotting.theory_and_trained(over_time, ts, theory, finest[:, sample, tokens], labels)
+    plotting.theory_and_trained(over_time, ts, theory, trained[:, sample, tokens], labels)
     over_time.plot(ts, saved["single"][:, sample, tokens], **plotting.PRINTED)
     over_time.plot([], [], label="one Jacobian only", **plotting.PRINTED)
     over_time.set(xlabel="time = learning rate × step", ylabel="attention", ylim=(-0.02, 1.3))
     over_time.set_title("Attention of one sample: trained and theory")
     over_time.legend(loc="upper center", ncols=3)
 
-    rates = saved["rate"]
     gaps = {
         "orthogonal keys: two Jacobians": saved["gap/theory"],
         "Gaussian keys: coupled flow": saved["gap/coupled"],
         "orthogonal keys: one Jacobian": saved["gap/single"],
     }
-    plotting.gap_panel(over_rate, rates, gaps, "learning rate", GAP)
+    plotting.gap_panel(over_rate, saved["rate"], gaps, "learning rate", GAP)
     over_rate.set_title("Gap of gradient descent to the flow")
 
     gaps = {"separate flows": saved["eps_gap/separate"], "coupled flow": saved["eps_gap/coupled"]}

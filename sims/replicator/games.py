@@ -7,10 +7,10 @@ random games for the folk theorem of evolutionary game theory and for Fisher's t
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,30 +25,35 @@ from scipy.integrate import cumulative_trapezoid
 from dynamics.flow import Trajectory
 from dynamics.replicator import games
 from dynamics.replicator.population import replicator_field, simulate
+from models.training import record_steps
 from sims import plotting
-from sims.claims import Check, Claim, Preset
-from sims.results import Context, Result, Saved
+from sims.claims import ROUNDING, Claim, Preset, at_most, equals, every, stated
+from sims.compare import SOLVE, largest
+from sims.ranges import Count, Positive, Range
+from sims.results import Context, Saved
+
+Side = Annotated[int, Range(at_least=3)]
 
 
 @dataclass(frozen=True)
 class Config:
     """Portraits, long runs and random games."""
 
-    starts: int = 6
+    starts: Side = 6
     """Steps a side of the triangular lattice at whose inner points a portrait's trajectories start."""
-    arrows: int = 11
+    arrows: Side = 11
     """Steps a side of the lattice on which a portrait's arrows are drawn."""
-    closed_horizon: float = 100.0
+    closed_horizon: Positive = 100.0
     """Time up to which the closed orbit of zero-sum rock-paper-scissors is followed."""
-    cycle_horizon: float = 1000.0
+    cycle_horizon: Positive = 1000.0
     """Time up to which the heteroclinic cycle is followed."""
-    points: int = 1000
+    points: Count = 1000
     """Records along a run."""
-    random_games: int = 300
+    random_games: Count = 300
     """Random games with three strategies."""
-    followed: int = 60
+    followed: Count = 60
     """Evolutionarily stable strategies, and symmetric games, whose neighbourhood is simulated."""
-    rtol: float = 1e-10
+    rtol: Positive = 1e-10
     """Relative tolerance of the solver."""
 
 
@@ -59,16 +64,23 @@ PRESETS: dict[Preset, Config] = {
     "paper": replace(_QUICK, random_games=30_000, followed=1000),
 }
 
+
 ROCK_PAPER_SCISSORS = ("rock", "paper", "scissors")
-# Title, strategies and time shown of each portrait; the order is that of `_payoffs`.
-PORTRAITS: tuple[tuple[str, tuple[str, str, str], float], ...] = (
-    ("Win = loss: centre", ROCK_PAPER_SCISSORS, 12.0),
-    ("Win 2, loss 1: spiral", ROCK_PAPER_SCISSORS, 20.0),
-    ("Win 1, loss 2: cycle", ROCK_PAPER_SCISSORS, 14.0),
-    ("Coordination, rewards 1, 2, 3", ("1", "2", "3"), 30.0),
-    ("Zeeman's game", ("1", "2", "3"), 30.0),
-    ("Hawk-dove-bourgeois", ("hawk", "dove", "bourgeois"), 60.0),
+ANIMALS = ("hawk", "dove", "bourgeois")
+ZERO_SUM = partial(games.rock_paper_scissors, 1.0, 1.0)
+FAVOURABLE = partial(games.rock_paper_scissors, 2.0, 1.0)
+UNFAVOURABLE = partial(games.rock_paper_scissors, 1.0, 2.0)
+# Each portrait has a title, payoffs, strategies and the time that it shows.
+PORTRAITS: tuple[tuple[str, Callable[[], Array], tuple[str, str, str], float], ...] = (
+    ("Win = loss: centre", ZERO_SUM, ROCK_PAPER_SCISSORS, 12.0),
+    ("Win 2, loss 1: spiral", FAVOURABLE, ROCK_PAPER_SCISSORS, 20.0),
+    ("Win 1, loss 2: cycle", UNFAVOURABLE, ROCK_PAPER_SCISSORS, 14.0),
+    ("Coordination, rewards 1, 2, 3", partial(games.coordination, (1.0, 2.0, 3.0)), ("1", "2", "3"), 30.0),
+    ("Zeeman's game", games.zeeman, ("1", "2", "3"), 30.0),
+    ("Hawk-dove-bourgeois", partial(games.hawk_dove_bourgeois, 2.0, 4.0), ANIMALS, 60.0),
 )
+# What hawks and doves fight for, and what losing a fight costs.
+VALUE, COST = 2.0, 3.0
 
 PATH = "C1"
 _DOT: dict[str, Any] = {"marker": "o", "color": "black", "markersize": 8}
@@ -79,19 +91,6 @@ MARKERS: dict[str, dict[str, Any]] = {
     "centre": {**_DOT, "markerfacecolor": "C5"},
     "degenerate": {**_DOT, "marker": "D", "markerfacecolor": "0.75"},
 }
-
-
-def _payoffs() -> np.ndarray:
-    return np.stack(
-        [
-            games.rock_paper_scissors(1.0, 1.0),
-            games.rock_paper_scissors(2.0, 1.0),
-            games.rock_paper_scissors(1.0, 2.0),
-            games.coordination([1.0, 2.0, 3.0]),
-            games.zeeman(),
-            games.hawk_dove_bourgeois(2.0, 4.0),
-        ]
-    )
 
 
 def lattice(steps: int) -> np.ndarray:
@@ -111,77 +110,7 @@ def field(payoff: Array, x: Array) -> Array:
     return replicator_field(x, payoff @ x)
 
 
-def run(config: Config, context: Context) -> Result:
-    """Follow all games in one batched solve, decide on their rest points, and check the theorems."""
-    payoffs = _payoffs()
-    starts, grid = lattice(config.starts), lattice(config.arrows)
-
-    context.progress("rest points of random games", 0.0)
-    random, symmetric, anywhere = (np.asarray(drawn) for drawn in _draw(context.seed, config))
-    census = _census(random)
-    stable = np.flatnonzero(census.ess)[: config.followed]
-    stable_x = census.x[stable]
-
-    context.progress("following all trajectories", 0.2)
-    orbit_start = np.array([[0.5, 0.3, 0.2]])
-    ok, paths = _follow(
-        [
-            *((payoff, starts, time) for payoff, (_, _, time) in zip(payoffs, PORTRAITS, strict=True)),
-            (payoffs[0], orbit_start, config.closed_horizon),
-            (payoffs[2], orbit_start, config.cycle_horizon),
-            (random[census.game[stable]], 0.999 * stable_x + 0.001 / 3, 100.0),
-            (symmetric, anywhere, 20.0),
-        ],
-        config,
-    )
-    (closed_ts, closed), (cycle_ts, cycle), (ess_ts, ess_logs), (_, ascent) = paths[len(PORTRAITS) :]
-    closed, cycle = closed[0], cycle[0]
-
-    context.progress("deciding on rest points", 0.9)
-    found = [games.rest_points(payoff) for payoff in payoffs]
-    kinds = [
-        [
-            games.stability(payoff, x) if exists else ""
-            for x, exists in zip(rest.points, rest.exists, strict=True)
-        ]
-        for payoff, rest in zip(payoffs, found, strict=True)
-    ]
-    average_error = _average_error(closed_ts, closed)
-    divergence = np.asarray(jax.jit(jax.vmap(games.kl_divergence))(stable_x, ess_logs))
-
-    claims = (
-        _zero_sum(closed),
-        _time_average(closed_ts, closed, average_error),
-        _cycle(cycle_ts, cycle, ok),
-        _eigenvalues(),
-        _hawk_dove(),
-        _fisher(symmetric, ascent),
-        _folk(census),
-        _ess(census, divergence),
-    )
-    every = max(1, config.points // 250)
-    data = {
-        "portrait": {
-            "log_x": np.stack([logs[:, ::every] for _, logs in paths[: len(PORTRAITS)]]),
-            "arrows": grid,
-            "velocity": jax.jit(jax.vmap(jax.vmap(field, (None, 0)), (0, None)))(payoffs, grid),
-            "rest_points": np.stack([rest.points for rest in found]),
-            "stability": np.array(kinds),
-        },
-        "closed": {"ts": closed_ts, "log_x": closed, "average_error": average_error},
-        "cycle": {"ts": cycle_ts, "log_x": cycle},
-        "ess": {"ts": ess_ts[::every], "divergence": divergence[:, ::every]},
-    }
-    dims = {
-        "portrait/log_x": ("game", "start", "time", "strategy"),
-        "cycle/log_x": ("time", "strategy"),
-        "closed/log_x": ("time", "strategy"),
-        "ess/divergence": ("point", "time"),
-    }
-    return Result(data, claims, dims)
-
-
-@functools.partial(jax.jit, static_argnames="config")
+@partial(jax.jit, static_argnames="config")
 def _draw(seed: int, config: Config) -> tuple[Array, Array, Array]:
     """Random games, symmetric games, and starts anywhere on the simplex."""
     k_games, k_symmetric, k_starts = jax.random.split(jax.random.key(seed), 3)
@@ -196,58 +125,138 @@ def _draw(seed: int, config: Config) -> tuple[Array, Array, Array]:
 
 
 @jax.jit
-@functools.partial(jax.vmap, in_axes=(0, 0, 0, None))
+@partial(jax.vmap, in_axes=(0, 0, 0, None))
 def _simulate_each(payoff: Array, x0: Array, ts: Array, rtol: Array) -> Trajectory:
-    return simulate(payoff, x0, ts, rtol=rtol, throw=False)
+    return simulate(payoff, x0, ts, rtol=rtol, **SOLVE)
 
 
-def _follow(runs: Sequence[tuple[np.ndarray, np.ndarray, float]], config: Config):
-    """All runs (payoffs, starts, horizon) as one batch; returns ok, and (ts, log x) by run."""
-    sizes = [len(x0) for _, x0, _ in runs]
-    payoffs = np.concatenate([np.broadcast_to(payoff, (len(x0), 3, 3)) for payoff, x0, _ in runs])
-    starts = np.concatenate([x0 for _, x0, _ in runs])
-    grids = [np.linspace(0.0, horizon, config.points + 1) for _, _, horizon in runs]
-    times = np.repeat(grids, sizes, axis=0)
-    path = _simulate_each(payoffs, starts, times, config.rtol)
-    ends = np.cumsum([0, *sizes])
-    ok, log_x = np.asarray(path.ok), np.asarray(path.ys)
-    return ok, [(ts, log_x[a:b]) for ts, a, b in zip(grids, ends[:-1], ends[1:], strict=True)]
+def _follow(runs: dict[str, tuple[Any, np.ndarray, float]], config: Config) -> tuple[np.ndarray, dict, dict]:
+    """Runs (payoffs, starts, horizon) as one batch; returns ok, and times and log x by the runs' names."""
+    sizes = [len(x0) for _, x0, _ in runs.values()]
+    payoffs = np.concatenate([np.broadcast_to(payoff, (len(x0), 3, 3)) for payoff, x0, _ in runs.values()])
+    starts = np.concatenate([x0 for _, x0, _ in runs.values()])
+    times = {name: np.linspace(0.0, horizon, config.points + 1) for name, (*_, horizon) in runs.items()}
+    path = _simulate_each(payoffs, starts, np.repeat([*times.values()], sizes, axis=0), config.rtol)
+    pieces = np.split(np.asarray(path.ys), np.cumsum(sizes)[:-1])
+    return np.asarray(path.ok), times, dict(zip(runs, pieces, strict=True))
 
 
-class Census(NamedTuple):
+def _census(payoffs: np.ndarray) -> dict[str, np.ndarray]:
     """All isolated rest points of many games: the game's number and the point, and what the point is."""
-
-    game: np.ndarray
-    x: np.ndarray
-    attracts: np.ndarray
-    strict: np.ndarray
-    nash: np.ndarray
-    ess: np.ndarray
-
-
-def _census(payoffs: np.ndarray) -> Census:
     points = [found.points[found.exists] for found in map(games.rest_points, payoffs)]
     game, x = np.repeat(np.arange(len(payoffs)), [len(found) for found in points]), np.concatenate(points)
     growth = np.max(np.real(games.eigenvalues(payoffs[game], x)), axis=1)
     fitness = np.einsum("gij,gj->gi", payoffs[game], x)
     best_replies = np.sum(fitness >= np.max(fitness, axis=1, keepdims=True), axis=1)
-    strict = (
-        (np.max(x, axis=1) == 1) & (np.argmax(x, axis=1) == np.argmax(fitness, axis=1)) & (best_replies == 1)
-    )
+    pure = np.max(x, axis=1) == 1
     nash, ess = (
         np.array([decide(payoffs[g], point) for g, point in zip(game, x, strict=True)])
         for decide in (games.is_nash, games.is_ess)
     )
-    return Census(game, x, growth < 0, strict, nash, ess)
+    strict = pure & (np.argmax(x, axis=1) == np.argmax(fitness, axis=1)) & (best_replies == 1)
+    return {"game": game, "x": x, "attracts": growth < 0, "strict": strict, "nash": nash, "ess": ess}
 
 
-def _average_error(ts: np.ndarray, log_x: np.ndarray) -> np.ndarray:
+@jax.jit
+@jax.vmap
+def _ascent(payoff: Array, log_x: Array) -> dict[str, Array]:
+    """How far d/dt x^T A x is from twice the variance of fitness, and how mean fitness moves."""
+
+    def at(log_x):
+        x = jnp.exp(log_x)
+        mean, growth = jax.jvp(lambda y: games.mean_fitness(payoff, y), (x,), (field(payoff, x),))
+        return mean, growth - 2 * jnp.sum(x * (payoff @ x - mean) ** 2)
+
+    mean, error = jax.vmap(at)(log_x)
+    return {"error": jnp.max(jnp.abs(error)), "least_step": jnp.min(jnp.diff(mean))}
+
+
+_divergence = jax.jit(jax.vmap(games.kl_divergence))
+_rock_paper_scissors = jax.jit(jax.vmap(jax.vmap(games.rock_paper_scissors)))
+_velocity = jax.jit(jax.vmap(jax.vmap(field, (None, 0)), (0, None)))
+
+
+def _portraits(log_x: list[np.ndarray], config: Config) -> dict[str, Any]:
+    """Trajectories, arrows and rest points of the six games."""
+    payoffs, grid = np.stack([payoff() for _, payoff, *_ in PORTRAITS]), lattice(config.arrows)
+    points = np.stack([games.rest_points(payoff).points for payoff in payoffs])
+    kinds = [
+        ["" if np.isnan(x[0]) else games.stability(payoff, x) for x in found]
+        for payoff, found in zip(payoffs, points, strict=True)
+    ]
+    return {
+        "log_x": ("game start record strategy", np.stack(log_x)),
+        "arrows": ("arrow strategy", grid),
+        "velocity": ("game arrow strategy", _velocity(payoffs, grid)),
+        "rest_points": ("game support strategy", points),
+        "stability": ("game support", np.array(kinds)),
+    }
+
+
+def _solve_by_hand() -> dict[str, Any]:
+    """Rates and shares at rest points that are known."""
+    pays, centre = np.linspace(0.5, 3, 6), np.full(3, 1 / 3)
+    payoffs = _rock_paper_scissors(*np.meshgrid(pays, pays, indexing="ij"))
+    found = games.eigenvalues(payoffs, np.broadcast_to(centre, (6, 6, 3)))
+    hawk_dove, zeeman = games.hawk_dove(VALUE, COST), games.zeeman()
+    mixed = games.rest_points(hawk_dove).points[-1]
+    growth = np.max(np.real(games.eigenvalues(zeeman, centre)))
+    return {
+        "win": ("win", pays),
+        "loss": ("loss", pays),
+        # The upper one of each conjugate pair is compared.
+        "eigenvalue": ("win loss", np.where(np.imag(found[..., 0]) > 0, found[..., 0], found[..., 1])),
+        "hawks": {"share": mixed[0], "rate": np.real(games.eigenvalues(hawk_dove, mixed))[0]},
+        "zeeman": {"growth": growth, "ess": games.is_ess(zeeman, centre)},
+    }
+
+
+def run(config: Config, context: Context) -> dict:
+    """Follow all games in one batched solve, decide on their rest points, and measure the rest."""
+    context.progress("rest points of random games", 0.0)
+    random, symmetric, anywhere = jax.device_get(_draw(context.seed, config))
+    census = _census(random)
+    stable = np.flatnonzero(census["ess"])[: config.followed]
+    game, stable_x = census.pop("game")[stable], census.pop("x")[stable]
+
+    context.progress("following all trajectories", 0.2)
+    orbit = np.array([[0.5, 0.3, 0.2]])
+    runs = {title: (payoff(), lattice(config.starts), time) for title, payoff, _, time in PORTRAITS}
+    runs |= {
+        "closed": (ZERO_SUM(), orbit, config.closed_horizon),
+        "cycle": (UNFAVOURABLE(), orbit, config.cycle_horizon),
+        "ess": (random[game], 0.999 * stable_x + 0.001 / 3, 100.0),
+        "ascent": (symmetric, anywhere, 20.0),
+    }
+    ok, times, log_x = _follow(runs, config)
+    divergence = np.asarray(_divergence(stable_x, log_x["ess"]))
+    drawn = record_steps(config.points, max(1, config.points // 250))
+
+    context.progress("deciding on rest points", 0.9)
+    return {
+        "game": ("game", np.array([title for title, *_ in PORTRAITS])),
+        "portrait": _portraits([log_x[title][:, drawn] for title, *_ in PORTRAITS], config),
+        "ok": ("trajectory", ok),
+        "closed_time": ("closed_time", times["closed"]),
+        "closed": ("closed_time strategy", log_x["closed"][0]),
+        "cycle_time": ("cycle_time", times["cycle"]),
+        "cycle": ("cycle_time strategy", log_x["cycle"][0]),
+        "ess_time": ("ess_time", times["ess"][drawn]),
+        "divergence": ("stable ess_time", divergence[:, drawn]),
+        "largest_rise": ("stable", np.max(np.diff(divergence, axis=1), axis=1)),
+        "ascent": ("symmetric_game", _ascent(symmetric, log_x["ascent"])),
+        "census": ("rest_point", census),
+        **_solve_by_hand(),
+    }
+
+
+def average_error(ts: np.ndarray, log_x: np.ndarray) -> np.ndarray:
     """Largest deviation of the time average over [0, t] from 1/3, at every t but the first."""
     area = cumulative_trapezoid(np.exp(log_x), ts, axis=0)
     return np.max(np.abs(area / ts[1:, None] - 1 / 3), axis=1)
 
 
-def _average_bound(log_x: np.ndarray) -> float:
+def average_bound(log_x: np.ndarray) -> float:
     """What t |average - 1/3| cannot exceed in zero-sum rock-paper-scissors.
 
     (log x(t) - log x(0)) / t = A (average - 1/3), and A stretches tangent vectors by sqrt(3).
@@ -255,167 +264,101 @@ def _average_bound(log_x: np.ndarray) -> float:
     return float(np.max(np.linalg.norm(log_x - log_x[:1], axis=1))) / np.sqrt(3)
 
 
-def _sup(values: np.ndarray) -> float:
-    return float(np.max(np.abs(values)))
+def claims(config: Config, saved: Saved) -> Iterator[Claim]:
+    """Long runs, games that are solved by hand, and three theorems."""
+    yield from _long_runs(saved)
+    yield from _solved_by_hand(saved)
+    yield from _theorems(saved)
 
 
-def _zero_sum(log_x: np.ndarray) -> Claim:
-    drift = np.expm1(np.sum(log_x, axis=1) - np.sum(log_x[0]))
-    return Claim(
-        "replicator.games/zero-sum",
+def _long_runs(saved: Saved) -> Iterator[Claim]:
+    ts, log_x = saved["closed_time"], saved["closed"]
+    drift = largest(np.expm1(np.sum(log_x, axis=1) - np.sum(log_x[0])))
+    yield stated(
+        "zero-sum",
         "Zero-sum rock-paper-scissors has closed orbits: x1 x2 x3 is constant",
         "hofbauer1998, section 7.7",
-        "stated",
-        # About a hundred steps, each with an error of about 1e-10.
-        [Check("largest relative drift of x1 x2 x3", "at most", 2e-8, _sup(drift))],
+        at_most("largest relative drift of x1 x2 x3", drift, 2e-8, why="about a hundred steps at 1e-10 each"),
     )
-
-
-def _time_average(ts: np.ndarray, log_x: np.ndarray, error: np.ndarray) -> Claim:
-    bound = _average_bound(log_x)
-    return Claim(
-        "replicator.games/time-average",
+    bound, measured = average_bound(log_x), largest(ts[1:] * average_error(ts, log_x))
+    trapezoids = "exact, but for the trapezoidal rule"
+    yield stated(
+        "time-average",
         "The time average of an orbit that stays off the boundary tends to the Nash equilibrium",
         "hofbauer1998, section 7.6",
-        "stated",
-        [
-            # The bound is exact; the trapezoidal rule errs by less than a hundredth of it.
-            Check("largest t |average - 1/3|", "at most", bound, _sup(ts[1:] * error), 0.01 * bound),
-        ],
+        at_most("largest t |average - 1/3|", measured, bound, 0.01 * bound, why=trapezoids),
     )
-
-
-def _cycle(ts: np.ndarray, log_x: np.ndarray, ok: np.ndarray) -> Claim:
-    leaders = np.argmax(log_x, axis=1)
+    log_x, leaders = saved["cycle"], np.argmax(saved["cycle"], axis=1)
     switches = np.flatnonzero(np.diff(leaders)) + 1
-    sojourns = np.diff(ts[switches])
-    in_order = np.diff(leaders)[switches - 1] % 3 == np.diff(leaders)[switches[0] - 1] % 3
-    return Claim(
-        "replicator.games/heteroclinic",
+    sojourns, turns = np.diff(saved["cycle_time"][switches]), np.diff(leaders)[switches - 1] % 3
+    least, double = np.min(log_x) / np.log(10), sojourns[-1] / sojourns[-2]
+    way = "between corners: a time of order 1 of 200"
+    yield stated(
+        "heteroclinic",
         "Where losing costs more than winning pays, rock-paper-scissors approaches the cycle of its corners",
         "hofbauer1998, section 7.7",
-        "stated",
-        [
-            Check("trajectories of all games that stay finite", "all of", ok.size, int(np.sum(ok))),
-            Check(
-                "switches of the largest share in the order of the cycle",
-                "all of",
-                in_order.size,
-                in_order.sum(),
-            ),
-            # A share falls at the rate of the loss and returns at that of the win, 2 to 1. The way between
-            # two corners takes a time of order one, of a sojourn of two hundred.
-            Check(
-                "last sojourn at a corner over the one before",
-                "equals",
-                2.0,
-                sojourns[-1] / sojourns[-2],
-                0.1,
-            ),
-            Check(
-                "log10 of the smallest share on the way", "at most", -150, float(np.min(log_x)) / np.log(10)
-            ),
-        ],
+        every("trajectories of all games that stay finite", saved["ok"]),
+        every("switches of the largest share in the order of the cycle", turns == turns[0]),
+        # A share falls at the rate of the loss and returns at that of the win, 2 to 1.
+        equals("last sojourn at a corner over the one before", double, 2, 0.1, why=way),
+        at_most("log10 of the smallest share on the way", least, -150, why="10^-173 is exp(-2 * 200)"),
     )
 
 
-def _eigenvalues() -> Claim:
-    win, loss = (values.ravel() for values in np.meshgrid(np.linspace(0.5, 3, 6), np.linspace(0.5, 3, 6)))
-    payoffs = jax.jit(jax.vmap(games.rock_paper_scissors))(win, loss)
-    found = games.eigenvalues(payoffs, np.full((win.size, 3), 1 / 3))
+def _solved_by_hand(saved: Saved) -> Iterator[Claim]:
+    win, loss = saved["win"][:, None], saved["loss"]
     expected = -(win - loss) / 6 + 1j * (win + loss) / (2 * np.sqrt(3))
-    upper = found[np.arange(win.size), np.argmax(np.imag(found), axis=1)]
-    return Claim(
-        "replicator.games/rock-paper-scissors",
+    off, two = largest(saved["eigenvalue"] - expected), "rounding of 2 x 2 problems"
+    yield stated(
+        "rock-paper-scissors",
         "The centre of rock-paper-scissors has eigenvalues -(win - loss)/6 ± i (win + loss)/(2 sqrt 3)",
         "hofbauer1998, section 7.7",
-        "stated",
-        # Rounding of a 2 x 2 eigenvalue problem.
-        [Check("largest deviation over 36 games", "at most", 1e-14, np.max(np.abs(upper - expected)))],
+        at_most("largest deviation over 36 games", off, 1e-14, why=two),
     )
-
-
-def _hawk_dove() -> Claim:
-    value, cost = 2.0, 3.0
-    payoff = games.hawk_dove(value, cost)
-    mixed = games.rest_points(payoff).points[-1]
-    rate = np.real(games.eigenvalues(payoff, mixed))[0]
-    return Claim(
-        "replicator.games/hawk-dove",
+    rate = -VALUE * (COST - VALUE) / (2 * COST)
+    yield stated(
+        "hawk-dove",
         "Where fighting costs more than it brings, a share V/C of hawks is stable",
         "hofbauer1998, section 6.1",
-        "stated",
-        [
-            # Rounding of 2 x 2 problems.
-            Check("stable share of hawks, V = 2, C = 3", "equals", value / cost, mixed[0], 1e-12),
-            Check("rate of return", "equals", -value * (cost - value) / (2 * cost), rate, 1e-12),
-        ],
+        equals("stable share of hawks, V = 2, C = 3", saved["hawks/share"], VALUE / COST, 1e-12, why=two),
+        equals("rate of return", saved["hawks/rate"], rate, 1e-12, why=two),
     )
 
 
-def _growth_of_mean(payoff: Array, log_x: Array) -> tuple[Array, Array, Array]:
-    """Mean fitness, its derivative along the flow, and the variance of fitness."""
-    x = jnp.exp(log_x)
-    mean, growth = jax.jvp(lambda y: games.mean_fitness(payoff, y), (x,), (field(payoff, x),))
-    return mean, growth, jnp.sum(x * (payoff @ x - mean) ** 2)
-
-
-def _fisher(payoffs: np.ndarray, log_x: np.ndarray) -> Claim:
-    along = jax.jit(jax.vmap(jax.vmap(_growth_of_mean, (None, 0))))
-    mean, growth, variance = (np.asarray(values) for values in along(payoffs, log_x))
-    # A mean fitness that has arrived still moves by rounding.
-    rises = np.all(np.diff(mean, axis=1) > -1e-12, axis=1)
-    return Claim(
-        "replicator.games/fisher",
+def _theorems(saved: Saved) -> Iterator[Claim]:
+    error, least_step = largest(saved["ascent/error"]), saved["ascent/least_step"]
+    yield stated(
+        "fisher",
         "In partnership games mean fitness grows, at twice the variance of fitness",
         "hofbauer1998, section 7.8",
-        "stated",
-        [
-            # The same number by two routes, of size up to ten: rounding only.
-            Check("largest |d/dt x^T A x - 2 Var|", "at most", 2e-13, _sup(growth - 2 * variance)),
-            Check("trajectories with rising mean fitness", "all of", rises.size, int(np.sum(rises))),
-        ],
+        at_most("largest |d/dt x^T A x - 2 Var|", error, 2e-13, why=f"{ROUNDING}, of numbers up to ten"),
+        # A mean fitness that has arrived still moves by rounding.
+        every("trajectories with rising mean fitness", least_step > -1e-12),
     )
-
-
-def _folk(census: Census) -> Claim:
-    return Claim(
-        "replicator.games/folk-theorem",
+    attracts, strict, nash, ess = (saved[f"census/{name}"] for name in ("attracts", "strict", "nash", "ess"))
+    yield stated(
+        "folk-theorem",
         "Strict Nash equilibria attract, and what attracts is a Nash equilibrium",
         "hofbauer1998, section 7.2",
-        "stated",
-        [
-            _all_of("strict equilibria that attract", census.strict, census.attracts),
-            _all_of("attracting rest points that are Nash", census.attracts, census.nash),
-        ],
+        every("strict equilibria that attract", attracts[strict]),
+        every("attracting rest points that are Nash", nash[attracts]),
     )
-
-
-def _all_of(label: str, those: np.ndarray, too: np.ndarray) -> Check:
-    return Check(label, "all of", int(np.sum(those)), int(np.sum(those & too)))
-
-
-def _ess(census: Census, divergence: np.ndarray) -> Claim:
+    divergence = saved["divergence"]
     # Both terms of the divergence are of size one: below 1e-14 it is rounding.
-    falls = np.all(np.diff(divergence, axis=1) <= 1e-14, axis=1) & (divergence[:, -1] < divergence[:, 0])
-    zeeman, centre = games.zeeman(), np.full(3, 1 / 3)
-    growth = np.max(np.real(games.eigenvalues(zeeman, centre)))
-    return Claim(
-        "replicator.games/ess",
+    falls = (saved["largest_rise"] <= 1e-14) & (divergence[:, -1] < divergence[:, 0])
+    growth, centres, two = saved["zeeman/growth"], saved["zeeman/ess"], "rounding of a 2 x 2 problem"
+    yield stated(
+        "ess",
         "Evolutionarily stable strategies attract; not all that attract are evolutionarily stable",
         "hofbauer1998, section 7.2",
-        "stated",
-        [
-            _all_of("evolutionarily stable ones that attract", census.ess, census.attracts),
-            Check("trajectories near them whose divergence falls", "all of", falls.size, int(np.sum(falls))),
-            # Rounding of a 2 x 2 eigenvalue problem.
-            Check("growth rate at the centre of Zeeman's game", "equals", -1 / 3, growth, 1e-12),
-            Check("evolutionarily stable centres there", "equals", 0, games.is_ess(zeeman, centre)),
-        ],
+        every("evolutionarily stable ones that attract", attracts[ess]),
+        every("trajectories near them whose divergence falls", falls),
+        equals("growth rate at the centre of Zeeman's game", growth, -1 / 3, 1e-12, why=two),
+        equals("evolutionarily stable centres there", centres, 0, why="the statement itself"),
     )
 
 
-def figure(saved: Saved) -> Figure:
+def figure(config: Config, saved: Saved) -> Figure:
     """Six phase portraits, and three panels on the long run."""
     drawn = Figure(figsize=(8.6, 7.9), layout="constrained")
     upper, lower = np.asarray(drawn.subfigures(2, 1, height_ratios=(2.3, 1.0)))
@@ -429,20 +372,20 @@ def figure(saved: Saved) -> Figure:
 
     cycle, averages, near = lower.subplots(1, 3)
     for strategy, label in enumerate(ROCK_PAPER_SCISSORS):
-        cycle.plot(saved["cycle/ts"], saved["cycle/log_x"][:, strategy] / np.log(10), label=label)
+        cycle.plot(saved["cycle_time"], saved["cycle"][:, strategy] / np.log(10), label=label)
     cycle.set(xlabel="time", ylabel="log10 of the share")
     cycle.set_title("Far along the cycle")
     cycle.legend(loc="lower left")
 
-    ts, error = saved["closed/ts"][1:], saved["closed/average_error"]
-    averages.loglog(ts, error, color="C0", label="rock-paper-scissors")
-    averages.loglog(ts, _average_bound(saved["closed/log_x"]) / ts, label="bound ~ 1 / t", **plotting.THEORY)
+    ts, log_x = saved["closed_time"], saved["closed"]
+    averages.loglog(ts[1:], average_error(ts, log_x), color="C0", label="rock-paper-scissors")
+    averages.loglog(ts[1:], average_bound(log_x) / ts[1:], label="bound ~ 1 / t", **plotting.THEORY)
     averages.set(xlabel="time t", ylabel="|average over [0, t] − 1/3|", ylim=(3e-4, 20))
     averages.set_title("Time average at the centre")
     averages.legend(loc="upper right")
 
-    divergence = saved["ess/divergence"][:16]
-    near.semilogy(saved["ess/ts"], (divergence / divergence[:, :1]).T, color="C0", linewidth=0.8)
+    divergence = saved["divergence"][:16]
+    near.semilogy(saved["ess_time"], (divergence / divergence[:, :1]).T, color="C0", linewidth=0.8)
     near.set(xlabel="time", ylabel="KL(x* ‖ x) / its start", ylim=(1e-7, 2))
     near.set_title(f"Next to {len(divergence)} stable points")
     return drawn
@@ -450,7 +393,7 @@ def figure(saved: Saved) -> Figure:
 
 def _portrait(ax: Axes, saved: Saved, game: int) -> Quiver:
     """One game on the triangle; returns the arrows, for the colour bar."""
-    title, corners, _ = PORTRAITS[game]
+    title, _, corners, _ = PORTRAITS[game]
     ax.set_title(title)
     ax.set_axis_off()
     ax.set(aspect="equal", xlim=(-0.08, 1.08), ylim=(-0.1, 0.92))

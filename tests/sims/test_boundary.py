@@ -8,7 +8,7 @@ import pytest
 
 from models.optimizers import decaying, one_of
 from models.training import train
-from sims.replicator.boundary import PRESETS, Config, _adam_claim, _best
+from sims.replicator.boundary import PRESETS, Config, _speeds, best_rate
 
 
 def loss(params):
@@ -38,24 +38,22 @@ def test_the_best_rate_reaches_the_target_first_or_else_ends_lowest():
         [[1.0, 1.0, small], [1.0, small, 1.0], [1.0, 1e-9, 1e-9]],
         [[1.0, np.nan, np.nan], [1.0, 1e-3, 1e-3], [1.0, 1e-6, 1e-2]],
     ]
-    losses = np.array(runs).reshape(2, 1, 1, 3, 3)
-    rates = np.broadcast_to([1.0, 2.0, 3.0], (2, 1, 1, 3))
-    best = _best(config, {"loss": losses, "rate": rates})
+    losses = np.array(runs).reshape(2, 1, 3, 3)
+    rates = np.broadcast_to([1.0, 2.0, 3.0], (2, 1, 3))
+    best = best_rate(config, {"loss": losses, "rate": rates})
     assert best["rate"].ravel().tolist() == [2.0, 2.0]
-    np.testing.assert_array_equal(best["loss"][:, 0, 0], [runs[0][1], runs[1][1]])
+    assert best["iterations"].ravel().tolist() == [config.every, np.inf]
+    np.testing.assert_array_equal(best["loss"][:, 0], [runs[0][1], runs[1][1]])
 
 
 @pytest.mark.parametrize("slow_adam", [False, True])
 def test_adam_is_less_affected_only_where_its_own_slowdown_is_the_smaller_one(slow_adam):
-    config = PRESETS["quick"]
-
-    def losses(*records):
-        """Runs from the local start, one for each ratio, that are at the target after so many records."""
-        after = np.array(records)[None, :, None, None]
-        return {"loss": np.where(np.arange(100) < after, 1.0, 0.0).repeat(2, axis=2)}
-
-    # At the large ratio Adam is ten times as fast either way.
-    claim = _adam_claim(config, {"gd": losses(20, 80), "adam": losses(1 if slow_adam else 4, 8)})
+    # Iterations at the small and at the large ratio, where Adam is ten times as fast either way.
+    iterations = {
+        "iterations/gd": np.array([[400.0, 1600.0]]),
+        "iterations/adam": np.array([[20.0 if slow_adam else 80.0, 160.0]]),
+    }
+    _, claim = _speeds(PRESETS["quick"], iterations)
     assert [check.holds for check in claim.checks] == [True, True, not slow_adam]
     assert claim.checks[2].measured == pytest.approx(2.0 if slow_adam else 0.5)
 
