@@ -1,8 +1,10 @@
-"""Memory of a weight matrix and its Adam state: at full rank, with LoRA, with GaLore."""
+"""Memory of a weight matrix and its Adam state: at full rank, with LoRA, with GaLore; bytes of a pytree."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+import jax
 
 from dynamics.arguments import require_choice, require_sizes
 
@@ -84,3 +86,13 @@ def galore_memory(m: int, n: int, rank: int, projection: Projection | str = "std
         return Memory(m * n, 2 * rank**2, (m + n) * rank)
     short = {"std": min(m, n), "reverse_std": max(m, n), "left": m, "right": n}[projection]
     return Memory(m * n, 2 * (m + n - short) * rank, short * rank)
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays of a pytree, such as an optimizer's state, or of their shapes.
+
+    Example:
+        >>> nbytes([jax.ShapeDtypeStruct((2, 3), "bfloat16"), jax.ShapeDtypeStruct((), "int32")])
+        16
+    """
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
