@@ -6,56 +6,34 @@ would allocate, and from what the compiler says that a compiled training step ne
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from models.galore import Layerwise, Stack, galore, layerwise, scale_by_adam_8bit, state_bytes
-from models.memory import Memory, full_rank_memory, galore_memory, lora_memory, nbytes
+from models.llama import SHAPES, Shape, Size, block, embed, joint_step, next_token_loss, param_shapes
+from models.memory import Memory, compiled_bytes, full_rank_memory, galore_memory, lora_memory, nbytes
 from sims import plotting
 from sims.claims import Claim, Preset, at_least, at_most, corrected, equals, every, qualified, stated
 from sims.ranges import Count
 from sims.results import Context, Saved
 
-VOCABULARY = 32000
 BYTES = 2  # of a bfloat16 number
 GB = 1e9
 BATCH = 512 * 256  # tokens per step of the printed runs: sequences times their length
-
-
-class Shape(NamedTuple):
-    """A LLaMA model: sizes, and the rank that it is trained with."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    rank: int
-
-
-Name = Literal["60M", "130M", "350M", "1B", "7B"]
-MODELS: dict[Name, Shape] = {
-    "60M": Shape(512, 1376, 8, 8, 128),
-    "130M": Shape(768, 2048, 12, 12, 256),
-    "350M": Shape(1024, 2736, 24, 16, 256),
-    "1B": Shape(2048, 5461, 24, 32, 512),
-    "7B": Shape(4096, 11008, 32, 32, 1024),
-}
 TABLE = ("60M", "130M", "350M", "1B")  # with printed totals
 # Heads and layers as printed, and a width to which the printed rank has the printed ratio.
 AS_PRINTED = {
-    "1B": MODELS["1B"]._replace(layers=32, heads=24),
-    "60M": MODELS["60M"]._replace(hidden=256, intermediate=688),
+    "1B": SHAPES["1B"]._replace(layers=32, heads=24),
+    "60M": SHAPES["60M"]._replace(hidden=256, intermediate=688),
 }
 # Printed: weights and optimizer states in GB, one number per model of the table.
 PRINTED = {
@@ -82,7 +60,7 @@ PROGRAMS = ("Adam", "GaLore, joint update", "8-bit GaLore, per layer")
 class Config:
     """The training step that is compiled."""
 
-    model: Name = "60M"
+    model: Size = "60M"
     """Which model's step."""
     tokens: Count = 256
     """Tokens of the one sequence in a batch."""
@@ -90,29 +68,6 @@ class Config:
 
 _WHOLE = Config(model="7B", tokens=2048)
 PRESETS: dict[Preset, Config] = {"quick": Config(), "standard": _WHOLE, "paper": _WHOLE}
-
-
-# --- Shapes
-
-
-def _params(shape: Shape, dtype: Any = jnp.bfloat16) -> Stack:
-    """Shapes of all parameters, the layers stacked."""
-    d, f, depth = shape.hidden, shape.intermediate, shape.layers
-
-    def array(*sizes):
-        return jax.ShapeDtypeStruct(sizes, dtype)
-
-    square = {name: array(depth, d, d) for name in ("query", "key", "value", "output")}
-    layers = {
-        "attention_norm": array(depth, d),
-        **square,
-        "mlp_norm": array(depth, d),
-        "gate": array(depth, d, f),
-        "up": array(depth, d, f),
-        "down": array(depth, f, d),
-    }
-    outer = {"embedding": array(VOCABULARY, d), "norm": array(d), "head": array(d, VOCABULARY)}
-    return Stack(outer, layers)
 
 
 def _matrices(params: Stack) -> dict[str, tuple[int, int]]:
@@ -131,7 +86,7 @@ def _size(leaves: Any) -> int:
 
 def _memory(shape: Shape, method: str) -> tuple[int, int]:
     """Weights and optimizer state in numbers: the method on the layers' matrices, Adam on the rest."""
-    params = _params(shape)
+    params = param_shapes(shape)
     sizes = _matrices(params).values()
     parts = [METHODS[method](m, n, shape.rank) for m, n in sizes]
     rest = _size(params) - shape.layers * sum(m * n for m, n in sizes)
@@ -142,14 +97,14 @@ def _memory(shape: Shape, method: str) -> tuple[int, int]:
 def _allocated(shape: Shape) -> tuple[int, int]:
     """Numbers in the state of `galore`, and how many step counts there are besides."""
     optimizer = galore(1e-3, shape.rank, matrix_axes=_axes)
-    leaves = jax.tree.leaves(jax.eval_shape(optimizer.init, _params(shape)))
+    leaves = jax.tree.leaves(jax.eval_shape(optimizer.init, param_shapes(shape)))
     floating = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return _size(floating), _size(leaves) - _size(floating)
 
 
 def _one_layer_bytes(shape: Shape) -> tuple[int, int]:
     """Bytes of the state of one layer's matrices: by the formula, and as `state_bytes` has it."""
-    sizes = _matrices(_params(shape))
+    sizes = _matrices(param_shapes(shape))
     layer = {name: jax.ShapeDtypeStruct(size, jnp.bfloat16) for name, size in sizes.items()}
     parts = [galore_memory(m, n, shape.rank) for m, n in sizes.values()]
     return BYTES * sum(part.states + part.projection for part in parts), state_bytes(layer, shape.rank)
@@ -159,117 +114,46 @@ def _per_layer(shape: Shape) -> Layerwise:
     """8-bit GaLore that updates layer by layer."""
     moments = scale_by_adam_8bit()
     optimizer = galore(1e-3, shape.rank, inner=moments, plain=moments)
-    return layerwise(optimizer, _embed, partial(_block, heads=shape.heads), _loss)
-
-
-# --- The network whose training step is compiled
-
-
-def _norm(x: Array, gain: Array) -> Array:
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6) * gain[None, :]
-
-
-def _block(layer: dict[str, Array], x: Array, heads: int) -> Array:
-    """A layer on one sequence (T, d); rotary positions, which keep no memory of their own, are left out."""
-    length = len(x)
-    seen = _norm(x, layer["attention_norm"])
-    query, key, value = (
-        (seen @ layer[name]).reshape(length, heads, -1) for name in ("query", "key", "value")
-    )
-    logits = jnp.einsum("qhc,khc->hqk", query, key) / math.sqrt(query.shape[-1])
-    past = jnp.tril(jnp.ones((length, length), bool))[None]
-    attention = jax.nn.softmax(jnp.where(past, logits, jnp.finfo(logits.dtype).min), axis=-1)
-    x = x + jnp.einsum("hqk,khc->qhc", attention, value).reshape(length, -1) @ layer["output"]
-    seen = _norm(x, layer["mlp_norm"])
-    return x + (jax.nn.silu(seen @ layer["gate"]) * (seen @ layer["up"])) @ layer["down"]
-
-
-def _embed(outer: dict[str, Array], tokens: Array) -> Array:
-    return outer["embedding"][tokens[:-1]]
-
-
-def _loss(outer: dict[str, Array], x: Array, tokens: Array) -> Array:
-    logits = _norm(x, outer["norm"]) @ outer["head"]
-    return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[1:]))
-
-
-def _joint_step(optimizer: optax.GradientTransformation, heads: int) -> Callable[..., Any]:
-    """The ordinary training step; within layers, activations are computed again."""
-    block = jax.checkpoint(partial(_block, heads=heads))
-
-    def loss(params, tokens):
-        x, _ = jax.lax.scan(
-            lambda x, layer: (block(layer, x), None),
-            _embed(params.outer, tokens),
-            params.layers,
-        )
-        return _loss(params.outer, x, tokens)
-
-    def step(params, state, tokens):
-        value, gradient = jax.value_and_grad(loss)(params, tokens)
-        updates, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, updates), state, value
-
-    return step
-
-
-def _compile(step: Callable[..., Any], params: Stack, state: Any, tokens: int) -> dict[str, int]:
-    """What a compiled step needs, in bytes, by the compiler's own account."""
-    batch = jax.ShapeDtypeStruct((tokens + 1,), jnp.int32)
-    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch)
-    # A CPU multiplies bfloat16 numbers as float32: moved out of the loop over layers, that conversion would
-    # make a float32 copy of all weights, which accelerators do not have.
-    hoisting = ("while-loop-invariant-code-motion", "while-loop-expensive-invariant-code-motion")
-    options = {
-        "xla_disable_hlo_passes": ",".join(hoisting),
-        "xla_backend_optimization_level": 0,  # of the machine code, which never runs
-    }
-    memory: Any = lowered.compile(compiler_options=options).memory_analysis()
-    return {
-        "weights": nbytes(params),
-        "states": nbytes(state),
-        "in_place": memory.alias_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-    }
+    return layerwise(optimizer, embed, partial(block, heads=shape.heads), next_token_loss)
 
 
 def _programs(config: Config, context: Context) -> dict[str, np.ndarray]:
     """Bytes of each of the programs: weights, states, what is updated in place, temporaries."""
-    shape = MODELS[config.model]
-    params = _params(shape)
+    shape = SHAPES[config.model]
+    params = param_shapes(shape)
     adam, low_rank = optax.adam(1e-3), galore(1e-3, shape.rank, matrix_axes=_axes)
     by_layer = _per_layer(shape)
     steps = (
-        (_joint_step(adam, shape.heads), adam.init),
-        (_joint_step(low_rank, shape.heads), low_rank.init),
+        (joint_step(adam, shape.heads), adam.init),
+        (joint_step(low_rank, shape.heads), low_rank.init),
         (by_layer.step, by_layer.init),
     )
-    found = []
+    batch, found = jax.ShapeDtypeStruct((config.tokens + 1,), jnp.int32), []
     for index, (name, (step, init)) in enumerate(zip(PROGRAMS, steps, strict=True)):
         context.progress(f"compiling {config.model}: {name}", 0.3 + 0.2 * index)
-        found.append(_compile(step, params, jax.eval_shape(init, params), config.tokens))
+        found.append(compiled_bytes(step, params, jax.eval_shape(init, params), batch))
     return {name: np.array([program[name] for program in found]) for name in found[0]}
 
 
 def run(config: Config, context: Context) -> dict:
     """Count, ask the optimizers what they would allocate, and compile the training steps."""
     context.progress("counting", 0.0)
-    counted = np.array([[_memory(shape, name) for shape in MODELS.values()] for name in METHODS])
-    layers = np.array([_one_layer_bytes(shape) for shape in MODELS.values()])
+    counted = np.array([[_memory(shape, name) for shape in SHAPES.values()] for name in METHODS])
+    layers = np.array([_one_layer_bytes(shape) for shape in SHAPES.values()])
     as_printed = {name: BYTES / GB * sum(_memory(shape, "Full-Rank")) for name, shape in AS_PRINTED.items()}
     context.progress("asking the optimizers", 0.1)
-    allocated = np.array([_allocated(shape) for shape in MODELS.values()])
-    seven, heads = MODELS["7B"], (AS_PRINTED["1B"].heads, MODELS["1B"].heads)
+    allocated = np.array([_allocated(shape) for shape in SHAPES.values()])
+    seven, heads = SHAPES["7B"], (AS_PRINTED["1B"].heads, SHAPES["1B"].heads)
     return {
         "method": ("method", np.array(list(METHODS))),
-        "model": ("model", np.array(list(MODELS))),
+        "model": ("model", np.array(list(SHAPES))),
         "number": ("method model", {"weights": counted[..., 0], "states": counted[..., 1]}),
         "layer": ("model", {"formula": layers[:, 0], "allocated": layers[:, 1]}),
         "allocated": ("model", {"numbers": allocated[:, 0], "counts": allocated[:, 1]}),
-        "allocated_8bit": nbytes(jax.eval_shape(_per_layer(seven).init, _params(seven))),
+        "allocated_8bit": nbytes(jax.eval_shape(_per_layer(seven).init, param_shapes(seven))),
         "as_printed": as_printed,
         "heads": ("heads", np.array(heads)),
-        "left_over": ("heads", MODELS["1B"].hidden % np.array(heads)),
+        "left_over": ("heads", SHAPES["1B"].hidden % np.array(heads)),
         "size": ("size", np.array(TABLE)),
         "tokens": ("size", BATCH * np.array(STEPS) / 1e9),
         "program": ("program", np.array(PROGRAMS)),
@@ -285,9 +169,9 @@ def _totals(saved: Saved) -> dict[str, np.ndarray]:
 
 def _reduction(saved: Saved) -> np.ndarray:
     """Percent less than Adam at 7B: in 16 bits, in 8 with the bases, in 8 without these."""
-    adam, galore_states, *_ = saved["number/states"][:, -1]
-    kept = np.array([BYTES * galore_states, galore_states, saved["allocated_8bit"]])
-    return 100 * (1 - kept / (BYTES * adam))
+    states = dict(zip(METHODS, saved["number/states"][:, -1], strict=True))
+    kept = np.array([BYTES * states["GaLore"], states["GaLore"], saved["allocated_8bit"]])
+    return 100 * (1 - kept / (BYTES * states["Full-Rank"]))
 
 
 def _step_gb(saved: Saved) -> np.ndarray:
@@ -326,14 +210,17 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
 
 def _optimizer_state(saved: Saved) -> Iterator[Claim]:
     # One count of Adam's per layer of the stack, one of GaLore's, one of the other parameters' Adam.
-    counts = np.array([shape.layers + 2 for shape in MODELS.values()])
+    counts = np.array([shape.layers + 2 for shape in SHAPES.values()])
     more = saved["layer/allocated"] - saved["layer/formula"]
-    (full_weights, *_), (full, low_rank, *_) = saved["number/weights"], saved["number/states"]
+    states = dict(zip(METHODS, saved["number/states"], strict=True))
     yield stated(
         "formula",
         "A matrix (m, n), m <= n, takes m n + m r + 2 n r numbers with GaLore",
         "zhao2024galore, Table 1",
-        every("models whose state has the numbers of the formula", saved["allocated/numbers"] == low_rank),
+        every(
+            "models whose state has the numbers of the formula",
+            saved["allocated/numbers"] == states["GaLore"],
+        ),
         every(
             "models with one count per layer and two more, and nothing else",
             saved["allocated/counts"] == counts,
@@ -352,8 +239,8 @@ def _optimizer_state(saved: Saved) -> Iterator[Claim]:
         "zhao2024galore, section 1",
         equals("reduction in percent", half, printed_half, 1.0, why=point),
     )
-    weights = BYTES * full_weights[-1]
-    galore_gb, adam_gb = ((weights + states[-1]) / GB for states in (low_rank, full))
+    weights = BYTES * saved["number/weights"][0, -1]  # in full rank
+    galore_gb, adam_gb = ((weights + states[name][-1]) / GB for name in ("GaLore", "Full-Rank"))
     whole, scales = "printed in whole GB", "bases of two bytes, moments of one and their scales"
     yield qualified(
         "eight_bit",
@@ -447,8 +334,7 @@ def figure(config: Config, saved: Saved) -> Figure:
     one_b = saved["as_printed/1B"] / PRINTED["Full-Rank"][-1]
     ratio.plot(place[-1], one_b, "D", color="C0", markerfacecolor="white", label="Full-Rank, 32 layers")
     ratio.axhline(1, **plotting.THEORY)
-    ratio.set(ylabel="formula / printed", ylim=(0.6, 1.65))
-    ratio.set_title("Which printed totals the formula gives")
+    ratio.set(ylabel="formula / printed", ylim=(0.6, 1.65), title="Which printed totals the formula gives")
     ratio.legend(loc="upper left", ncols=2)
     for ax in (table, ratio):
         ax.set_xticks(place, TABLE)
