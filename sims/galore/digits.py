@@ -177,10 +177,13 @@ class Trained(NamedTuple):
     validation: np.ndarray
     test: np.ndarray
 
+    def best(self) -> int:
+        """The place of the rate with the smallest error on the second part of the images."""
+        return int(np.argmin(self.validation.mean(axis=1)))
+
     def chosen(self) -> Trained:
-        """The runs at the rate with the smallest error on the second part of the images, (seed, ...)."""
-        best = np.argmin(self.validation.mean(axis=1))
-        return Trained(self.loss[best], self.validation[best], self.test[best])
+        """Losses and errors of all seeds at that rate."""
+        return Trained(*(part[self.best()] for part in self))
 
 
 def is_hidden(path: str, leaf: Any) -> bool:
@@ -351,55 +354,64 @@ def train_all(task: Task, starts: Any, factors: dict[Job, float], rates: np.ndar
     return {job: Trained(*part) for job, *part in zip(factors, *parts, strict=True)}
 
 
+def train_jobs(task: Task, context: Context, jobs: list[Job], starts: dict[Job, Any]) -> dict[Job, Trained]:
+    """Train every job at all rates; Adam at one rate and at split rates, in one program."""
+    rates = np.array(task.config.learning_rates)
+    adam, split = (next(job for job in jobs if job.method == name) for name in ("adam", "split_adam"))
+    context.progress("training: Adam", 0.0)
+    trained = train_all(task, starts[adam], {adam: 1.0, split: SCALE}, rates)
+    for index, job in enumerate(jobs):
+        if job not in trained:
+            label = f"training: {LOOKS[job.method][0]}, rank {job.rank}"
+            context.progress(label, 0.7 * index / len(jobs))
+            trained |= train_all(task, starts[job], {job: 1.0}, rates)
+    return trained
+
+
+def vary_gap(task: Task, context: Context, starts: Any, rate: float) -> np.ndarray:
+    """Test errors (gap, seed) of GaLore with other gaps between two bases, at one rate."""
+    errors = []
+    for index, gap in enumerate(task.config.gaps):
+        context.progress(f"training: GaLore, gap {gap}", 0.7 + 0.2 * index / len(task.config.gaps))
+        job = Job("galore", task.config.rank, gap)
+        errors.append(train_all(task, starts, {job: 1.0}, np.array([rate]))[job].test[0])
+    return np.array(errors)
+
+
 def run(config: Config, context: Context) -> dict:
     """Train with every method, sweep ranks and gaps, measure states and step times."""
-    task, rates = prepare(config, context), np.array(config.learning_rates)
-    jobs: dict[Method, Job] = {
-        method: Job(method, config.rank, config.update_gap) for method in config.methods
-    }
+    task = prepare(config, context)
+    jobs: dict[Method, Job] = {name: Job(name, config.rank, config.update_gap) for name in config.methods}
     sweep = [[Job(method, rank, config.update_gap) for rank in config.ranks] for method in SWEPT]
     wanted = list(dict.fromkeys([*jobs.values(), *(job for row in sweep for job in row)]))
-    programs = len(wanted) + len(config.gaps) + 1
     starts = {job: jax.vmap(partial(start_of, job))(task.seeds.params, task.seeds.key) for job in wanted}
-    adam, galore_job = jobs["adam"], jobs["galore"]
-    context.progress("training: Adam", 0.0)
-    trained = train_all(task, starts[adam], {adam: 1.0, jobs["split_adam"]: SCALE}, rates)
-    for index, job in enumerate(wanted):
-        if job not in trained:
-            context.progress(f"training: {LOOKS[job.method][0]}, rank {job.rank}", index / programs)
-            trained |= train_all(task, starts[job], {job: 1.0}, rates)
+    trained = train_jobs(task, context, wanted, starts)
     chosen = {job: runs.chosen() for job, runs in trained.items()}
-    best = np.argmin(trained[galore_job].validation.mean(axis=1))
-    gaps = []
-    for index, gap in enumerate(config.gaps):
-        context.progress(f"training: GaLore, gap {gap}", (len(wanted) + index) / programs)
-        job = Job("galore", config.rank, gap)
-        gaps.append(train_all(task, starts[galore_job], {job: 1.0}, rates[[best]])[job].test[0])
+    best = config.learning_rates[trained[jobs["galore"]].best()]
+    gap_errors = vary_gap(task, context, starts[jobs["galore"]], best)
 
-    context.progress("measuring states and steps", 1 - 1 / programs)
+    context.progress("measuring states and steps", 0.9)
     networks = {job: first_network(task, job, starts[job]) for job in wanted}
-    sizes = {job: nbytes(state) for job, (_, state) in networks.items()}
     measured = {
         "method": ("method", np.array(list(jobs))),
-        "rate": ("rate", rates),
+        "rate": ("rate", np.array(config.learning_rates)),
         "step": ("step", record_steps(config.steps, config.every)),
-        "loss": ("method seed step", np.stack([chosen[job].loss for job in jobs.values()])),
-        "validation": ("method rate seed", np.stack([trained[job].validation for job in jobs.values()])),
-        "test": ("method seed", np.stack([chosen[job].test for job in jobs.values()])),
+        "loss": ("method seed step", [chosen[job].loss for job in jobs.values()]),
+        "validation": ("method rate seed", [trained[job].validation for job in jobs.values()]),
+        "test": ("method seed", [chosen[job].test for job in jobs.values()]),
         "swept": ("swept", np.array(SWEPT)),
         "rank": ("rank", np.array(config.ranks)),
         "sweep": {
-            "test": ("swept rank seed", np.array([[chosen[job].test for job in row] for row in sweep])),
-            "bytes": ("swept rank", np.array([[sizes[job] for job in row] for row in sweep])),
+            "test": ("swept rank seed", [[chosen[job].test for job in row] for row in sweep]),
+            "bytes": ("swept rank", [[nbytes(networks[job][1]) for job in row] for row in sweep]),
         },
         **measure_states(config, {method: networks[job] for method, job in jobs.items()}),
     }
     if config.gaps:
-        measured |= {"gap": ("gap", np.array(config.gaps)), "gap_test": ("gap seed", np.array(gaps))}
+        measured |= {"gap": ("gap", np.array(config.gaps)), "gap_test": ("gap seed", gap_errors)}
     if config.timings:
-        kinds = np.array(["ordinary", "first"])
         spent = time_steps(task, {job: networks[job] for job in jobs.values()})
-        measured |= {"kind": ("kind", kinds), "step_ms": ("method kind", spent)}
+        measured |= {"kind": ("kind", np.array(["ordinary", "first"])), "step_ms": ("method kind", spent)}
     return measured
 
 
@@ -427,10 +439,10 @@ def measure_states(config: Config, networks: dict[Method, tuple[Any, Any]]) -> d
 
     factors = formula(lora_memory, config.rank)
     return {
-        "state": (
-            "method",
-            {"bytes": np.array([nbytes(leaves) for leaves in states]), "counts": np.array(counts)},
-        ),
+        "state": {
+            "bytes": ("method", [nbytes(leaves) for leaves in states]),
+            "counts": ("method", counts),
+        },
         "formula": {
             "adam": formula(full_rank_memory),
             "galore": formula(galore_memory, config.rank),
@@ -486,75 +498,53 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         preset="standard",
     )
     by_rank = dict(zip(saved["swept"], saved["sweep/test"].mean(axis=-1).astype(float), strict=True))
-    (small, *_), (*_, large) = config.ranks, config.ranks
-    low, high = (by_rank["low_rank"] - by_rank["galore"])[[0, -1]]
+    ends = [0, -1]
+    smallest, largest = (f"rank {config.ranks[end]}" for end in ends)
+    low, high = (by_rank["low_rank"] - by_rank["galore"])[ends]
+    much = "much is as much again as the error that is expected"
     yield qualified(
         "low-rank",
         "Weights of low rank, W = A B, are much worse than GaLore at the same rank",
         "zhao2024galore, section 5.1 and Table 2 (on a small classifier)",
         condition="the rank is small against what the task needs",
-        inside=[
-            at_least(
-                f"rank {small}: test error minus GaLore's",
-                low,
-                2 * EXPECTED_ERROR,
-                why="much is as much again as the error that is expected",
-            )
-        ],
-        outside=[at_most(f"rank {large}: the same", high, noise, why=why)],
+        inside=[at_least(f"{smallest}: test error minus GaLore's", low, 2 * EXPECTED_ERROR, why=much)],
+        outside=[at_most(f"{largest}: the same", high, noise, why=why)],
         preset="standard",
     )
-    low, high = (by_rank["lora"] - test["split_adam"])[[0, -1]]
+    low, high = (by_rank["lora"] - test["split_adam"])[ends]
+    label = f"{smallest}: test error minus that of Adam, split rates"
+    of_means = "two standard errors of a difference of two means over seeds"
     yield qualified(
         "adaptors",
         "LoRA from frozen random weights is worse than training in full rank",
         "zhao2024galore, section 5.1 and Table 2 (on a small classifier)",
         condition="the rank is small against what the task needs",
-        inside=[
-            at_least(
-                f"rank {small}: test error minus that of Adam, split rates",
-                low,
-                noise * (2 / config.seeds) ** 0.5,
-                why="two standard errors of a difference of two means over seeds",
-            )
-        ],
-        outside=[at_most(f"rank {large}: the same", high, noise, why=why)],
+        inside=[at_least(label, low, noise * (2 / config.seeds) ** 0.5, why=of_means)],
+        outside=[at_most(f"{largest}: the same", high, noise, why=why)],
         preset="standard",
     )
     yield _states(config, saved)
 
 
 def _states(config: Config, saved: Saved) -> Claim:
-    formulas, counts = saved["formula"], saved["state/counts"]
-    kept = dict(zip(saved["method"], saved["state/bytes"] - counts, strict=True))
-    of_galore = dict(zip(saved["method"], saved["state/bytes"], strict=True))["galore"] - saved["rest_bytes"]
-    itemsize, exact = np.dtype(config.dtype).itemsize, "numbers are counted"
+    formulas, counts, exact = saved["formula"], saved["state/counts"], "numbers are counted"
+    kept = (saved["state/bytes"] - counts) / np.dtype(config.dtype).itemsize
+    numbers = dict(zip(saved["method"], kept, strict=True))
+    ratio, expected = (both["galore"] / both["adam"] for both in (numbers, formulas))
+    hidden = saved["state/bytes"][config.methods.index("galore")] - saved["rest_bytes"]
+    label = "GaLore on the hidden matrices: bytes, against models.galore.state_bytes"
+    aside = "numbers, all parameters, counts aside"
     return stated(
         "state-bytes",
         "For a matrix (m, n) with m <= n the optimizer keeps m r + 2 n r numbers with GaLore, 2 m n with "
         "Adam in full rank, 2 (m r + n r) with Adam on factors of rank r",
         "zhao2024galore, Table 1",
         *(
-            equals(
-                f"{LOOKS[method][0]}: numbers, all parameters, counts aside",
-                kept[method] / itemsize,
-                formulas[method],
-                why=exact,
-            )
+            equals(f"{LOOKS[method][0]}: {aside}", numbers[method], formulas[method], why=exact)
             for method in ("adam", "galore", "lora", "low_rank")
         ),
-        equals(
-            "bytes of GaLore's state over Adam's, counts aside",
-            kept["galore"] / kept["adam"],
-            formulas["galore"] / formulas["adam"],
-            why=exact,
-        ),
-        equals(
-            "GaLore on the hidden matrices: bytes, against models.galore.state_bytes",
-            of_galore,
-            saved["hidden_bytes"],
-            why=exact,
-        ),
+        equals("bytes of GaLore's state over Adam's, counts aside", ratio, expected, why=exact),
+        equals(label, hidden, saved["hidden_bytes"], why=exact),
         at_most("bytes of the counts, most of a method", counts.max(), 64, why="a few integers"),
     )
 
