@@ -231,11 +231,13 @@ def run(config: Config, context: Context) -> dict:
         "gradient": gradient[..., -1],
         "decay": projected[..., -1] / projected[..., 0],
         "growth": projected[..., -1] / projected[..., -2],
-        "slowest": np.nanmax(_ratio(projected), axis=-1),
     }
+    slowest = np.nanmax(_ratio(projected), axis=-1)
+    dims = {"gradient": "basis record", "rank": "basis record", "inside": "record"}
     return {
         "rate": ("rate", np.array(RATES)),
         "fixed": ("instance rate", fixed | at_end),
+        "keeps": ("instance rate", {form: slowest <= fixed[form] + SLACK for form in ("printed", "valid")}),
         "step": ("step", np.arange(SHOWN + 1)),
         "projected": ("rate step", projected[0, :, : SHOWN + 1]),
         "gradient": ("step", gradient[0, 0, : SHOWN + 1]),
@@ -243,116 +245,74 @@ def run(config: Config, context: Context) -> dict:
         "scalar": {"ratio": ("scalar_step", scalar.pop("ratio")), **scalar},
         "basis": ("basis", np.array(list(GAPS))),
         "record": ("record", record_steps(config.steps, EVERY)),
-        "renewed": {
-            "gradient": ("basis record", renewed["gradient"]),
-            "rank": ("basis record", renewed["rank"]),
-            "inside": ("record", renewed["inside"]),
-            "stays": renewed["stays"],
-        },
-        "whole": {"descent": renewed["whole"], **whole},
+        "renewed": {name: (dims.get(name, ""), part) for name, part in renewed.items()},
+        "whole": whole,
     }
 
 
 def claims(config: Config, saved: Saved) -> Iterator[Claim]:
     """A subspace that is kept: contraction, what stays, the step size; then bases that are renewed."""
-    yield _contraction(saved["fixed"], saved["scalar"])
-    yield from _kept_subspace(saved["fixed"])
+    yield _contraction(saved["keeps/printed"], saved["keeps/valid"], saved["scalar"])
+    one, near_two, above_two = (
+        {name: values[:, index] for name, values in saved["fixed"].items()} for index in range(len(RATES))
+    )
+    inside, left, gap = one["projected"].max(), one["gradient"], one["gap"].max()
+    off, steps = largest(left / one["stays"] - 1), "rounding of some hundred steps"
+    yield stated(
+        "stays",
+        "R_t goes to zero under a fixed projection: the gradient vanishes inside of the subspace only",
+        "zhao2024galore, Theorem 3.8 and the remark after it",
+        at_most("|R| at the end: largest", inside, 1e-12, why="rounding of a gradient of order ten"),
+        at_least("|G| there: smallest", left.min(), 1.0, why="a tenth of a gradient of order ten"),
+        at_most("|G| over what the closed form leaves: largest distance to 1", off, 1e-10, why=steps),
+        at_most("trained weights to closed form: largest relative gap", gap, 1e-10, why=steps),
+    )
+    decay, growth = near_two["decay"].max(), above_two["growth"].min()
+    _, near, above = (f"eta = {rate:g} / lmax" for rate in RATES)
+    shrinks, overshoots = "0.9 per step is 1e-9 in 200", "the fastest component alone is left, and overshoots"
+    yield qualified(
+        "step-size",
+        "R_t goes to zero under a fixed projection, for positive M",
+        "zhao2024galore, Theorem 3.8",
+        condition="eta < 2 / lmax of the projected operator",
+        inside=[at_most(f"{near}: largest |R| at the end, over the start", decay, 1e-9, why=shrinks)],
+        outside=[
+            equals(f"{above}: growth of |R| per step, smallest", growth, RATES[2] - 1, 1e-3, why=overshoots)
+        ],
+    )
     yield _renewed(config, saved["record"], saved["renewed"])
-    whole = saved["whole"]
+    descent, momentum, adam = saved["renewed/whole"], saved["whole/momentum"], saved["whole/Adam"]
+    label = "gradient descent inside: largest relative difference of weights"
+    signs = "a rotation changes signs, of which Adam's first steps are made"
     yield qualified(
         "full-rank",
         "With r = min(m, n) GaLore follows exactly the original training",
         "zhao2024galore, section 3 (full rank)",
         condition="the inner transformation commutes with rotations: Adam does not",
         inside=[
-            at_most(
-                "gradient descent inside: largest relative difference of weights",
-                whole["descent"],
-                1e-12,
-                why=ROUNDING,
-            ),
-            at_most(f"momentum inside, one basis, {WHOLE} steps", whole["momentum"], 1e-12, why=ROUNDING),
+            at_most(label, descent, 1e-12, why=ROUNDING),
+            at_most(f"momentum inside, one basis, {WHOLE} steps", momentum, 1e-12, why=ROUNDING),
         ],
-        outside=[
-            at_least(
-                "Adam inside, the same",
-                whole["Adam"],
-                0.05,
-                why="a rotation changes signs, of which Adam's first steps are made",
-            )
-        ],
+        outside=[at_least("Adam inside, the same", adam, 0.05, why=signs)],
     )
 
 
-def _contraction(fixed: dict[str, np.ndarray], scalar: dict[str, np.ndarray]) -> Claim:
-    printed, valid = (fixed["slowest"] <= fixed[form] + SLACK for form in ("printed", "valid"))
-    slowest = scalar["ratio"].max()
-    rounding = "rounding of ratios of norms"
+def _contraction(printed: np.ndarray, valid: np.ndarray, scalar: dict[str, np.ndarray]) -> Claim:
+    slowest, factor, rounding = scalar["ratio"].max(), scalar["valid"], "rounding of ratios of norms"
+    label = "one weight, B = 1 - 0.4 w, L_C = 0: largest ratio"
     return corrected(
         "contraction",
         "|R_t| <= (1 - eta M) |R_{t-1}|, M = mean min lmin(P^T B_i P) lmin(Q^T C_i Q) - L_A - L_B L_C D^2",
         "zhao2024galore, Theorem 3.8 (the valid factor is derived here)",
         printed=[
             every(f"eta = {RATES[1]:g} / lmax: networks that keep it at all steps", printed[:, 1]),
-            at_most(
-                "one weight, B = 1 - 0.4 w, L_C = 0: largest ratio",
-                slowest,
-                scalar["printed"],
-                SLACK,
-                why=rounding,
-            ),
+            at_most(label, slowest, scalar["printed"], SLACK, why=rounding),
         ],
         mended=[
             every("eta = 1 / lmax, constant coefficients: networks that keep it", printed[:, 0]),
             every("valid factor, all learning rates: networks that keep it", valid),
-            at_most("one weight, against the valid factor", slowest, scalar["valid"], SLACK, why=rounding),
-            at_least(
-                "the same", slowest, scalar["valid"], 5e-3, why="it is reached, but for a step from the end"
-            ),
-        ],
-    )
-
-
-def _kept_subspace(fixed: dict[str, np.ndarray]) -> Iterator[Claim]:
-    over_theory = largest(fixed["gradient"][:, 0] / fixed["stays"][:, 0] - 1)
-    steps = "rounding of some hundred steps"
-    yield stated(
-        "stays",
-        "R_t goes to zero under a fixed projection: the gradient vanishes inside of the subspace only",
-        "zhao2024galore, Theorem 3.8 and the remark after it",
-        at_most(
-            "|R| at the end: largest",
-            fixed["projected"][:, 0].max(),
-            1e-12,
-            why="rounding of a gradient of order ten",
-        ),
-        at_least("|G| there: smallest", fixed["gradient"][:, 0].min(), 1.0, why="a tenth of the first one"),
-        at_most("|G| over what the closed form leaves: largest distance to 1", over_theory, 1e-10, why=steps),
-        at_most(
-            "trained weights to closed form: largest relative gap", fixed["gap"][:, 0].max(), 1e-10, why=steps
-        ),
-    )
-    yield qualified(
-        "step-size",
-        "R_t goes to zero under a fixed projection, for positive M",
-        "zhao2024galore, Theorem 3.8",
-        condition="eta < 2 / lmax of the projected operator",
-        inside=[
-            at_most(
-                f"eta = {RATES[1]:g} / lmax: largest |R| at the end, over the start",
-                fixed["decay"][:, 1].max(),
-                1e-9,
-                why="0.9 per step is 1e-9 in 200 steps",
-            )
-        ],
-        outside=[
-            equals(
-                f"eta = {RATES[2]:g} / lmax: growth of |R| per step, smallest",
-                fixed["growth"][:, 2].min(),
-                RATES[2] - 1,
-                1e-3,
-                why="the fastest component alone is left, and overshoots",
-            )
+            at_most("one weight, against the valid factor", slowest, factor, SLACK, why=rounding),
+            at_least("the same", slowest, factor, 5e-3, why="it is reached a step after the last"),
         ],
     )
 
@@ -362,6 +322,7 @@ def _renewed(config: Config, steps: np.ndarray, renewed: dict[str, np.ndarray]) 
     bases = [np.minimum(-(-steps // (gap or config.steps)), INPUTS) for gap in GAPS.values()]
     first, last = renewed["gradient"][:, 0], renewed["gradient"][:, -1]
     inside, left = renewed["inside"][-1], last[0] / renewed["stays"]
+    few = ranks <= RANK * np.stack(bases)
     slow = "the slowest direction needs a thousand steps for three orders"
     return stated(
         "renewed",
@@ -373,11 +334,8 @@ def _renewed(config: Config, steps: np.ndarray, renewed: dict[str, np.ndarray]) 
         at_most("T = 10: |G| at the end, over the start", last[1] / first[1], 1e-3, why=slow),
         at_most("T = 1: |G| at the end, over the start", last[2] / first[2], 1e-3, why=slow),
         equals("T = 10: rank of W_t - W_0 at the end", ranks[1, -1], INPUTS, why="that of all weights"),
-        every(
-            "records with rank at most r times the number of bases",
-            ranks <= RANK * np.stack(bases),
-            why="singular values below 1e-9 of the largest are zero",
-        ),
+        # Counts are exact; singular values below 1e-9 of the largest are zero.
+        every("records with rank at most r times the number of bases", few),
     )
 
 

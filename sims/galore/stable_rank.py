@@ -23,7 +23,6 @@ from matplotlib.figure import Figure
 
 from dynamics.flow import gradient_flow
 from dynamics.galore import (
-    bound_counterexample,
     gradient_iterates,
     gradient_operator,
     reversible_gradient,
@@ -32,22 +31,11 @@ from dynamics.galore import (
     stable_rank_bound,
 )
 from dynamics.spectra import numerical_rank, stable_rank
-from models.layer import layer_outputs
+from models.layer import counterexample_network, layer_outputs, leaky_relu, mlp_outputs, mlp_tail
 from models.losses import bind, mean_squared_error
 from models.training import record_steps, train
 from sims import plotting
-from sims.claims import (
-    Claim,
-    Preset,
-    at_least,
-    at_most,
-    corrected,
-    equals,
-    every,
-    qualified,
-    slope,
-    stated,
-)
+from sims.claims import Claim, Preset, at_least, at_most, corrected, equals, every, qualified, slope, stated
 from sims.compare import convergence_order
 from sims.ranges import Count, Length, Positive, Range
 from sims.results import Context, Saved
@@ -102,22 +90,6 @@ _negative_gradient = partial(gradient_flow(mean_squared_error), None)
 # --- The gradient's form in a network with nonlinear layers
 
 
-def _leaky(z: Array, slope: Array) -> Array:
-    return jnp.where(z > 0, z, slope * z)
-
-
-def _tail(z: Array, weights: tuple[Array, Array, Array], slope: Array) -> Array:
-    """What sits behind the layer: two more layers, the first of them with biases, which may be zero."""
-    V, U, bias = weights
-    return _leaky(_leaky(z, slope) @ V.T + bias[None], slope) @ U.T
-
-
-def _mlp(W: Array, inputs: tuple[Array, tuple[Array, Array, Array], Array]) -> Array:
-    """Outputs of the network whose layer W is trained, from the inputs of that layer."""
-    f, weights, slope = inputs
-    return _tail(f @ W.T, weights, slope)
-
-
 def _soft_cross_entropy(W: Array, data) -> Array:
     predict, inputs, targets = data
     return jnp.mean(optax.losses.softmax_cross_entropy(predict(W, inputs), targets))
@@ -149,14 +121,14 @@ def _errors(network: tuple[Array, ...], softmax: Array, slopes: Array, scales: A
     x, first, W, V, U, bias, y, one_hot = network
 
     def error(softmax, slope, scale, biased):
-        f, targets = _leaky(x @ first.T, slope), jnp.where(softmax, one_hot, y)
+        f, targets = leaky_relu(x @ first.T, slope), jnp.where(softmax, one_hot, y)
         weights = (V, scale * U, biased * bias)
-        data = (_mlp, (f, weights, slope), targets)
+        data = (mlp_outputs, (f, weights, slope), targets)
 
         def loss(W):
             return jnp.where(softmax, _soft_cross_entropy(W, data), mean_squared_error(W, data))
 
-        J = jax.vmap(jax.jacobian(lambda z: _tail(z[None], weights, slope)[0]))(f @ W.T)
+        J = jax.vmap(jax.jacobian(lambda z: mlp_tail(z[None], weights, slope)[0]))(f @ W.T)
         small, squared = (
             reversible_gradient(*reversible_terms(J, f, targets, kind), W) for kind in ("softmax", "squared")
         )
@@ -183,26 +155,10 @@ def _lanes(rng: np.random.Generator, config: Config) -> tuple[np.ndarray, tuple[
     # The other inputs are the sum of the independent ones.
     f[dependent, :, n // 2 :] = f[dependent, :, : n // 2].sum(axis=-1, keepdims=True)
     lanes = (J, f, y, W0, np.ones(count), ~dependent)
-    example = (*_counterexample(config), np.zeros((m, n)), RATE, True)
+    example = (*counterexample_network(m, n, config.samples), np.zeros((m, n)), RATE, True)
     pairs = zip(lanes, example, strict=True)
     together = tuple(jnp.asarray(np.concatenate([many, np.asarray(one)[None]])) for many, one in pairs)
     return np.append(kinds, "example"), together
-
-
-def _counterexample(config: Config) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """J, f and y of the 2 by 2 counterexample, in a corner of a larger layer."""
-    G0, B, C = (np.asarray(array) for array in bound_counterexample())
-    m, n, N, pairs = config.m, config.n, config.samples, len(B)
-    # All of them have rank one.
-    j, phi = (np.linalg.eigh(X)[1][:, :, -1] * np.linalg.norm(X, axis=(1, 2))[:, None] ** 0.5 for X in (B, C))
-    J, f, y = np.zeros((N, m, m)), np.zeros((N, n)), np.zeros((N, m))
-    J[:pairs, 0, :2], f[:pairs, :2] = (N / pairs) ** 0.5 * j, phi
-    # Every weight outside of the corner has the eigenvalue one, and no gradient.
-    J[pairs : pairs + n], f[pairs : pairs + n] = N**0.5 * np.eye(m), np.eye(n)
-    J[pairs : pairs + 2, :2] = 0
-    dyads = J[:pairs, 0, :2, None] * f[:pairs, None, :2]
-    y[:pairs, 0] = np.linalg.lstsq(dyads.reshape(pairs, 4).T, N * G0.reshape(4))[0]
-    return J, f, y
 
 
 @partial(jax.jit, static_argnames="trained")
@@ -305,34 +261,28 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
     """The gradient's form, its iterates, the bound on their stable rank, and how that falls."""
     random, shared, dependent = (_of_kind(saved, kind) for kind in ("random", "shared", "dependent"))
     example = {name: part[0] for name, part in _of_kind(saved, "example").items()}
-    gap = saved["of/gap"]
     yield from _forms_of_gradient(saved)
+    gap, rounding = saved["of/gap"], "rounding of some hundred steps"
+    label = f"{len(gap)} trained networks: largest difference, over |G_0|"
     yield stated(
         "training",
         "While A_i, B_i and C_i stay, gradients under descent are vec(G_t) = (1 - eta S)^t vec(G_0)",
         "zhao2024galore, Lemma 3.3",
-        at_most(
-            f"{len(gap)} trained networks: largest difference, over |G_0|",
-            gap.max(),
-            1e-12,
-            why="rounding of some hundred steps",
-        ),
+        at_most(label, gap.max(), 1e-12, why=rounding),
     )
     yield _bound(saved["step"], saved["record"], example, random)
     yield _random(saved["step"], random)
     yield _rate(example, random)
     yield _dependent(config, saved["step"], dependent, random["rank"])
-    first, late = shared["early/actual"][:, 0], shared["late/actual"]
+    first, late = np.median(shared["early/actual"][:, 0]), np.max(shared["late/actual"] - 1)
     second = "it is of second order here, 1e-12 at that step"
     yield stated(
         "one-jacobian",
         "Where the slowest eigenspace is one dyad, as for S = C (x) B, the stable rank tends to 1",
         "zhao2024galore, Corollary 3.5",
-        at_most("stable rank at the late step less 1: largest", np.max(late - 1), 1e-3, why=second),
+        at_most("stable rank at the late step less 1: largest", late, 1e-3, why=second),
         every("instances that keep the printed bound", _always_keeps(shared, "printed")),
-        at_least(
-            "stable rank at the start: median", np.median(first), 1.05, why="there is something to lose"
-        ),
+        at_least("stable rank at the start: median", first, 1.05, why="there is something to lose"),
     )
 
 
@@ -354,6 +304,7 @@ def _forms_of_gradient(saved: Saved) -> Iterator[Claim]:
     small, whole = scales <= SMALL, errors[np.argmax(scales)]
     order = convergence_order(scales[small], errors[small]).slope
     left_out = "the softmax lacks its second order; next orders bend the line"
+    above = "two orders of magnitude above that of the smallest logits"
     yield qualified(
         "softmax",
         "For cross-entropy the gradient has that form too, with B_i = J_i^T P1 J_i / K",
@@ -362,14 +313,7 @@ def _forms_of_gradient(saved: Saved) -> Iterator[Claim]:
         inside=[
             slope("order of the relative error in the scale of the logits", order, 2.0, 0.2, why=left_out)
         ],
-        outside=[
-            at_least(
-                "logits as they come: relative error",
-                whole,
-                1e-2,
-                why="two orders of magnitude above that of the smallest logits",
-            )
-        ],
+        outside=[at_least("logits as they come: relative error", whole, 1e-2, why=above)],
     )
 
 
@@ -378,6 +322,8 @@ def _bound(steps: np.ndarray, records: np.ndarray, example: dict, random: dict) 
     trained = example["trained"][records <= TO] <= example["early/printed"][recorded]
     valid = np.append(_keeps(example, "valid"), _keeps(example, "valid", "late"))
     above_limit = np.max(random["late/valid"] / random["limit"] - 1)
+    label = "valid bound at the late step, over its limit sr(G_par), less 1: largest"
+    twice = "2e-6 where the rest is 1e-6 of the slowest part"
     return corrected(
         "bound",
         "sr(G_t) <= sr(G_par) + rho^{2t} |G_0 - G_par|_F^2 / |G_par|_2^2",
@@ -391,12 +337,7 @@ def _bound(steps: np.ndarray, records: np.ndarray, example: dict, random: dict) 
         mended=[
             every("counterexample: steps that keep the valid one", valid),
             every("random instances that keep the valid one", _always_keeps(random, "valid")),
-            at_most(
-                "valid bound at the late step, over its limit sr(G_par), less 1: largest",
-                above_limit,
-                3 * LATE,
-                why="2e-6 where the rest is 1e-6 of the slowest part",
-            ),
+            at_most(label, above_limit, 3 * LATE, why=twice),
         ],
     )
 
@@ -432,6 +373,10 @@ def _rate(example: dict, random: dict) -> Claim:
     told = (actual > random["late/printed"]) == (first_order > 0)
     label = f"decay of the excess per step, steps {FROM} to {TO}"
     two_percent = "far less than rho and rho^2 differ"
+    formula = "random instances: excess over -2 sr(G_par) u^T X v / |G_par|_2: median distance to 1"
+    second = "second order, 1e-6 of the first, over differences of singular values"
+    sign = "those where its sign tells whether the printed bound fails"
+    weak = "where the first order is far smaller than elsewhere the next decides"
     return corrected(
         "rate",
         "The stable rank tends to that of the slowest part like rho^{2t}",
@@ -440,18 +385,8 @@ def _rate(example: dict, random: dict) -> Claim:
         mended=[
             equals(f"{label}, over rho", iterates / rho, 1.0, 0.02, why=two_percent),
             equals("the same of the trained network, over rho", trained / rho, 1.0, 0.02, why=two_percent),
-            at_most(
-                "random instances: excess over -2 sr(G_par) u^T X v / |G_par|_2: median distance to 1",
-                off,
-                1e-3,
-                why="second order, 1e-6 of the first, over differences of singular values",
-            ),
-            every(
-                "those where its sign tells whether the printed bound fails",
-                told,
-                len(told) // 50,
-                why="where the first order is far smaller than elsewhere the next one decides",
-            ),
+            at_most(formula, off, 1e-3, why=second),
+            every(sign, told, len(told) // 50, why=weak),
         ],
     )
 
@@ -459,28 +394,20 @@ def _rate(example: dict, random: dict) -> Claim:
 def _dependent(config: Config, steps: np.ndarray, dependent: dict, ranks: np.ndarray) -> Claim:
     # Later on what rounding left in the null space is no longer small.
     safe = dependent["slowest"][:, None] ** steps > 1e-4
+    kept = _keeps(dependent, "valid")[safe]
     kernel, rank = dependent["kernel"].max(), dependent["rank"].max()
     independent = ranks[:, : TO // EVERY + 1].min()
     zero = "singular values below 1e-12 of the gradient's norm are zero"
+    no_part = "of rounding size it is no part to tend to"
     return corrected(
         "dependent-inputs",
         "With N' < n independent inputs the bound holds with V_1 the null space of S",
         "zhao2024galore, Corollary 3.4",
-        printed=[
-            at_least(
-                "part of G_0 in the null space, over |G_0|: largest",
-                kernel,
-                1e-9,
-                why="of rounding size it does not count as a part to tend to",
-            )
-        ],
+        printed=[at_least("part of G_0 in the null space, over |G_0|: largest", kernel, 1e-9, why=no_part)],
         mended=[
             at_most(f"rank of G_t, of {config.n} inputs: largest", rank, config.n // 2, why=zero),
             at_least(f"independent inputs, {TO} steps: smallest rank", independent, config.n, why=zero),
-            every(
-                "valid bound, with the slowest excited eigenvalue: steps that keep it",
-                _keeps(dependent, "valid")[safe],
-            ),
+            every("valid bound, with the slowest excited eigenvalue: steps that keep it", kept),
         ],
     )
 

@@ -171,7 +171,8 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
     every_seed, fresh = saved["share/old"], saved["share/fresh"]
     old = np.mean(every_seed, axis=0)
     late, first = (old[:, :, start, 0] - old[:, :, start, -1] for start in (-1, 0))
-    tenth = "a tenth of the energy, a third of the norm"
+    tenth, half = "a tenth of the energy, a third of the norm", "what is left out has half of the norm"
+    label = "late basis of the larger rank: smallest share after a gap"
     yield qualified(
         "no_need_to_change",
         "Consecutive gradients are similar, P P^T G ~ G: P need not change between two refreshes",
@@ -179,12 +180,7 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         condition="the network has been trained for a while when the basis is taken",
         inside=[
             at_most("late basis: largest share lost over a gap", np.max(late), 0.1, why=tenth),
-            at_least(
-                "late basis of the larger rank: smallest share after a gap",
-                np.min(old[:, 1, -1, -1]),
-                0.75,
-                why="what is left out has half of the gradient's norm",
-            ),
+            at_least(label, np.min(old[:, 1, -1, -1]), 0.75, why=half),
         ],
         outside=[at_least("first basis: largest share lost over a gap", np.max(first), 0.1, why=tenth)],
     )
@@ -199,16 +195,13 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         at_least(f"larger {label}", ratio[1], 1.0, why="at one both miss the same"),
     )
     ranks = np.mean(saved["stable_rank"], axis=0)
-    fallen = ranks[:, -1] < ranks[:, 0]
+    label = "matrices with a smaller stable rank at the end than at the start"
     yield stated(
         "stable_rank",
         "Gradients become low-rank in training: their stable rank falls",
         "zhao2024galore, section 3.2",
-        every(
-            "matrices with a smaller stable rank at the end than at the start",
-            fallen,
-            why="any decrease counts, in the mean over seeds and minibatches",
-        ),
+        # Any decrease counts, in the mean over seeds and minibatches.
+        every(label, ranks[:, -1] < ranks[:, 0]),
     )
 
 
@@ -226,12 +219,10 @@ def figure(config: Config, saved: Saved) -> Figure:
     for index, name in enumerate(MATRICES):
         over_seeds = np.mean(saved["stable_rank"], axis=0)
         ranks.plot(steps, over_seeds[index], "o-", color=f"C{index + 3}", label=name)
-    ranks.set(xlabel="step", ylabel="stable rank of G")
-    ranks.set_title("Stable rank over training")
+    ranks.set(xlabel="step", ylabel="stable rank of G", title="Stable rank over training")
     ranks.legend(loc="upper right")
     loss.plot(steps, np.mean(saved["loss"], axis=0), "o-", color="0.3")
-    loss.set(yscale="log", xlabel="step", ylabel="loss (nats)")
-    loss.set_title("Loss over training")
+    loss.set(yscale="log", xlabel="step", ylabel="loss (nats)", title="Loss over training")
     for ax in (ranks, loss):
         _step_axis(ax, steps[-1], 10)
     return drawn
