@@ -33,7 +33,7 @@ from models.data.images import digits, mnist
 from models.functional import as_function
 from models.galore import galore, scale_by_adam_8bit, state_bytes
 from models.losses import cross_entropy
-from models.lowrank import lora_params, low_rank_params, merge, on_factors, on_trained, relora
+from models.lowrank import lora_params, low_rank_params, on_factors, on_trained, relora
 from models.memory import full_rank_memory, galore_memory, lora_memory, nbytes
 from models.training import record_steps, train
 from sims import plotting
@@ -173,9 +173,9 @@ class Job(NamedTuple):
 class Trained(NamedTuple):
     """Training loss (rate, seed, step), and errors at the end (rate, seed)."""
 
-    loss: np.ndarray
-    validation: np.ndarray
-    test: np.ndarray
+    loss: Any
+    validation: Any
+    test: Any
 
     def best(self) -> int:
         """The place of the rate with the smallest error on the second part of the images."""
@@ -243,13 +243,10 @@ class Seed(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Flat images with labels; the network as a function, and its loss at places of images; all seeds."""
+    """The network as a function with flat images and labels, and all seeds."""
 
     config: Config
-    images: Array
-    labels: Array
-    predict: Any
-    loss: Any
+    network: tuple[Any, Array, Array]
     seeds: Seed
 
 
@@ -292,7 +289,7 @@ def prepare(config: Config, context: Context) -> Task:
     predict, params = build(config, images.shape[1], keys)
     places = [jnp.asarray(part, jnp.int32) for part in (training, validation, test, batches)]
     seeds = Seed(params, *places, key=keys)
-    return Task(config, images, labels, predict, Partial(loss_on, predict, images, labels), seeds)
+    return Task(config, (predict, images, labels), seeds)
 
 
 def loss_on(predict: Any, images: Array, labels: Array, params: Any, places: Array) -> Array:
@@ -301,8 +298,10 @@ def loss_on(predict: Any, images: Array, labels: Array, params: Any, places: Arr
 
 
 @eqx.filter_jit
-def train_lanes(config: Config, job: Job, loss: Any, starts: Any, seeds: Seed, lanes: Array) -> Any:
-    """Train in all lanes from all seeds: full matrices, and losses, of runs (lane, seed)."""
+def train_lanes(config: Config, job: Job, network: Any, starts: Any, seeds: Seed, lanes: Array) -> Trained:
+    """Train in all lanes from all seeds: losses and errors of runs (lane, seed)."""
+    predict, images, labels = network
+    loss = Partial(loss_on, *network)
 
     def one(lane, start, seed):
         params, path = train(
@@ -314,27 +313,23 @@ def train_lanes(config: Config, job: Job, loss: Any, starts: Any, seeds: Seed, l
             observe=lambda params: loss(params, seed.training[:2000]),
             batches=seed.batches,
         )
-        return merge(params), path
+
+        def error(places):
+            wrong = jnp.argmax(predict(params, images[places]), axis=-1) != labels[places]
+            # A run that blew up has learned nothing.
+            return jnp.where(path.ok, jnp.mean(wrong), 1.0)
+
+        return Trained(path.ys, error(seed.validation), error(seed.test))
 
     each_seed = jax.vmap(one, in_axes=(None, 0, 0))
     return jax.vmap(each_seed, in_axes=(0, None, None))(lanes, starts, seeds)
 
 
-@eqx.filter_jit
-def errors(predict: Any, images: Array, labels: Array, params: Any, places: Array) -> Array:
-    """Part of the images at these places (seed, N) that networks (lane, seed, ...) get wrong."""
-
-    def one(params, places):
-        return jnp.mean(jnp.argmax(predict(params, images[places]), axis=-1) != labels[places])
-
-    return jax.vmap(lambda params: jax.vmap(one)(params, places))(params)
-
-
 @partial(jax.jit, static_argnums=(0, 1))
-def one_step(config: Config, job: Job, loss: Any, params: Any, state: Any, places: Any, key: Array) -> Any:
+def one_step(config: Config, job: Job, network: Any, params: Any, state: Any, seed: Seed) -> Any:
     """One update of one network, as it is timed."""
-    gradient = jax.grad(loss)(params, places)
-    optimizer = optimizer_of(config, job, (config.learning_rates[0], SCALE), key)
+    gradient = jax.grad(Partial(loss_on, *network))(params, seed.batches[0])
+    optimizer = optimizer_of(config, job, (config.learning_rates[0], SCALE), seed.key)
     updates, state = optimizer.update(gradient, state, params)
     return optax.apply_updates(params, updates), state
 
@@ -344,13 +339,8 @@ def train_all(task: Task, starts: Any, factors: dict[Job, float], rates: np.ndar
     first, *_ = factors
     pairs = [(rate, factor) for factor in factors.values() for rate in rates]
     lanes = jnp.asarray(pairs, task.config.dtype)
-    params, path = train_lanes(task.config, first, task.loss, starts, task.seeds, lanes)
-    # A run that blew up has learned nothing.
-    validation, test = (
-        np.where(path.ok, errors(task.predict, task.images, task.labels, params, places), 1.0)
-        for places in (task.seeds.validation, task.seeds.test)
-    )
-    parts = (np.split(found, len(factors)) for found in (np.asarray(path.ys), validation, test))
+    found = jax.device_get(train_lanes(task.config, first, task.network, starts, task.seeds, lanes))
+    parts = (np.split(part, len(factors)) for part in found)
     return {job: Trained(*part) for job, *part in zip(factors, *parts, strict=True)}
 
 
@@ -439,10 +429,7 @@ def measure_states(config: Config, networks: dict[Method, tuple[Any, Any]]) -> d
 
     factors = formula(lora_memory, config.rank)
     return {
-        "state": {
-            "bytes": ("method", [nbytes(leaves) for leaves in states]),
-            "counts": ("method", counts),
-        },
+        "state": {"bytes": ("method", list(map(nbytes, states))), "counts": ("method", counts)},
         "formula": {
             "adam": formula(full_rank_memory),
             "galore": formula(galore_memory, config.rank),
@@ -457,10 +444,10 @@ def measure_states(config: Config, networks: dict[Method, tuple[Any, Any]]) -> d
 
 def time_steps(task: Task, networks: dict[Job, tuple[Any, Any]]) -> np.ndarray:
     """Median milliseconds of an ordinary step, and of a first, of each job (job, 2); they take turns."""
+    seed = jax.tree.map(lambda leaf: leaf[0], task.seeds)
 
     def step(job, params, state):
-        batch, key = task.seeds.batches[0, 0], task.seeds.key[0]
-        return one_step(task.config, job, task.loss, params, state, batch, key)
+        return one_step(task.config, job, task.network, params, state, seed)
 
     # GaLore's first step is one with new bases, its second is not.
     lanes = [
