@@ -1,8 +1,11 @@
-"""Memory of a weight matrix and its Adam state: at full rank, with LoRA, with GaLore."""
+"""Memory of a weight matrix and its Adam state: at full rank, with LoRA, with GaLore; bytes of programs."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
 
 from dynamics.arguments import require_choice, require_sizes
 
@@ -84,3 +87,49 @@ def galore_memory(m: int, n: int, rank: int, projection: Projection | str = "std
         return Memory(m * n, 2 * rank**2, (m + n) * rank)
     short = {"std": min(m, n), "reverse_std": max(m, n), "left": m, "right": n}[projection]
     return Memory(m * n, 2 * (m + n - short) * rank, short * rank)
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all arrays of a pytree, such as an optimizer's state, or of their shapes.
+
+    Example:
+        >>> nbytes([jax.ShapeDtypeStruct((2, 3), "bfloat16"), jax.ShapeDtypeStruct((), "int32")])
+        16
+    """
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def compiled_bytes(step: Callable[..., Any], params: Any, state: Any, batch: Any) -> dict[str, int]:
+    """Bytes that a compiled training step needs, by the compiler's own account; nothing is allocated or run.
+
+    Args:
+        step: function `(params, state, batch)`, which gives parameters and state back, updated.
+        params: parameters, or their shapes and dtypes.
+        state: the optimizer's state.
+        batch: what the step is taken on.
+
+    Returns:
+        "weights" and "states" of the arguments, "in_place": what of these is updated without a copy, and
+        "temporaries".
+
+    Example:
+        >>> halve = lambda params, state, batch: (params / 2, state + 1)
+        >>> numbers = jax.ShapeDtypeStruct((100,), "float32")
+        >>> compiled_bytes(halve, numbers, jax.ShapeDtypeStruct((), "int32"), None)["in_place"]
+        404
+    """
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, batch)
+    # A CPU multiplies bfloat16 numbers as float32: moved out of the loop over layers, that conversion would
+    # make a float32 copy of all weights, which accelerators do not have.
+    hoisting = ("while-loop-invariant-code-motion", "while-loop-expensive-invariant-code-motion")
+    options = {
+        "xla_disable_hlo_passes": ",".join(hoisting),
+        "xla_backend_optimization_level": 0,  # of the machine code, which never runs
+    }
+    memory: Any = lowered.compile(compiler_options=options).memory_analysis()
+    return {
+        "weights": nbytes(params),
+        "states": nbytes(state),
+        "in_place": memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+    }
