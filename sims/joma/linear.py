@@ -256,19 +256,15 @@ def _saliency(saved: Saved) -> Claim:
     relative, early, end = (v / v.max() for v in (delta, size[1], size[-1]))
     common, common_at_end = relative[:COMMON].max(), end[:COMMON].max()
     rank: Any = spearmanr(delta, size[-1])
-    next_term = np.pi / 12 * (HORIZON / (len(size) - 1)) ** 2
+    off, next_term = largest(early - relative), np.pi / 12 * (HORIZON / (len(size) - 1)) ** 2
+    series = "the next term of erfinv, pi / 12 (t / t*)^2"
     monotone = "one increasing function takes |Delta| to |v|"
     return stated(
         "saliency",
         "Delta is near zero for common tokens, whose weights stay small; the larger |Delta|, the larger |v|",
         "tian2024joma, section 4",
         at_most("common tokens: |Delta| over the largest", common, 0.1, why="chance in 12800 tokens"),
-        at_most(
-            "first record: |v| beside |Delta|, both over their maxima",
-            largest(early - relative),
-            next_term,
-            why="the next term of erfinv, pi / 12 (t / t*)^2",
-        ),
+        at_most("first record: |v| beside |Delta|, both over their maxima", off, next_term, why=series),
         at_most("end: |v| of common tokens over the winner's", common_at_end, common, why="they fall behind"),
         at_least("end: rank correlation of |v| with |Delta|", rank.statistic, 1, 1e-12, why=monotone),
     )

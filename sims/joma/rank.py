@@ -176,18 +176,14 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
     ranks, count = saved["network"], config.points
     off = max(largest(ranks[name] - saved[f"gaussian/{name}"][0, :count]) for name in ranks)
     second = "the second order bends the line by a few percent"
+    first = "first order in the smallest rate, of some 5000 steps"
     yield stated(
         "network",
         "Gradient descent on attention and several hidden nodes follows the modified MLP",
         "tian2024joma, Theorem 2 and its extension to several hidden nodes",
         slope("order of the gap of V in the learning rate", order["right"], 1, 0.05, why=second),
         at_most(f"order with Delta {OFF}", order["wrong"], 0.6, why="a gap that does not close has order 0"),
-        at_most(
-            "largest difference of a stable rank to the flow's, to 0.9 t*",
-            off,
-            5e-3,
-            why="first order in the smallest rate, of some 5000 steps",
-        ),
+        at_most("largest difference of a stable rank to the flow's, to 0.9 t*", off, 5e-3, why=first),
     )
 
 

@@ -102,51 +102,35 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
     late = ts >= MARKS[1]
     order = {name: convergence_order(ts[late], values[late]).slope for name, values in worst.items()}
     delays = saved["delay"][config.mu.index(REFERENCE)] - saved["delay"]
+    gap, end = largest(ts[-1] * error[-1] - delays), "the relative error at t = 1000"
+    second = "the second order of D / t, half a percent at t = 100"
     yield stated(
         "approach",
         "The ratio of the rates approaches its limit as 1 / t, with the difference of the delays before it",
         "tian2024joma, Theorem 4 (the correction is derived here)",
-        slope(
-            "order of its relative error in t, from 100 to 1000",
-            order["right"],
-            -1,
-            0.01,
-            why="the second order of D / t, half a percent at t = 100",
-        ),
+        slope("order of its relative error in t, from 100 to 1000", order["right"], -1, 0.01, why=second),
         at_least(f"order with mu {OFF}", order["wrong"], -0.5, why="an error that does not fall has order 0"),
-        at_most(
-            "t times the relative error at t = 1000: largest difference to D_k - D_j",
-            largest(ts[-1] * error[-1] - delays),
-            1e-3,
-            why="the second order, D_k / t, of a difference below one",
-        ),
+        at_most(f"t times {end}: largest difference to D_k - D_j", gap, 1e-3, why=second),
     )
     late = ts >= MARKS[0]
     gap = largest(s[late] / saved["law"][late] - 1)
     to_time = largest(s[1:, config.mu.index(0.0)] / ts[1:] - 1)
+    left = "exp(-s) / s is 1e-11 for mu = 0.5, the solver's error as small"
     yield stated(
         "late-law",
         "Late on s = exp(mu^2 / 2) (t - D(mu)), with a delay D in closed form",
         "tian2024joma, Theorem 4 (derived here)",
-        at_most(
-            "largest relative gap of s to it, from t = 20 on",
-            gap,
-            1e-9,
-            why="exp(-s) / s is 1e-11 for mu = 0.5, the solver's error as small",
-        ),
+        at_most("largest relative gap of s to it, from t = 20 on", gap, 1e-9, why=left),
         at_most("mu = 0: largest relative gap of s to t", to_time, 1e-12, why=f"s' = 1, so {ROUNDING}"),
     )
     early = len(saved["early_time"])
+    gap = largest(saved["direct"] - saved["v"][:early])
+    grown = "the solver's tolerance, grown a hundredfold early on"
     yield stated(
         "two-forms",
         "The flows of v and of s = ln(1 / (1 - v / mu)) are the same, until v is its target to rounding",
         "tian2024joma, section 4 (nonlinear activation)",
-        at_most(
-            "largest gap of v to mu (1 - exp(-s)), to s = 30 everywhere",
-            largest(saved["direct"] - saved["v"][:early]),
-            1e-8,
-            why="the solver's tolerance, two orders of which the early growth may cost",
-        ),
+        at_most("largest gap of v to mu (1 - exp(-s)), to s = 30 everywhere", gap, 1e-8, why=grown),
         every("components that are past s = 30 there", s[early - 1] > 30),
     )
 
@@ -179,7 +163,6 @@ def figure(config: Config, saved: Saved) -> Figure:
     ratio.legend(loc="lower left", fontsize=7.5)
 
     weights.plot([], [], label="integrated as v", **plotting.THEORY)
-    weights.set(xscale="log", xlabel="time", ylabel="v")
-    weights.set_title("Weights: from s, and integrated as v")
+    weights.set(xscale="log", xlabel="time", ylabel="v", title="Weights: from s, and integrated as v")
     weights.legend(loc="upper left", fontsize=7.5)
     return drawn
