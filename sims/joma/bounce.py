@@ -291,7 +291,7 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         "A network on one-hot tokens follows v' = (mu - v e^{v^2/2}) e^{v^2/2} / M; its attention bounces",
         "tian2024joma, section 4 (the flow of this network is derived here)",
         slope("order of the gap in the learning rate", order["right"], 1, 0.1, why=quarter),
-        at_most(f"order with an exponent {OFF}", order["wrong"], 0.5, why="else the gap closes"),
+        at_most(f"order with an exponent {OFF}", order["wrong"], 0.5, why="a gap that stays has order 0"),
         equals("lowest entropy", lowest["entropy"], 1.937, 2e-3, why=digits),
         equals("its time", lowest["time"], 0.76, 0.02, why=f"{GOLDEN}, two digits"),
         equals("entropy at the end", end, 2.184, 2e-3, why=digits),
