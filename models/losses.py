@@ -59,6 +59,21 @@ def cross_entropy(params: PyTree, data: Any) -> Array:
     return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
+def upstream_product(params: PyTree, data: Any) -> Array:
+    r"""The loss whose upstream gradient is given, -(1/N) sum_i <g_i, f(X_i)>, of data = (f, X, g).
+
+    Outputs f(params, X) and gradients g of the negative loss are (N, ...). It takes its data like
+    `squared_error`.
+
+    Example:
+        >>> double = lambda params, x: params * x
+        >>> float(upstream_product(2.0, (double, jnp.ones((5, 3)), jnp.ones((5, 3)))))
+        -6.0
+    """
+    predict, inputs, gradient = data
+    return -jnp.sum(gradient * predict(params, inputs)) / len(gradient)
+
+
 def on_batches(loss: Callable[[Any, Any], Array], predict: Callable[[PyTree, Any], Array]) -> Partial:
     """The loss as a function of the parameters and a batch (X, y), as `models.training.train` calls it.
 

@@ -97,33 +97,42 @@ def rescaled_mlp_flow(V0: ArrayLike, delta: ArrayLike, taus: ArrayLike, **option
 
 
 def modified_mlp_solution(t: ArrayLike, delta: ArrayLike) -> Array:
-    r"""`modified_mlp_flow` from zero start in closed form, for one hidden node.
+    r"""`modified_mlp_flow` from zero start in closed form.
 
         v_l(t) = sqrt(2) erfinv(sqrt(2 / pi) delta_l t)
 
     At any time erf(v_l / sqrt(2)) / delta_l is the same for all l. The printed theorem has erf(v / 2), which
     belongs to exp(v^2 / 4). Past the blow-up time the winners stay at infinity, the others
-    at their limits sqrt(2) erfinv(delta_l / max |delta|).
+    at their limits sqrt(2) erfinv(delta_l / max |delta|). With several hidden nodes a row keeps the direction
+    of its row of delta, and its norm grows so.
 
-    Source: tian2024joma, Theorem 2, corrected.
+    Source: tian2024joma, Theorem 2, corrected (derived here for several hidden nodes).
 
     Args:
         t: times >= 0, any shape.
-        delta: saliency, shape (M,).
+        delta: saliency, shape (M,) or (M, K).
 
     Returns:
-        v, shape (*t.shape, M); NaN where a traced t is negative.
+        v, shape (*t.shape, *delta.shape); NaN where a traced t is negative.
 
     Raises:
-        ValueError: `t` is negative, or `delta` is not a vector of finite numbers.
+        ValueError: `t` is negative, or `delta` has another shape or is not finite.
 
     Example:
         >>> modified_mlp_solution(9.0, [1.0, 0.5, 0.0]).round(5).tolist()
         [inf, 0.67449, 0.0]
     """
-    t, delta = as_inexact(t), require_vector("delta", delta, "M")
+    t, delta = as_inexact(t), as_inexact(delta)
+    if delta.ndim not in (1, 2) or delta.size == 0:
+        raise ValueError(f"delta must have shape (M,) or (M, K), got {delta.shape}")
     require_finite("delta", delta)
     require_every("t", t, lambda t: t >= 0, ">= 0")
+    if delta.ndim == 2:
+        norm = jnp.linalg.norm(delta, axis=1)
+        direction = delta / jnp.where(norm > 0, norm, 1)[:, None]
+        direction = direction.reshape((1,) * t.ndim + delta.shape)
+        # A component that is zero stays so where its row is infinite.
+        return jnp.where(direction == 0, 0, modified_mlp_solution(t, norm)[..., None] * direction)
     dtype = jnp.promote_types(t.dtype, delta.dtype)
     largest = jnp.max(jnp.abs(delta))
     # Winners must reach infinity: a quotient of equal numbers may be rounded below one.

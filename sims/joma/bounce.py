@@ -7,10 +7,10 @@ that do not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, get_args
+from typing import Annotated, Any
 
 import diffrax
 import jax
@@ -19,19 +19,21 @@ import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, PyTree
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dynamics.flow import ArrayLike, Trajectory, integrate
-from dynamics.joma import Kind, saturating_flow
+from dynamics.joma import saturating_flow
 from dynamics.spectra import entropy
 from models.attention import JomaBlock, JomaInputs, JomaState
 from models.functional import as_function
-from models.losses import bind, cross_entropy, squared_error
-from models.training import train, train_at_rates
+from models.losses import bind, cross_entropy, mean_squared_error
+from models.training import Descent, train
 from sims import plotting
-from sims.claims import Check, Claim, Preset
-from sims.compare import convergence_order, lane, lane_gaps, require_sweeps
-from sims.results import Context, Result, Saved
+from sims.claims import Claim, Preset, at_least, at_most, corrected, equals, qualified, slope, stated
+from sims.compare import convergence_order, lane, lane_gaps, percent
+from sims.ranges import Length, Positive, Range
+from sims.results import Context, Saved
 
 # The targets of the source's Figure 4: ten draws of 3 U(0, 1) + 1, sorted.
 FIGURE_4_TARGETS = (1.2654, 1.3961, 1.9223, 2.3669, 2.4703, 2.4888, 2.8969, 2.9022, 3.3047, 3.6893)
@@ -41,15 +43,7 @@ TOKENS = 10  # of the networks with one-hot contexts
 START = 0.05  # of every hidden weight; the logits start at START^2 / 2, where the invariant is zero
 LARGEST = 20.0  # target of the last token; the first one's is a twentieth
 WRONG_FACTOR = 1.05
-# Of the networks beside the one that theory describes: learning rate and what it is called.
-RATES = {
-    "one_hot_relu": 0.01,
-    "dense": 0.1,
-    "linear_exp": 0.1,
-    "linear_softmax": 0.1,
-    "relu_exp": 0.1,
-    "relu_softmax": 0.1,
-}
+# What the networks that do not bounce are called.
 LABELS = {
     "dense": "squared error, dense features, targets to 2",
     "linear_exp": "cross-entropy, linear, exp attention",
@@ -57,41 +51,37 @@ LABELS = {
     "relu_exp": "cross-entropy, ReLU, exp attention",
     "relu_softmax": "cross-entropy, ReLU, softmax attention",
 }
+RATES = {"one_hot_relu": 0.01, **dict.fromkeys(LABELS, 0.1)}
+OFF = f"{percent(WRONG_FACTOR)} off"
+TIME, ENTROPY = "time = learning rate × step", "entropy of attention [nats]"
+GOLDEN = "a golden number of an earlier implementation"
+VISIBLE = "a tenth of a nat is what can be seen in a figure"
 
 
 @dataclass(frozen=True)
 class Config:
     """Training of the networks; the fields are those of the source."""
 
-    horizon: float = 60.0
-    """Time at which the runs on one-hot tokens end."""
-    points: int = 3000
-    """Records along those runs."""
-    substeps: tuple[int, ...] = (2, 5, 15)
-    """Steps between two records, one per learning rate: the rate is horizon / (points * substeps)."""
-    steps: int = 6000
+    descent: Descent = Descent(horizon=60.0, points=3000, substeps=(2, 5, 15))
+    """Gradient descent on one-hot tokens at several learning rates."""
+    steps: Annotated[int, Range(at_least=1000)] = 6000
     """Steps of the other networks."""
-    largest: tuple[float, ...] = (2.0, 5.0, 10.0, 40.0)
+    largest: Annotated[tuple[Positive, ...], Length(2)] = (2.0, 5.0, 10.0, 40.0)
     """Largest targets at which the reduced flow is integrated besides 20; the least is 5 at most."""
 
     def __post_init__(self):
-        require_sweeps(self, "substeps", "largest")
-        if not 0 < min(self.largest) <= 5:
-            raise ValueError(f"largest must be positive, its least 5 at most, got {self.largest}")
-        if self.steps < 1000:
-            raise ValueError(f"steps must be at least 1000, got {self.steps}")
+        if all(target > 5 for target in self.largest):
+            raise ValueError(f"largest must hold a number of 5 at most, got {self.largest}")
 
 
 _QUICK = Config()
+_STANDARD = replace(_QUICK, steps=20_000, descent=replace(_QUICK.descent, substeps=(2, 5, 10, 20, 50)))
+_FINE = replace(_QUICK.descent, substeps=(*_STANDARD.descent.substeps, 100, 200))
 PRESETS: dict[Preset, Config] = {
     "quick": _QUICK,
-    "standard": replace(_QUICK, substeps=(2, 5, 10, 20, 50), steps=20_000),
-    "paper": replace(_QUICK, substeps=(2, 5, 10, 20, 50, 100, 200), steps=100_000),
+    "standard": _STANDARD,
+    "paper": replace(_QUICK, steps=100_000, descent=_FINE),
 }
-
-
-def _mean_squared_error(params, data):
-    return squared_error(params, data) / len(data[2])
 
 
 @jax.jit
@@ -109,11 +99,48 @@ def _drawn_field(targets: Array) -> Array:
     return jax.lax.scan(step, jnp.full_like(targets, START), None, length=5000)[1]
 
 
-def _reduced_field(t, v, args):
+def _fields() -> dict:
+    """Entropy of attention along the source's flow, as printed with three sets of targets and as drawn."""
+    mus = {"printed": FIGURE_4_TARGETS, **OTHER_TARGETS}
+    # Elementwise: one state holds the components of all three.
+    mu = np.concatenate(list(mus.values()))
+    ts = np.append(0.0, np.geomspace(0.01, 200.0, 4000))
+    # Targets below four are not too stiff for an explicit solver, which is quicker to compile.
+    v = np.asarray(saturating_flow(np.zeros_like(mu), mu, ts, solver=diffrax.Dopri8()).ys)
+    parts = np.split(v, np.cumsum(list(map(len, mus.values())))[:-1], axis=1)
+    logits = {name: part**2 / 2 for name, part in zip(mus, parts, strict=True)}
+    drawn = _drawn_field(np.array(FIGURE_4_TARGETS))
+    return {
+        "field_time": ("field_time", ts),
+        "field": ("field_time", _entropies(logits)),
+        "drawn_time": ("drawn_time", FIGURE_4_RATE * np.arange(len(drawn))),
+        "drawn": ("drawn_time", _entropies(drawn**2 / 3)),
+    }
+
+
+def _reduced_field(t, state, args):
     """One-hot tokens, exp attention, linear activation, squared error; z = v^2 / 2 by the invariant."""
-    targets, factor = args
-    attention = jnp.exp(factor * v**2 / 2)
-    return (targets - v * attention) * attention / TOKENS
+
+    def field(v, targets, factor):
+        attention = jnp.exp(factor * v**2 / 2)
+        return (targets - v * attention) * attention / TOKENS
+
+    return {name: field(v, *args[name]) for name, v in state.items()}
+
+
+def _reduced_flows(config: Config) -> tuple[dict[str, Trajectory], np.ndarray]:
+    """The network's flow and one whose exponent is off; logits (T, size, token) by largest target."""
+    targets = _targets(LARGEST, TOKENS)
+    args = {
+        "right": (targets, 1.0),
+        "wrong": (targets, WRONG_FACTOR),
+        "by_size": (_targets(config.largest, TOKENS), 1.0),
+    }
+    start = {name: np.full_like(targets, START) for name, (targets, _) in args.items()}
+    ts = config.descent.times
+    V = jax.device_get(integrate(_reduced_field, start, ts, args).ys)
+    flows = {name: Trajectory(ts, JomaState(V[name], V[name] ** 2 / 2), True) for name in ("right", "wrong")}
+    return flows, np.concatenate([V["right"][:, None], V["by_size"]], axis=1) ** 2 / 2
 
 
 def _targets(largest: ArrayLike, size: int) -> np.ndarray:
@@ -134,34 +161,40 @@ def _one_hot(activation: Callable[[Array], Array]):
     return (predict, tokens, _targets(LARGEST, TOKENS)[:, None]), params
 
 
-@partial(jax.jit, static_argnames="config")
-def _train_others(key: Array, config: Config) -> Trajectory:
-    """Attention entropy of the networks of `RATES`: side by side in one program, each at its own rate."""
+def _observe(params) -> JomaState:
+    return JomaState(params["W"][...][:, 0], params["z"][...][0])
+
+
+def _other_networks(key: Array) -> dict[str, Any]:
+    """Loss, data and parameters of the networks of `RATES`."""
     keys = jax.random.split(key, 4)
     dtype = jnp.result_type(float)
-    runs: dict[str, Any] = {"one_hot_relu": (_mean_squared_error, *_one_hot(jax.nn.relu))}
+    runs: dict[str, Any] = {"one_hot_relu": (mean_squared_error, *_one_hot(jax.nn.relu))}
 
     # Of eight features about half are on, and the output adds them: all share one error.
     features = jax.random.bernoulli(keys[0], 0.5, (200, 8)).astype(dtype)
     predict, params = as_function(_block(8, jax.nn.identity))
     inputs = JomaInputs(features, jnp.zeros(200, jnp.int32))
-    data = (predict, inputs, features @ _targets(2.0, 8)[:, None])
-    runs["dense"] = (_mean_squared_error, data, params)
+    runs["dense"] = (mean_squared_error, (predict, inputs, features @ _targets(2.0, 8)[:, None]), params)
 
     # Six classes with two tokens of their own each, and six tokens that are common to all.
     labels, tokens = jnp.arange(120) % 6, jnp.arange(18)
     occurs = (tokens < 6)[None, :] | ((tokens - 6)[None, :] // 2 == labels[:, None])
     counts = jnp.where(occurs, jax.random.exponential(keys[1], occurs.shape, dtype), 0)
     contexts = JomaInputs(counts / counts.sum(axis=1, keepdims=True), jnp.zeros(120, jnp.int32))
-    for name, activation in (("linear", jax.nn.identity), ("relu", jax.nn.relu)):
-        for kind in get_args(Kind)[1:]:
+    for name, phi in (("linear", jax.nn.identity), ("relu", jax.nn.relu)):
+        for kind in ("exp", "softmax"):
             head = nnx.Linear(20, 6, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(keys[2]))
-            block = JomaBlock.standard(
-                keys[3], 18, 20, kind=kind, activation=activation, scale=0.1, head=head
-            )
+            block = JomaBlock.standard(keys[3], 18, 20, kind=kind, activation=phi, scale=0.1, head=head)
             predict, params = as_function(block)
             runs[f"{name}_{kind}"] = (cross_entropy, (predict, contexts, labels), params)
+    return runs
 
+
+@partial(jax.jit, static_argnames="config")
+def _train_others(key: Array, config: Config) -> Trajectory:
+    """Attention entropy of the other networks: side by side in one program, each at its own rate."""
+    runs = _other_networks(key)
     parts = {name: (RATES[name], loss, data) for name, (loss, data, _) in runs.items()}
     _, path = train(
         bind(_sum_of_losses, parts),
@@ -180,259 +213,172 @@ def _sum_of_losses(params, parts) -> Array:
     return jnp.sum(jnp.stack(losses))
 
 
-def _observe(params) -> JomaState:
-    return JomaState(params["W"][...][:, 0], params["z"][...][0])
+def _bounce(path: np.ndarray) -> np.ndarray:
+    """How far the entropy (T, ...) comes back up from its lowest point."""
+    return path[-1] - path.min(axis=0)
 
 
-def run(config: Config, context: Context) -> Result:
+def run(config: Config, context: Context) -> dict:
     """Integrate the fields, train the networks, and take the entropy of attention along each."""
     context.progress("the source's fields", 0.0)
-    figure_targets = np.array(FIGURE_4_TARGETS)
-    drawn = np.asarray(_drawn_field(figure_targets))
-    # Elementwise: one state holds the components of three fields.
-    targets = [figure_targets, *map(np.array, OTHER_TARGETS.values())]
-    ts = np.append(0.0, np.geomspace(0.01, 200.0, 4000))
-    mu = np.concatenate(targets)
-    # Targets below four are not too stiff for an explicit solver, which is quicker to compile.
-    printed = saturating_flow(np.zeros_like(mu), mu, ts, solver=diffrax.Dopri8())
-    parts = np.split(np.asarray(printed.ys), np.cumsum([len(part) for part in targets])[:-1], axis=1)
-    logits = {
-        "drawn": drawn**2 / 3,
-        **{name: v**2 / 2 for name, v in zip(("printed", *OTHER_TARGETS), parts, strict=True)},
-    }
-
+    fields = _fields()
     context.progress("the reduced flow of one-hot tokens", 0.2)
-    times = np.linspace(0.0, config.horizon, config.points + 1)
-    # Elementwise again: rows are largest targets. The second row is wrong, its exponent off by a few percent.
-    largest = np.array([LARGEST, LARGEST, *config.largest])
-    factors = np.where(np.arange(len(largest)) == 1, WRONG_FACTOR, 1.0)[:, None]
-    targets = _targets(largest, TOKENS)
-    flows = integrate(_reduced_field, np.full_like(targets, START), times, (targets, factors))
-    V = jax.tree.map(np.asarray, flows.ys)
-    theory, wrong = (Trajectory(times, JomaState(v, v**2 / 2), flows.ok) for v in (V[:, 0], V[:, 1]))
-
+    flows, by_size = _reduced_flows(config)
     context.progress("training on one-hot tokens", 0.4)
+    descent = config.descent
     data, params = _one_hot(jax.nn.identity)
-    rates, trained = jax.tree.map(
-        np.asarray,
-        train_at_rates(
-            bind(_mean_squared_error, data),
-            params,
-            config.substeps,
-            horizon=config.horizon,
-            points=config.points,
-            observe=_observe,
-        ),
-    )
-    gaps = {"flow": lane_gaps(theory, trained), "wrong": lane_gaps(wrong, trained)}
-    finest = lane(trained, int(np.argmin(rates)))
-
+    trained = jax.device_get(descent.train(bind(mean_squared_error, data), params, observe=_observe)[1])
     context.progress("training the other networks", 0.7)
-    others = jax.tree.map(np.asarray, _train_others(jax.random.key(context.seed), config))
-    paths = (logits, V**2 / 2, finest.ys.z)
-    fields, by_size, one_hot_linear = jax.tree.map(np.asarray, _entropies(paths))
-    networks = {"one_hot_linear": one_hot_linear, **others.ys}
-    bounces = {name: _bounce(path) for name, path in networks.items()}
-    falls = {name: float(path[0] - path.min()) for name, path in networks.items()}
-    sizes = {
-        "largest": np.array([LARGEST, *config.largest]),
-        "bounce": np.array(list(map(_bounce, np.delete(by_size, 1, axis=1).T))),
+    others = jax.device_get(_train_others(jax.random.key(context.seed), config))
+
+    finest = lane(trained, int(np.argmin(descent.rates))).ys
+    of_trained, of_sizes = jax.device_get(_entropies((finest.z, by_size)))
+    shown = np.unique(np.round(np.geomspace(1, descent.points + 1, 400)).astype(int) - 1)
+    return {
+        **fields,
+        "rate": ("rate", descent.rates),
+        "gap": ("rate", {name: lane_gaps(flow, trained) for name, flow in flows.items()}),
+        "time": ("time", descent.times[shown]),
+        "entropy": ("time", {"theory": of_sizes[shown, 0], "trained": of_trained[shown]}),
+        "lowest": {"entropy": of_trained.min(), "time": descent.times[of_trained.argmin()]},
+        "v": ("time token", {"theory": flows["right"].ys.V[shown], "trained": finest.V[shown]}),
+        "step": ("step", others.ts),
+        "other": ("step", others.ys),
+        "largest": ("largest", np.array([LARGEST, *config.largest])),
+        "bounce": ("largest", _bounce(of_sizes)),
     }
 
-    shown = np.unique(np.round(np.geomspace(1, config.points + 1, 400)).astype(int) - 1)
-    data = {
-        "fields": {"ts": ts, "drawn_ts": FIGURE_4_RATE * np.arange(len(drawn)), **fields},
-        "ts": times[shown],
-        "theory": {"v": theory.ys.V[shown], "entropy": by_size[shown, 0]},
-        "trained": {"v": finest.ys.V[shown], "entropy": networks["one_hot_linear"][shown]},
-        "others": {"steps": others.ts, **others.ys},
-        "rates": rates,
-        "gap": gaps,
-        "sizes": sizes,
-    }
-    claims = (
-        _figure_4(fields),
-        _large_targets(ts, fields),
-        _network(times, rates, gaps, networks["one_hot_linear"]),
-        _criterion(bounces, falls, sizes),
-    )
-    dims = {
-        "theory/v": ("time", "token"),
-        "trained/v": ("time", "token"),
-        "theory/entropy": ("time",),
-        "trained/entropy": ("time",),
-        "rates": ("rate",),
-        "gap/flow": ("rate",),
-        "gap/wrong": ("rate",),
-        "sizes/largest": ("size",),
-        "sizes/bounce": ("size",),
-    }
-    return Result(data, claims, dims)
 
-
-def _bounce(path: np.ndarray) -> float:
-    """How far the entropy comes back up from its lowest point."""
-    return float(path[-1] - path.min())
-
-
-def _figure_4(fields) -> Claim:
-    drawn, printed = fields["drawn"], fields["printed"]
-    return Claim(
-        "joma.bounce/figure",
+def claims(config: Config, saved: Saved) -> Iterator[Claim]:
+    """The source's figure and flow, the network on one-hot tokens, and which networks bounce."""
+    fields, drawn = saved["field"], saved["drawn"]
+    printed, lowest_time = fields["printed"], saved["field_time"][fields["printed"].argmin()]
+    four, softmax = f"{GOLDEN}, four decimals", "(mu - v) softmax(v^2 / 3)"
+    yield corrected(
+        "figure",
         "The figure's entropy falls to 0.94 and comes back: it is of v' = (mu - v) exp(v^2 / 2)",
-        "tian2024joma, Figure 4; the field that gives it is (mu - v) softmax(v^2 / 3)",
-        "corrected",
-        [
-            # The targets are known to four decimals.
-            Check("minimum, (mu - v) exp(v^2 / 2)", "equals", 0.9416, printed.min(), 1e-3),
-            Check("minimum, (mu - v) softmax(v^2 / 3) in steps of 0.02", "equals", 0.9416, drawn.min(), 1e-3),
-            Check("its iteration", "equals", 669, int(drawn.argmin()), 2),
-            Check("entropy at iteration 4999", "equals", 1.5493, drawn[-1], 1e-3),
+        "tian2024joma, Figure 4; the field that gives it is " + softmax,
+        printed=[equals("minimum, (mu - v) exp(v^2 / 2)", printed.min(), 0.9416, 1e-3, why=four)],
+        mended=[
+            equals(f"minimum, {softmax} in steps of 0.02", drawn.min(), 0.9416, 1e-3, why=four),
+            equals("its iteration", drawn.argmin(), 669, 2, why=f"{GOLDEN}; targets have four decimals"),
+            equals("entropy at iteration 4999", drawn[-1], 1.5493, 1e-3, why=four),
         ],
     )
-
-
-def _large_targets(ts: np.ndarray, fields) -> Claim:
-    printed = fields["printed"]
-    return Claim(
-        "joma.bounce/flow",
+    bounce = {name: _bounce(path) for name, path in fields.items()}
+    yield qualified(
+        "flow",
         "Along v' = (mu - v) exp(v^2 / 2) attention becomes sparser and then denser",
         "tian2024joma, section 4 (nonlinear activation)",
-        "qualified",
-        [
-            # From another implementation, with four decimals; half a unit of the last one each.
-            Check("lowest entropy, the figure's targets", "equals", 0.1497, printed.min(), 5e-4),
-            Check("its time", "equals", 0.47, float(ts[int(printed.argmin())]), 5e-3),
-            Check("entropy at t = 200", "equals", 1.1062, printed[-1], 1e-4),
-            # A tenth of a nat is what can be seen in a figure of ten tokens.
-            Check("bounce, the figure's targets", "at least", 0.1, _bounce(fields["printed"])),
-            Check("bounce, targets (1, 2, 3)", "at least", 0.1, _bounce(fields["medium"])),
-            Check("bounce, targets (0.5, 1, 1.5)", "at most", 0.01, _bounce(fields["small"])),
-        ],
         condition="some target is well above one",
+        inside=[
+            equals("lowest entropy, the figure's targets", printed.min(), 0.1497, 5e-4, why=four),
+            equals("its time", lowest_time, 0.47, 5e-3, why=f"{GOLDEN}, two decimals"),
+            equals("entropy at t = 200", printed[-1], 1.1062, 1e-4, why=four),
+            at_least("bounce, the figure's targets", bounce["printed"], 0.1, why=VISIBLE),
+            at_least("bounce, targets (1, 2, 3)", bounce["medium"], 0.1, why=VISIBLE),
+        ],
+        outside=[
+            at_most("bounce, targets (0.5, 1, 1.5)", bounce["small"], 0.01, why="far below what is seen")
+        ],
     )
-
-
-def _network(ts: np.ndarray, rates, gaps, path: np.ndarray) -> Claim:
-    return Claim(
-        "joma.bounce/network",
+    order = {name: convergence_order(saved["rate"], gap).slope for name, gap in saved["gap"].items()}
+    lowest, end = saved["lowest"], saved["entropy/trained"][-1]
+    quarter = "the largest rate is a quarter of where descent gets unstable"
+    digits = f"{GOLDEN}, four digits; of first order in the rate"
+    yield stated(
+        "network",
         "A network on one-hot tokens follows v' = (mu - v e^{v^2/2}) e^{v^2/2} / M; its attention bounces",
         "tian2024joma, section 4 (the flow of this network is derived here)",
-        "stated",
-        [
-            # The largest rate is a quarter of where descent gets unstable: the second order bends the line.
-            Check(
-                "order of the gap in the learning rate",
-                "slope",
-                1.0,
-                convergence_order(rates, gaps["flow"]).slope,
-                0.1,
-            ),
-            # A gap that does not close has order 0.
-            Check(
-                "order with an exponent 5 % off",
-                "at most",
-                0.5,
-                convergence_order(rates, gaps["wrong"]).slope,
-            ),
-            # From another implementation, with four digits; of first order in the learning rate.
-            Check("lowest entropy", "equals", 1.937, path.min(), 2e-3),
-            Check("its time", "equals", 0.76, float(ts[int(path.argmin())]), 0.02),
-            Check("entropy at the end", "equals", 2.184, path[-1], 2e-3),
-        ],
+        slope("order of the gap in the learning rate", order["right"], 1, 0.1, why=quarter),
+        at_most(f"order with an exponent {OFF}", order["wrong"], 0.5, why="a gap that stays has order 0"),
+        equals("lowest entropy", lowest["entropy"], 1.937, 2e-3, why=digits),
+        equals("its time", lowest["time"], 0.76, 0.02, why=f"{GOLDEN}, two digits"),
+        equals("entropy at the end", end, 2.184, 2e-3, why=digits),
     )
+    yield _criterion(saved)
 
 
-def _criterion(bounces, falls, sizes) -> Claim:
-    small = float(np.max(sizes["bounce"][sizes["largest"] <= 5]))
-    softest = {name: falls[name] for name in LABELS if name != "dense"}
-    return Claim(
-        "joma.bounce/criterion",
+def _criterion(saved: Saved) -> Claim:
+    bounces = {name: _bounce(path) for name, path in saved["other"].items()}
+    falls = {name: path[0] - path.min() for name, path in saved["other"].items()}
+    least = min(falls[name] for name in LABELS if name != "dense")
+    linear = saved["entropy/trained"][-1] - saved["lowest/entropy"]
+    small = np.max(saved["bounce"][saved["largest"] <= 5])
+    trains = "it does train: recorded falls are 0.40 to 0.43"
+    return qualified(
+        "criterion",
         "The nonlinearity makes attention bounce",
         "tian2024joma, section 4 (nonlinear activation)",
-        "qualified",
-        [
-            # A tenth of a nat is what can be seen: the same line on both sides of the condition.
-            Check("one-hot, squared error, linear", "at least", 0.1, bounces["one_hot_linear"]),
-            Check("one-hot, squared error, ReLU", "at least", 0.1, bounces["one_hot_relu"]),
-            Check("one-hot, squared error, targets of 5 at most", "at most", 0.1, small),
-            *[Check(label, "at most", 0.1, bounces[name]) for name, label in LABELS.items()],
-            # They do train: recorded falls are 0.40 to 0.43 under cross-entropy, 0.02 with dense features.
-            Check("least fall of the entropy, cross-entropy", "at least", 0.3, min(softest.values())),
-            Check("fall of the entropy, dense features", "at least", 0.01, falls["dense"]),
-        ],
         condition="the loss stops every token by itself, at a large target; with or without a nonlinearity",
+        inside=[
+            at_least("one-hot, squared error, linear", linear, 0.1, why=VISIBLE),
+            at_least("one-hot, squared error, ReLU", bounces["one_hot_relu"], 0.1, why=VISIBLE),
+        ],
+        outside=[
+            at_most("one-hot, squared error, targets of 5 at most", small, 0.1, why=VISIBLE),
+            *(at_most(label, bounces[name], 0.1, why=VISIBLE) for name, label in LABELS.items()),
+            at_least("least fall of the entropy, cross-entropy", least, 0.3, why=trains),
+            at_least("fall of the entropy, dense features", falls["dense"], 0.01, why="it does train"),
+        ],
     )
 
 
-def figure(saved: Saved) -> Figure:
+def figure(config: Config, saved: Saved) -> Figure:
     """Entropy along fields and networks, the weights behind it, gaps, and the bounce over the targets."""
     drawn, ((fields, bouncing, falling), (weights, over_rate, over_size)) = plotting.new_figure(
         2, 3, width=4.2, height=3.5
     )
-    for ax in (fields, bouncing, falling):
-        ax.set(xscale="log", ylabel="entropy of attention [nats]")
-
-    fields.plot(
-        saved["fields/drawn_ts"][1:],
-        saved["fields/drawn"][1:],
-        color="C0",
-        label="drawn: (μ − v) softmax(v²/3)",
-    )
-    ts = saved["fields/ts"]
-    for index, (name, label) in enumerate(
-        {
-            "printed": "printed: (μ − v) exp(v²/2)",
-            **{
-                name: f"the same, μ = ({', '.join(f'{m:g}' for m in mu)})"
-                for name, mu in OTHER_TARGETS.items()
-            },
-        }.items()
-    ):
-        fields.plot(ts[1:], saved[f"fields/{name}"][1:], color=f"C{index + 1}", label=label)
-    fields.set(xlabel="time")
-    fields.set_title("The source's flows")
-    fields.set_ylim(0, 3.6)
-    fields.legend(loc="upper left", fontsize=7, ncols=1)
-
-    ts = saved["ts"][1:]
-    relu = RATES["one_hot_relu"] * saved["others/steps"][1:]
-    bouncing.plot(relu, saved["others/one_hot_relu"][1:], color="C1", label="ReLU", linewidth=5, alpha=0.4)
-    bouncing.plot(ts, saved["trained/entropy"][1:], color="C0", label="linear", **plotting.TRAINED)
-    bouncing.plot(ts, saved["theory/entropy"][1:], label="reduced flow", **plotting.THEORY)
-    bouncing.set(xlabel="time = learning rate × step")
-    bouncing.set_title("Networks that bounce:\none-hot tokens, squared error, targets to 20")
-    bouncing.legend()
-
-    for index, (name, label) in enumerate(LABELS.items()):
-        time = RATES[name] * saved["others/steps"][1:]
-        falling.plot(time, saved[f"others/{name}"][1:], color=f"C{index}", label=label)
-    falling.set(xlabel="time = learning rate × step")
-    falling.set_ylim(1.9, 3.9)
-    falling.set_title("Networks that do not")
-    falling.legend(loc="upper left", fontsize=7)
+    _draw_fields(fields, saved)
+    _draw_networks(bouncing, falling, saved)
 
     tokens = [0, 2, 4, 6, 9]
-    targets = np.linspace(LARGEST / 20, LARGEST, TOKENS)
-    labels = [f"target {targets[token]:.1f}" for token in tokens]
-    plotting.theory_and_trained(
-        weights, ts, saved["theory/v"][1:, tokens], saved["trained/v"][1:, tokens], labels
-    )
-    weights.set(xscale="log", xlabel="time = learning rate × step", ylabel="hidden weight v of a token")
+    labels = [f"target {target:.1f}" for target in _targets(LARGEST, TOKENS)[tokens]]
+    theory, trained = (saved[f"v/{of}"][1:, tokens] for of in ("theory", "trained"))
+    plotting.theory_and_trained(weights, saved["time"][1:], theory, trained, labels)
+    weights.set(xscale="log", xlabel=TIME, ylabel="hidden weight v of a token")
     weights.set_title("Large targets are reached first")
     weights.legend(fontsize=7)
 
-    gaps = {"reduced flow": saved["gap/flow"], "exponent 5 % off": saved["gap/wrong"]}
-    plotting.gap_panel(over_rate, saved["rates"], gaps, "learning rate", "largest gap of v and z")
-    over_rate.set_xticks(saved["rates"], [f"{rate:.2g}" for rate in saved["rates"]])
+    rates, largest = saved["rate"], saved["largest"]
+    gaps = {"reduced flow": saved["gap/right"], f"exponent {OFF}": saved["gap/wrong"]}
+    plotting.gap_panel(over_rate, rates, gaps, "learning rate", "largest gap of v and z")
+    over_rate.set_xticks(rates, [f"{rate:.2g}" for rate in rates])
     over_rate.minorticks_off()
     over_rate.set_title("Gap to the reduced flow")
 
-    order = np.argsort(saved["sizes/largest"])
-    over_size.semilogx(saved["sizes/largest"][order], saved["sizes/bounce"][order], "o-", color="C0")
+    order = np.argsort(largest)
+    over_size.semilogx(largest[order], saved["bounce"][order], "o-", color="C0")
     over_size.axhline(0.1, **plotting.PRINTED)
-    over_size.set_xticks(saved["sizes/largest"], [f"{largest:g}" for largest in saved["sizes/largest"]])
+    over_size.set_xticks(largest, [f"{target:g}" for target in largest])
     over_size.minorticks_off()
     over_size.set(xlabel="largest target", ylabel="bounce of the entropy [nats]")
     over_size.set_title("Small targets hardly bounce")
     return drawn
+
+
+def _draw_fields(ax: Axes, saved: Saved) -> None:
+    drawn = "drawn: (μ − v) softmax(v²/3)"
+    ax.plot(saved["drawn_time"][1:], saved["drawn"][1:], color="C0", label=drawn)
+    labels = {"printed": "printed: (μ − v) exp(v²/2)"}
+    for name, mu in OTHER_TARGETS.items():
+        labels[name] = f"the same, μ = ({', '.join(f'{m:g}' for m in mu)})"
+    for index, (name, label) in enumerate(labels.items()):
+        ax.plot(saved["field_time"][1:], saved[f"field/{name}"][1:], color=f"C{index + 1}", label=label)
+    ax.set(xscale="log", xlabel="time", ylabel=ENTROPY, ylim=(0, 3.6), title="The source's flows")
+    ax.legend(loc="upper left", fontsize=7, ncols=1)
+
+
+def _draw_networks(bouncing: Axes, falling: Axes, saved: Saved) -> None:
+    ts, steps = saved["time"][1:], saved["step"][1:]
+    relu: Any = {"color": "C1", "label": "ReLU", "linewidth": 5, "alpha": 0.4}
+    bouncing.plot(RATES["one_hot_relu"] * steps, saved["other/one_hot_relu"][1:], **relu)
+    bouncing.plot(ts, saved["entropy/trained"][1:], color="C0", label="linear", **plotting.TRAINED)
+    bouncing.plot(ts, saved["entropy/theory"][1:], label="reduced flow", **plotting.THEORY)
+    bouncing.set(xscale="log", xlabel=TIME, ylabel=ENTROPY)
+    bouncing.set_title("Networks that bounce:\none-hot tokens, squared error, targets to 20")
+    bouncing.legend()
+    for index, (name, label) in enumerate(LABELS.items()):
+        falling.plot(RATES[name] * steps, saved[f"other/{name}"][1:], color=f"C{index}", label=label)
+    falling.set(xscale="log", xlabel=TIME, ylabel=ENTROPY, ylim=(1.9, 3.9), title="Networks that do not")
+    falling.legend(loc="upper left", fontsize=7)

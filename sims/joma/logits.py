@@ -8,6 +8,7 @@ ones ("random"). Beside it, a query whose samples all share one context, for whi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dynamics import joma
@@ -22,70 +24,74 @@ from dynamics.flow import Trajectory
 from models.attention import JomaBlock, JomaInputs, JomaState, joma_observer
 from models.functional import as_function
 from models.losses import bind, cross_entropy
-from models.training import train, train_at_rates
+from models.training import Descent, train
 from sims import plotting
-from sims.claims import Check, Claim, Preset
-from sims.compare import compare, convergence_order, require_sweeps
-from sims.results import Context, Result, Saved
+from sims.claims import SECOND_ORDER, Claim, Preset, at_least, at_most, equals, qualified, slope, stated
+from sims.compare import compare, convergence_order, named_lanes, require_ok
+from sims.ranges import Count, Positive
+from sims.results import Context, Saved
 
 COMMON, DISTINCT, CLASSES, DIM = 10, 10, 20, 30
 TOKENS = COMMON + DISTINCT
 CONTEXTS = ("gaussian", "random")
-MEASURES = ("correlation", "relative_l2", "amplitude_ratio")
 EARLY = 100  # steps after which the estimate is still right in size
+# By what each estimate of the logits is compared with the real ones.
+MEASURES = {
+    "estimate": ("correlation", "relative_l2", "amplitude_ratio"),
+    "first": ("correlation",),
+    "second": ("correlation",),
+    "moving": ("relative_l2",),
+}
 
 
 @dataclass(frozen=True)
 class Config:
     """Training, with the numbers of the source's Figure 2."""
 
-    seeds: int = 32
+    seeds: Count = 32
     """Runs with their own contexts and initial weights."""
-    steps: int = 2000
+    steps: Count = 2000
     """Steps of training."""
-    every: int = 10
+    every: Count = 10
     """Steps between two records."""
-    learning_rate: float = 0.1
+    learning_rate: Positive = 0.1
     """Learning rate of all weights, gradient descent without momentum."""
-    temperature: float = 0.5
+    temperature: Positive = 0.5
     """Divides the attention logits."""
-    scale: float = 0.01
+    scale: Positive = 0.01
     """Standard deviation of all weights at the start."""
-    horizon: float = 100.0
-    """Time at which the runs on one context end."""
-    points: int = 1000
-    """Records along them."""
-    substeps: tuple[int, ...] = (1, 2, 4)
-    """Steps between two of them, one per learning rate: the rate is horizon / (points * substeps)."""
+    descent: Descent = Descent(horizon=100.0, points=1000, substeps=(1, 2, 4))
+    """Gradient descent on one context at several learning rates."""
 
     def __post_init__(self):
-        require_sweeps(self, "substeps")
-        if EARLY % self.every or self.steps < EARLY:
+        if self.steps < EARLY or (self.every > 0 and EARLY % self.every):
             raise ValueError(
                 f"every must divide {EARLY} and steps be at least that, got {self.every}, {self.steps}"
             )
 
 
+_QUICK = Config()
 PRESETS: dict[Preset, Config] = {
-    "quick": Config(),
-    "standard": replace(Config(), seeds=128, substeps=(1, 2, 5, 10)),
-    "paper": replace(Config(), seeds=1000, substeps=(1, 2, 5, 10, 20)),
+    "quick": _QUICK,
+    "standard": replace(_QUICK, seeds=128, descent=replace(_QUICK.descent, substeps=(1, 2, 5, 10))),
+    "paper": replace(_QUICK, seeds=1000, descent=replace(_QUICK.descent, substeps=(1, 2, 5, 10, 20))),
 }
 
 
-def _contexts(key: jax.Array) -> jax.Array:
-    """The context of every class, distinct tokens first: gaussian and random ones, (2, CLASSES, TOKENS)."""
+def _contexts(key: jax.Array) -> dict[str, jax.Array]:
+    """The context of every class, distinct tokens first, (CLASSES, TOKENS)."""
     random = jax.random.uniform(key, (CLASSES, TOKENS), maxval=0.5)
     place = jnp.arange(CLASSES)[:, None] * (DISTINCT / CLASSES)
     moving = jnp.exp(-((jnp.arange(DISTINCT)[None] - place) ** 2) / 30)
-    x = jnp.stack([random.at[:, :DISTINCT].set(moving), random])
-    return x / jnp.sum(x, axis=2, keepdims=True)
+    both = {"gaussian": random.at[:, :DISTINCT].set(moving), "random": random}
+    return {name: x / jnp.sum(x, axis=1, keepdims=True) for name, x in both.items()}
 
 
-def _block(key: jax.Array, config: Config) -> JomaBlock:
+def _problem(key: jax.Array, x: jax.Array, labels: jax.Array, config: Config):
+    """Loss, parameters and observer of a block trained on contexts x of one query."""
     key_W, key_z = jax.random.split(key)
     U = jnp.eye(DIM)
-    return JomaBlock(
+    block = JomaBlock(
         U[:, :TOKENS],
         U[:, TOKENS : TOKENS + 1],
         config.scale * jax.random.normal(key_W, (DIM, CLASSES)),
@@ -94,11 +100,6 @@ def _block(key: jax.Array, config: Config) -> JomaBlock:
         activation=jax.nn.identity,
         temperature=config.temperature,
     )
-
-
-def _problem(key: jax.Array, x: jax.Array, labels: jax.Array, config: Config):
-    """Loss, parameters and observer of a block trained on contexts x of one query."""
-    block = _block(key, config)
     predict, params = as_function(block)
     inputs = JomaInputs(x, jnp.zeros(len(x), int))
     return bind(cross_entropy, (predict, inputs, labels)), params, joma_observer(block)
@@ -110,9 +111,8 @@ def _estimates(seen: JomaState, x: jax.Array, config: Config) -> dict[str, jax.A
     # The temperature divides the gradient in z as it does the logits.
     rate = 1 / config.temperature
     mean = jax.vmap(lambda z: jnp.mean(joma.attend(z, x, "softmax", config.temperature), axis=0))(z)
-    kept = jax.vmap(
-        lambda V, z: joma.invariant(V, z, "softmax", learning_rate_z=rate, mean_attention=mean[0])
-    )(V, z)
+    invariant = partial(joma.invariant, kind="softmax", learning_rate_z=rate, mean_attention=mean[0])
+    kept = jax.vmap(invariant)(V, z)
     half_square = rate * jnp.sum(V**2, axis=2) / 2
     return {
         "real": z,
@@ -124,203 +124,153 @@ def _estimates(seen: JomaState, x: jax.Array, config: Config) -> dict[str, jax.A
 
 
 @partial(jax.jit, static_argnames="config")
-def _figure_2(keys: jax.Array, config: Config) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
-    """Steps times learning rate (T,), logits (context, seed, T, M), and whether all is finite."""
+def _figure_2(keys: jax.Array, config: Config) -> dict[str, Trajectory]:
+    """Logits (seed, T, M) by context, over steps times learning rate."""
 
     def one(key, x):
         loss, params, observe = _problem(key, x, jnp.arange(CLASSES), config)
-        _, path = train(
-            loss,
-            params,
-            optax.sgd(config.learning_rate),
-            steps=config.steps,
-            every=config.every,
-            observe=observe,
-            time_step=config.learning_rate,
-        )
-        return path.ts, _estimates(path.ys, x, config), path.ok
+        rate = config.learning_rate
+        options = {"steps": config.steps, "every": config.every, "observe": observe, "time_step": rate}
+        _, path = train(loss, params, optax.sgd(rate), **options)
+        return Trajectory(path.ts, _estimates(path.ys, x, config), path.ok)
 
-    contexts = jnp.swapaxes(jax.vmap(lambda key: _contexts(jax.random.fold_in(key, 1)))(keys), 0, 1)
-    ts, logits, ok = jax.vmap(jax.vmap(one), (None, 0))(keys, contexts)
-    return ts[0, 0], logits, ok
+    contexts = jax.vmap(lambda key: _contexts(jax.random.fold_in(key, 1)))(keys)
+    return named_lanes(lambda x: jax.vmap(one)(keys, x), **contexts)
 
 
 @partial(jax.jit, static_argnames="config")
-def _one_context(key: jax.Array, config: Config) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
-    """Learning rates (L,), logits (L, T, M) where all samples share a context, and whether all is finite."""
+def _one_context(key: jax.Array, config: Config) -> Trajectory:
+    """Logits (L, T, M) at every learning rate, where all samples share a context."""
     key_x, key_labels, key_block = jax.random.split(key, 3)
-    x = jnp.broadcast_to(_contexts(key_x)[1, :1], (CLASSES, TOKENS))
+    x = jnp.broadcast_to(_contexts(key_x)["random"][:1], (CLASSES, TOKENS))
     labels = jax.random.randint(key_labels, (CLASSES,), 0, CLASSES)
     loss, params, observe = _problem(key_block, x, labels, config)
-    rates, path = train_at_rates(
-        loss, params, config.substeps, horizon=config.horizon, points=config.points, observe=observe
-    )
-    return rates, jax.vmap(lambda seen: _estimates(seen, x, config))(path.ys), path.ok
+    _, path = config.descent.train(loss, params, observe=observe)
+    return Trajectory(path.ts, jax.vmap(lambda seen: _estimates(seen, x, config))(path.ys), path.ok)
 
 
-def _compare(ts: np.ndarray, logits: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
-    """Measures of an estimate against the real logits, relative to these, (context, seed, T) each."""
-
-    def one(real, other):
-        # The network is what an estimate is to be measured by.
-        return compare(Trajectory(ts, real, True), Trajectory(ts, other, True))
-
-    found = [
-        [one(*lane) for lane in zip(*lanes, strict=True)]
-        for lanes in zip(logits["real"], logits[name], strict=True)
-    ]
-    return {
-        measure: np.array([[getattr(comparison, measure) for comparison in row] for row in found])
-        for measure in MEASURES
-    }
+def _medians(path: Trajectory) -> dict[str, dict[str, np.ndarray]]:
+    """How each estimate compares with the real logits, relative to these: medians over the seeds, (T,)."""
+    found = {}
+    for name, measures in MEASURES.items():
+        pairs = zip(path.ts, path.ys["real"], path.ys[name], strict=True)
+        seeds = [compare(Trajectory(ts, real, True), Trajectory(ts, of, True)) for ts, real, of in pairs]
+        found[name] = {what: np.median([getattr(seed, what) for seed in seeds], axis=0) for what in measures}
+    return found
 
 
-def run(config: Config, context: Context) -> Result:
+def run(config: Config, context: Context) -> dict:
     """Train the block, estimate its logits from its hidden weights, and compare over time."""
     key_figure, key_one = jax.random.split(jax.random.key(context.seed))
     context.progress("training on the figure's contexts", 0.0)
-    ts, logits, ok = _figure_2(jax.random.split(key_figure, config.seeds), config)
+    paths = jax.device_get(_figure_2(jax.random.split(key_figure, config.seeds), config))
     context.progress("training on one context", 0.6)
-    rates, one, one_ok = _one_context(key_one, config)
-    if not bool(jnp.all(ok) & jnp.all(one_ok)):
-        raise RuntimeError("training diverged; lower learning_rate, or raise points")
+    path = jax.device_get(_one_context(key_one, config))
+    require_ok("training at these learning rates", *paths.values(), path)
 
     context.progress("comparing", 0.9)
-    ts, logits, rates, one = jax.tree.map(np.asarray, (ts, logits, rates, one))
-    against = {name: _compare(ts, logits, name) for name in ("estimate", "first", "second", "moving")}
+    one, first = path.ys, jax.tree.map(lambda leaf: leaf[0], paths["gaussian"])
     change = np.max(np.abs(one["real"] - one["real"][:, :1]), axis=(1, 2))
     errors = {
         name: np.max(np.abs(one[name] - one["real"]), axis=(1, 2)) / change for name in ("estimate", "moving")
     }
-    amplitude = {
-        name: float(np.linalg.norm(one[name][-1, -1]) / np.linalg.norm(one["real"][-1, -1]))
-        for name in errors
+    return {
+        "step": ("step", first.ts / config.learning_rate),
+        "logit": ("step token", {name: first.ys[name] for name in ("real", "estimate")}),
+        **{name: ("step", _medians(path)) for name, path in paths.items()},
+        "rate": ("rate", config.descent.rates),
+        "error": ("rate", errors),
+        "amplitude": np.linalg.norm(one["moving"][-1, -1]) / np.linalg.norm(one["real"][-1, -1]),
     }
-    data = {
-        "ts": ts,
-        "logits": {name: logits[name][:, 0] for name in ("real", "estimate")},
-        "against": against,
-        "rates": rates,
-        "one": {"error": errors, "amplitude": amplitude},
-    }
-    claims = (
-        _correlation(against["estimate"], config),
-        _terms(against, config),
-        _moving_mean(against),
-        _one_context_claim(rates, errors, amplitude),
-    )
-    dims = {
-        "ts": ("time",),
-        "rates": ("rate",),
-        **{f"logits/{name}": ("context", "time", "token") for name in data["logits"]},
-        **{
-            f"against/{name}/{measure}": ("context", "seed", "time")
-            for name in against
-            for measure in MEASURES
-        },
-        **{f"one/error/{name}": ("rate",) for name in errors},
-    }
-    return Result(data, claims, dims)
 
 
-def _median(values: np.ndarray) -> np.ndarray:
-    """Over the seeds: (context, T)."""
-    return np.median(values, axis=1)
+def _of_contexts(saved: Saved, name: str) -> np.ndarray:
+    """A median over time on both of `CONTEXTS`, (2, T)."""
+    return np.stack([saved[f"{context}/{name}"] for context in CONTEXTS])
 
 
-def _correlation(estimate: dict[str, np.ndarray], config: Config) -> Claim:
-    correlation, error, amplitude = (_median(estimate[measure]) for measure in MEASURES)
+def claims(config: Config, saved: Saved) -> Iterator[Claim]:
+    """The estimate's direction and size, its terms, the mean attention that moves, and one context."""
     early = EARLY // config.every
-    return Claim(
-        "joma.logits/correlation",
+    correlation, error, amplitude = (_of_contexts(saved, f"estimate/{what}") for what in MEASURES["estimate"])
+    gaussian, random = correlation.min(axis=1)
+    error_early, error_late = error[:, early].max(), error[:, -1].min()
+    young = "logits of a tenth: their squares have not grown yet"
+    single = "single runs end on both sides of 0.95"
+    yield qualified(
+        "correlation",
         "The logits estimated from the hidden weights are those of softmax attention",
         "tian2024joma, Theorem 1 and Figure 2",
-        "qualified",
-        [
-            # The recorded line. On random contexts single runs end on both sides of it, so the line is lower.
-            Check("gaussian: smallest correlation over the run", "at least", 0.95, correlation[0].min()),
-            Check("random: smallest correlation over the run", "at least", 0.9, correlation[1].min()),
-            # Logits of a tenth: the estimate's terms of second order have not grown yet.
-            Check(f"larger relative L2 error at step {EARLY}", "at most", 0.1, error[:, early].max()),
-            # An error that a correlation hides.
-            Check("smaller relative L2 error at the end", "at least", 0.5, error[:, -1].min()),
+        condition="their direction is meant; their size is right early in training only",
+        inside=[
+            at_least("gaussian: smallest correlation over the run", gaussian, 0.95, why="the recorded line"),
+            at_least("random: smallest correlation over the run", random, 0.9, why=single),
+            at_most(f"larger relative L2 error at step {EARLY}", error_early, 0.1, why=young),
+        ],
+        outside=[
+            at_least("smaller relative L2 error at the end", error_late, 0.5, why="a correlation hides it"),
             *(
-                # Twice the size is no estimate of the size.
-                Check(f"{name}: estimated over real amplitude at the end", "at least", 2.0, ratio)
+                at_least(
+                    f"{name}: estimated over real amplitude at the end", ratio, 2, why="twice is no size"
+                )
                 for name, ratio in zip(CONTEXTS, amplitude[:, -1], strict=True)
             ),
         ],
-        condition="their direction is meant; their size is right early in training only",
     )
-
-
-def _terms(against: dict[str, dict[str, np.ndarray]], config: Config) -> Claim:
-    first, second = (_median(against[name]["correlation"]) for name in ("first", "second"))
-    early = EARLY // config.every
-    return Claim(
-        "joma.logits/terms",
+    first, second = (_of_contexts(saved, f"{name}/correlation") for name in ("first", "second"))
+    at_early, at_end, never = first[:, early].max(), first[:, -1].min(), second.max()
+    recorded = "a recorded run has"
+    yield stated(
+        "terms",
         "Of the estimate's terms the squared weights find the direction late, the mean attention never",
         "tian2024joma, Figure 2",
-        "stated",
-        [
-            # One recorded run shows -0.33 to 0.41 early, 0.97 late, and 0.0 to 0.3 for the second term.
-            Check(
-                f"squared weights: larger correlation at step {EARLY}", "at most", 0.5, first[:, early].max()
-            ),
-            Check("squared weights: smaller correlation at the end", "at least", 0.9, first[:, -1].min()),
-            Check("mean attention: larger correlation over the run", "at most", 0.6, second.max()),
-        ],
+        at_most(
+            f"squared weights: larger correlation at step {EARLY}", at_early, 0.5, why=f"{recorded} 0.41"
+        ),
+        at_least("squared weights: smaller correlation at the end", at_end, 0.9, why=f"{recorded} 0.97"),
+        at_most("mean attention: larger correlation over the run", never, 0.6, why=f"{recorded} 0.0 to 0.3"),
     )
-
-
-def _moving_mean(against: dict[str, dict[str, np.ndarray]]) -> Claim:
-    moving, constant = (_median(against[name]["relative_l2"])[:, -1] for name in ("moving", "estimate"))
-    return Claim(
-        "joma.logits/moving-mean",
+    share = _of_contexts(saved, "moving/relative_l2")[:, -1] / error[:, -1]
+    of_the_end, most = "error left where the mean moves, of the error at the end", "most is above two thirds"
+    yield stated(
+        "moving-mean",
         "The estimate's size is wrong because the mean attention is taken to be constant",
         "tian2024joma, proof of Theorem 1 (derived here from it)",
-        "stated",
-        [
-            # Most of an error is more than two thirds of it.
-            Check(
-                f"{name}: error left where the mean moves, of the error at the end", "at most", 1 / 3, share
-            )
-            for name, share in zip(CONTEXTS, moving / constant, strict=True)
-        ],
+        *(
+            at_most(f"{name}: {of_the_end}", left, 1 / 3, why=most)
+            for name, left in zip(CONTEXTS, share, strict=True)
+        ),
     )
-
-
-def _one_context_claim(
-    rates: np.ndarray, errors: dict[str, np.ndarray], amplitude: dict[str, float]
-) -> Claim:
-    order = {name: convergence_order(rates, error).slope for name, error in errors.items()}
-    return Claim(
-        "joma.logits/one-context",
+    order = {name: convergence_order(saved["rate"], error).slope for name, error in saved["error"].items()}
+    left, size, tenth = (
+        saved["error/estimate"][-1],
+        saved["amplitude"],
+        "the mean moves a tenth of the logits",
+    )
+    of_error = "order of the error in the learning rate"
+    none = "what is left at a rate of zero has order 0"
+    yield qualified(
+        "one-context",
         "Where all samples share one context, the estimate is right in size as well",
         "tian2024joma, Theorem 1 and its proof",
-        "qualified",
-        [
-            # The second order bends the line by the largest rate.
-            Check("moving mean: order of the error in the learning rate", "slope", 1.0, order["moving"], 0.1),
-            # Its error at the smallest rate is below that.
-            Check("moving mean: estimated over real amplitude", "equals", 1.0, amplitude["moving"], 0.01),
-            # What is left at a learning rate of zero has order zero.
-            Check("constant mean: order of the error", "at most", 0.1, order["estimate"]),
-            # The mean attention moves by a tenth where the logits do.
-            Check("constant mean: error over change of z", "at least", 0.01, errors["estimate"][-1]),
-        ],
         condition="the mean attention is followed as it moves",
+        inside=[
+            slope(f"moving mean: {of_error}", order["moving"], 1, 0.1, why=SECOND_ORDER),
+            equals(
+                "moving mean: estimated over real amplitude", size, 1, 0.01, why="its error is below that"
+            ),
+        ],
+        outside=[
+            at_most("constant mean: order of the error", order["estimate"], 0.1, why=none),
+            at_least("constant mean: error over change of z", left, 0.01, why=tenth),
+        ],
     )
 
 
-def figure(saved: Saved) -> Figure:
+def figure(config: Config, saved: Saved) -> Figure:
     """Estimated over real logits; how good the estimate is over time; both terms; one context."""
-    drawn, axes = plotting.new_figure(2, 2, width=5.0, height=3.6)
-    (scatter, quality), (terms, rate) = axes
-    config = saved.config
-    steps = saved["ts"] / config["learning_rate"]
-
-    real, estimate = saved["logits/real"][0], saved["logits/estimate"][0]
+    drawn, ((scatter, quality), (terms, rate)) = plotting.new_figure(2, 2, width=5.0, height=3.6)
+    steps, real, estimate = saved["step"], saved["logit/real"], saved["logit/estimate"]
     for index, part in enumerate((0.05, 0.25, 0.5, 1.0)):
         at = round(part * (len(steps) - 1))
         scatter.plot(real[at], estimate[at], "o", color=f"C{index}", label=f"step {steps[at]:.0f}")
@@ -330,32 +280,38 @@ def figure(saved: Saved) -> Figure:
     scatter.set_title("Token by token, gaussian contexts, one run")
     scatter.legend()
 
-    shown = (
-        ("estimate", "correlation", "correlation"),
-        ("estimate", "relative_l2", "relative L2 error"),
-        ("estimate", "amplitude_ratio", "estimated / real amplitude"),
-        ("moving", "relative_l2", "relative L2 error, moving mean attention"),
-    )
-    for index, (name, measure, label) in enumerate(shown):
-        values = _median(saved[f"against/{name}/{measure}"])[:, 1:]  # errors are zero at the start
-        quality.loglog(steps[1:], values[0], color=f"C{index}", label=label)
-        quality.loglog(steps[1:], values[1], color=f"C{index}", linestyle=":")
+    shown = {
+        "estimate/correlation": "correlation",
+        "estimate/relative_l2": "relative L2 error",
+        "estimate/amplitude_ratio": "estimated / real amplitude",
+        "moving/relative_l2": "relative L2 error, moving mean attention",
+    }
+    _draw_contexts(quality, saved, shown, start=1)  # errors are zero at the start
     quality.plot([], [], color="0.3", label="gaussian contexts")
     quality.plot([], [], color="0.3", linestyle=":", label="random contexts")
-    quality.set(xlabel="step", ylabel="median over the runs")
+    quality.set(xscale="log", yscale="log", xlabel="step", ylabel="median over the runs")
     quality.set_title("Right in direction, not in size")
     quality.legend(fontsize=7.5)
 
-    names = {"estimate": "both terms", "first": "½ Σ v² alone", "second": "−½ |V|² mean attention alone"}
-    for index, (name, label) in enumerate(names.items()):
-        values = _median(saved[f"against/{name}/correlation"])
-        terms.plot(steps, values[0], color=f"C{index}", label=label)
-        terms.plot(steps, values[1], color=f"C{index}", linestyle=":")
+    shown = {
+        "estimate/correlation": "both terms",
+        "first/correlation": "½ Σ v² alone",
+        "second/correlation": "−½ |V|² mean attention alone",
+    }
+    _draw_contexts(terms, saved, shown)
     terms.set(xlabel="step", ylabel="correlation with z", ylim=(-0.6, 1.05))
     terms.set_title("The estimate's two terms (dotted: random contexts)")
     terms.legend()
 
-    errors = {"moving mean attention": saved["one/error/moving"], "constant one": saved["one/error/estimate"]}
-    plotting.gap_panel(rate, saved["rates"], errors, "learning rate", "largest error / change of z")
+    errors = {"moving mean attention": saved["error/moving"], "constant one": saved["error/estimate"]}
+    plotting.gap_panel(rate, saved["rate"], errors, "learning rate", "largest error / change of z")
     rate.set_title("All samples share one context")
     return drawn
+
+
+def _draw_contexts(ax: Axes, saved: Saved, shown: dict[str, str], start: int = 0) -> None:
+    """Medians over time with their labels, solid on gaussian contexts and dotted on random ones."""
+    for index, (name, label) in enumerate(shown.items()):
+        gaussian, random = _of_contexts(saved, name)[:, start:]
+        ax.plot(saved["step"][start:], gaussian, color=f"C{index}", label=label)
+        ax.plot(saved["step"][start:], random, color=f"C{index}", linestyle=":")

@@ -6,9 +6,10 @@ gradient is constant within a cluster.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import diffrax
 import jax
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.tree_util import Partial
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.optimize import brentq
 from scipy.special import ndtr
@@ -25,11 +27,20 @@ from scipy.stats import norm
 from dynamics.flow import Trajectory, integrate
 from dynamics.joma import Moments, gaussian_moments, isotropic_mixture_field, isotropic_moments
 from models.losses import bind
-from models.training import train, train_at_rates
+from models.training import Descent, train
 from sims import plotting
-from sims.claims import Check, Claim, Preset
-from sims.compare import convergence_order, lane, lane_gaps, require_sweeps
-from sims.results import Context, Result, Saved
+from sims.claims import SECOND_ORDER, Claim, Preset, at_least, at_most, equals, qualified, slope, stated
+from sims.compare import (
+    SOLVE,
+    convergence_order,
+    lane_gaps,
+    named_lanes,
+    percent,
+    require_ok,
+    right_and_wrong,
+)
+from sims.ranges import Count, Length, Range
+from sims.results import Context, Saved
 
 ACTIVATIONS = {
     "ReLU": jax.nn.relu,
@@ -39,49 +50,42 @@ ACTIVATIONS = {
     "GELU": jax.nn.gelu,
 }
 # Shares of ReLU, identity and GELU in an activation.
-RELU, LINEAR, GELU = (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)
+RELU, LINEAR, GELU = np.eye(3)
 PROBES = 4  # hidden weights at which the field is compared with samples
 NORM, SCALE = 1.3, 0.8  # |v| and width of the clusters where moments are compared and drawn
 WRONG_FACTOR = 1.2
 DIM = 4  # of the clusters at right angles, one per dimension
 SEPARATION, CLOSE = 8.0, 2.0  # norms of their centers, in widths
-CASES = ("ReLU", "linear", "two pull", "close")
+# What the nodes are called that are trained to the end.
+ENDS = {"relu": "ReLU, one pulls", "linear": "linear, one pulls", "two_pull": "ReLU, two pull"}
+TOO_WIDE = f"clusters {percent(WRONG_FACTOR)} too wide"
 
 
 @dataclass(frozen=True)
 class Config:
     """Samples, sweeps and starts."""
 
-    samples: int = 100_000
+    samples: Annotated[int, Range(at_least=100)] = 100_000
     """Samples per cluster of the Monte Carlo checks."""
-    horizon: float = 2.0
-    """Time at which the node is compared with the field."""
-    points: int = 20
-    """Records along those runs."""
-    substeps: tuple[int, ...] = (1, 3, 10, 30)
-    """Steps between two records, one per learning rate: the rate is horizon / (points * substeps)."""
-    sizes: tuple[int, ...] = (100, 400, 1600, 6400)
+    descent: Descent = Descent(horizon=2.0, points=20, substeps=(1, 3, 10, 30))
+    """Gradient descent on infinitely many samples at several learning rates."""
+    sizes: Annotated[tuple[int, ...], Range(at_least=2), Length(2)] = (100, 400, 1600, 6400)
     """Samples per cluster of the runs on samples."""
-    size_substeps: int = 10
+    size_substeps: Count = 10
     """Steps between two records of those runs."""
-    seeds: int = 16
+    seeds: Count = 16
     """Draws of the samples."""
-    starts: int = 32
+    starts: Count = 32
     """Starts of the node that is followed to the end."""
-    end: float = 1e4
+    end: Annotated[float, Range(above=1e-3)] = 1e4
     """Time at which its direction is taken."""
-
-    def __post_init__(self):
-        require_sweeps(self, "substeps", "sizes")
-        if min(self.sizes) < 2 or self.samples < 100:
-            raise ValueError(f"samples must be at least 100, sizes 2, got {self.samples} and {self.sizes}")
 
 
 _QUICK = Config()
 _STANDARD = replace(
     _QUICK,
     samples=1_000_000,
-    substeps=(1, 3, 10, 30, 100),
+    descent=replace(_QUICK.descent, substeps=(1, 3, 10, 30, 100)),
     sizes=(100, 400, 1600, 6400, 25_600),
     size_substeps=40,
     starts=200,
@@ -95,22 +99,43 @@ class Mixture(NamedTuple):
     centers: Array | Any
     weights: Array | Any
     bias: Array | Any
-    scale: Array | Any
+    scale: Array | Any = SCALE
 
 
 def _plane() -> Mixture:
     """Three clusters in the plane, of both signs, near enough to overlap."""
     centers = np.array([[2.0, 0.0], [-1.0, 1.5], [-0.5, -1.8]])
-    return Mixture(centers, np.array([0.5, -0.35, -0.15]), np.array([0.3, 0.2, 0.4]), SCALE)
+    return Mixture(centers, np.array([0.5, -0.35, -0.15]), np.array([0.3, 0.2, 0.4]))
+
+
+def _solid() -> Mixture:
+    """Three clusters in three dimensions, of both signs."""
+    centers = np.array([[1.0, 0.5, -0.5], [-1.0, 0.8, 0.2], [0.3, -1.2, 0.9]])
+    return Mixture(centers, np.array([0.5, -0.3, 0.2]), np.array([0.2, -0.4, 0.6]))
+
+
+def _at_right_angles() -> dict[str, tuple[Mixture, np.ndarray]]:
+    """Clusters of width one along the axes, one or two of which pull, and the activation of a node there."""
+
+    def node(mix, separation=SEPARATION, pulling=1):
+        weights = np.where(np.arange(DIM) < pulling, 1.0, -1.0) / DIM
+        return Mixture(separation * np.eye(DIM), weights, np.zeros(DIM), 1.0), mix
+
+    return {
+        "relu": node(RELU),
+        "linear": node(LINEAR),
+        "two_pull": node(RELU, pulling=2),
+        "close": node(RELU, separation=CLOSE),
+    }
 
 
 def _plane_quadrature():
-    """The same as data of `_node_loss`: Gauss-Hermite nodes around every center."""
+    """The clusters of the plane as data of `_node_loss`: Gauss-Hermite nodes around every center."""
     nodes, mass = np.polynomial.hermite_e.hermegauss(64)
     grid = np.stack(np.meshgrid(nodes, nodes), axis=-1).reshape(-1, 2)
     mixture = _plane()
     share = np.outer(mass, mass).reshape(-1) / mass.sum() ** 2
-    return mixture.centers[:, None, :] + SCALE * grid[None], share, mixture, np.array(GELU)
+    return mixture.centers[:, None, :] + SCALE * grid[None], share, mixture, GELU
 
 
 def _blend(mix: Array, s: Array) -> Array:
@@ -126,39 +151,44 @@ def _node_loss(v: Array, data) -> Array:
 
 
 def _field(t, v, args) -> Array:
-    mixture, mix = args
-    return isotropic_mixture_field(
-        v, mixture.centers, mixture.weights, mixture.bias, Partial(_blend, mix), mixture.scale
-    )
+    (centers, weights, bias, scale), mix = args
+    return isotropic_mixture_field(v, centers, weights, bias, Partial(_blend, mix), scale)
 
 
 @jax.jit
-def _flows(v0: Array, ts: Array, mixtures: Mixture, mixes: Array) -> Trajectory:
-    """The averaged flow of every mixture and activation, (L, ...), from every start, (L, S, d)."""
+def _flows(nodes: dict[str, Any], starts: Array, ts: Array) -> dict[str, Trajectory]:
+    """The averaged flow of every node, that is mixture and activation, from every start, (S, T, d)."""
 
-    def one(v0, mixture, mix):
-        return integrate(_field, v0, ts, (mixture, mix), solver=diffrax.Tsit5(), throw=False)
+    def flow(node):
+        return jax.vmap(lambda v0: integrate(_field, v0, ts, node, solver=diffrax.Tsit5(), **SOLVE))(starts)
 
-    return jax.vmap(jax.vmap(one, in_axes=(0, None, None)))(v0, mixtures, mixes)
+    return named_lanes(flow, **nodes)
 
 
-@partial(jax.jit, static_argnames="config")
-def _draw(key: Array, config: Config):
-    """Keys of the samples; hidden weights at which the field is compared; starts in each of `CASES`."""
-    keys = jax.random.split(key, 5)
-    vs = jax.random.normal(keys[0], (PROBES, 3))
-    starts = jax.random.normal(keys[3], (config.starts, DIM))
-    starts = 0.1 * starts / jnp.linalg.norm(starts, axis=1, keepdims=True)
-    samples = keys[1], jax.random.split(keys[2], config.seeds), keys[4]
-    return samples, vs, jnp.broadcast_to(starts, (len(CASES), *starts.shape))
+@jax.jit
+def _plane_flows(v0: Array, ts: Array) -> dict[str, dict[str, Trajectory]]:
+    """Flows of a GELU node and of a ReLU one in the plane: right, and wrong where clusters are too wide."""
+
+    def flows(factor):
+        mixture = _plane()._replace(scale=factor * SCALE)
+        return _flows({"gelu": (mixture, GELU), "relu": (mixture, RELU)}, v0[None], ts)
+
+    paths = right_and_wrong(flows, factor=WRONG_FACTOR)
+    return jax.tree.map(lambda leaf: leaf[0], paths)
+
+
+def _by_activation(f: Callable[[Callable], PyTree]) -> PyTree:
+    """`f` of every activation, along a leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(f, ACTIVATIONS.values()))
 
 
 @partial(jax.jit, static_argnames="samples")
 def _monte_carlo(key: Array, vs: Array, r: Array, samples: int):
-    """Averages over samples, with standard errors for the fields: Gaussian, on a sphere, and the moments."""
+    """Averages over samples: fields with their standard errors on Gaussians and spheres, and moments."""
     mixture = _solid()
     noise = jax.random.normal(key, (samples, *mixture.centers.shape))
     laws = {"gaussian": SCALE * noise, "sphere": noise / jnp.linalg.norm(noise, axis=-1, keepdims=True)}
+    u = laws["gaussian"][:, 0, 0]
 
     def field(slope, centred, v):
         x = mixture.centers[None] + centred
@@ -166,92 +196,132 @@ def _monte_carlo(key: Array, vs: Array, r: Array, samples: int):
         error = jnp.sqrt(jnp.sum(jnp.var(pull, axis=0), axis=0) / samples)
         return jnp.sum(jnp.mean(pull, axis=0), axis=0), error
 
-    def moments(slope, u, r):
+    def moments(slope, r):
         slopes = slope(r + NORM * u)
         return Moments(jnp.mean(slopes), jnp.mean(u * slopes) / NORM)
 
-    fields, drawn = {}, {}
-    for name, phi in ACTIVATIONS.items():
+    def of(phi):
         slope = jnp.vectorize(jax.grad(phi))
-        for law, centred in laws.items():
-            fields[f"{name}, {law}"] = jax.lax.map(partial(field, slope, centred), vs)
-        drawn[name] = jax.lax.map(partial(moments, slope, laws["gaussian"][:, 0, 0]), r)
-    return fields, drawn
+        fields = {law: jax.lax.map(partial(field, slope, centred), vs) for law, centred in laws.items()}
+        return fields, jax.lax.map(partial(moments, slope), r)
+
+    return _by_activation(of)
 
 
 @jax.jit
 def _quadrature(vs: Array, r: Array):
     """What theory says to `_monte_carlo`, and the moments over r."""
-    mixture = _solid()
-
-    def on_sphere(phi, v):
-        # In three dimensions the projection of a sphere on a line is flat.
-        flat = partial(isotropic_moments, norm=jnp.linalg.norm(v), activation=phi, density=_flat, width=1.0)
-        gain, stretch = jax.vmap(flat)(mixture.centers @ v + mixture.bias)
-        return (mixture.weights * gain) @ mixture.centers + jnp.sum(mixture.weights * stretch) * v
+    centers, weights, bias, scale = _solid()
 
     def gaussian(phi, v):
-        return isotropic_mixture_field(v, mixture.centers, mixture.weights, mixture.bias, phi, mixture.scale)
+        return isotropic_mixture_field(v, centers, weights, bias, phi, scale)
 
-    fields, drawn = {}, {}
-    for name, phi in ACTIVATIONS.items():
-        fields[f"{name}, gaussian"] = jax.vmap(partial(gaussian, phi))(vs)
-        fields[f"{name}, sphere"] = jax.vmap(partial(on_sphere, phi))(vs)
-        drawn[name] = jax.vmap(lambda r, phi=phi: gaussian_moments(r, NORM, phi, SCALE))(r)
-    return fields, drawn
+    def sphere(phi, v):
+        # In three dimensions the projection of a sphere on a line is flat.
+        law = {"norm": jnp.linalg.norm(v), "density": lambda u: jnp.full_like(u, 0.5), "width": 1.0}
+        gain, stretch = jax.vmap(lambda r: isotropic_moments(r, activation=phi, **law))(centers @ v + bias)
+        return (weights * gain) @ centers + jnp.sum(weights * stretch) * v
+
+    def of(phi):
+        fields = {field.__name__: jax.vmap(partial(field, phi))(vs) for field in (gaussian, sphere)}
+        return fields, jax.vmap(lambda r: gaussian_moments(r, NORM, phi, SCALE))(r)
+
+    return _by_activation(of)
 
 
-def _flat(u: Array) -> Array:
-    return jnp.full_like(u, 0.5)
-
-
-def _solid() -> Mixture:
-    """Three clusters in three dimensions, of both signs."""
-    centers = np.array([[1.0, 0.5, -0.5], [-1.0, 0.8, 0.2], [0.3, -1.2, 0.9]])
-    return Mixture(centers, np.array([0.5, -0.3, 0.2]), np.array([0.2, -0.4, 0.6]), SCALE)
+def _sampled_field(key: Array, vs: Array, samples: int) -> dict:
+    """The field beside samples, in standard errors, and the moments beside theirs."""
+    r, sampled_r = np.linspace(-3.0, 3.0, 61), np.linspace(-3.0, 3.0, 9)
+    fields, sampled = _monte_carlo(key, vs, sampled_r, samples)
+    theory, moments = _quadrature(vs, r)
+    off = {law: np.abs(mean - theory[law]) / error for law, (mean, error) in fields.items()}
+    return {
+        "activation": ("activation", list(ACTIVATIONS)),
+        "deviation": ("activation", {law: np.max(values, axis=(1, 2)) for law, values in off.items()}),
+        "r": ("r", r),
+        "moment": ("activation r", moments),
+        "sampled_r": ("sampled_r", sampled_r),
+        "sampled": ("activation sampled_r", sampled),
+    }
 
 
 @partial(jax.jit, static_argnames="config")
-def _train_on_samples(keys: Array, v0: Array, config: Config) -> Trajectory:
-    """A ReLU node trained on samples: every size and draw, (sizes, seeds, ...)."""
-    mixture, count = _plane(), max(config.sizes)
-    steps = config.points * config.size_substeps
-    rate = config.horizon / steps
+def _train_on_samples(key: Array, v0: Array, config: Config) -> Trajectory:
+    """A ReLU node trained on samples: every size in turn, every draw of it."""
+    mixture, count, every = _plane(), max(config.sizes), config.size_substeps
+    steps = config.descent.points * every
+    rate = config.descent.horizon / steps
 
     def one(size, key):
         x = mixture.centers[:, None, :] + SCALE * jax.random.normal(key, (3, count, 2))
         share = jnp.where(jnp.arange(count) < size, 1 / size, 0)
-        loss = bind(_node_loss, (x, share, mixture, jnp.array(RELU)))
-        return train(loss, v0, optax.sgd(rate), steps=steps, every=config.size_substeps, time_step=rate)[1]
+        loss = bind(_node_loss, (x, share, mixture, RELU))
+        return train(loss, v0, optax.sgd(rate), steps=steps, every=every, time_step=rate)[1]
 
-    sizes = jnp.asarray(config.sizes)
-    return jax.vmap(lambda size: jax.vmap(lambda key: one(size, key))(keys))(sizes)
+    keys = jax.random.split(key, config.seeds)
+    paths = jax.vmap(lambda size: jax.vmap(partial(one, size))(keys))(jnp.asarray(config.sizes))
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), paths)
+
+
+def _trained_node(key: Array, config: Config) -> dict:
+    """Gaps of a node trained in the plane to the averaged flow, over the learning rate and the samples."""
+    descent, v0 = config.descent, np.array([0.3, 0.6])
+    flows = jax.device_get(_plane_flows(v0, descent.times))
+    at_rates = jax.device_get(descent.train(bind(_node_loss, _plane_quadrature()), v0)[1])
+    on_samples = jax.device_get(_train_on_samples(key, v0, config))
+    shape = (len(config.sizes), config.seeds)
+    of_size = {
+        name: lane_gaps(flow["relu"], on_samples).reshape(shape).mean(axis=1) for name, flow in flows.items()
+    }
+    return {
+        "rate": ("rate", descent.rates),
+        "rate_gap": ("rate", {name: lane_gaps(flow["gelu"], at_rates) for name, flow in flows.items()}),
+        "size": ("size", np.array(config.sizes)),
+        "size_gap": ("size", of_size),
+    }
 
 
 @jax.jit
-def _train_to_the_end(key: Array, v0: Array, mixtures: Mixture, mixes: Array) -> Array:
+def _train_to_the_end(key: Array, nodes: dict[str, Any], starts: Array) -> dict[str, Array]:
     """Last weights of nodes trained on 500 samples per cluster with 1000 large steps."""
     noise = jax.random.normal(key, (DIM, 500, DIM))
 
-    def one(v0, mixture, mix):
-        data = (mixture.centers[:, None, :] + noise, jnp.full(500, 1 / 500), mixture, mix)
-        return train(bind(_node_loss, data), v0, optax.sgd(1.0), steps=1000, every=1000)[0]
+    def end(node):
+        loss = bind(_node_loss, (node[0].centers[:, None, :] + noise, jnp.full(500, 1 / 500), *node))
+        return jax.vmap(lambda v0: train(loss, v0, optax.sgd(1.0), steps=1000, every=1000)[0])(starts)
 
-    return jax.vmap(jax.vmap(one, in_axes=(0, None, None)))(v0, mixtures, mixes)
+    return named_lanes(end, **nodes)
 
 
-def _at_right_angles() -> tuple[Mixture, np.ndarray]:
-    """For each of `CASES` the clusters, of width one, and the activation."""
-    one = np.array([1.0, -1.0, -1.0, -1.0]) / DIM
-    two = np.array([1.0, 1.0, -1.0, -1.0]) / DIM
-    separations = np.array([SEPARATION, SEPARATION, SEPARATION, CLOSE])
-    mixtures = Mixture(
-        separations[:, None, None] * np.eye(DIM)[None],
-        np.stack([one, one, two, one]),
-        np.zeros((len(CASES), DIM)),
-        np.ones(len(CASES)),
-    )
-    return mixtures, np.array([RELU, LINEAR, RELU, RELU])
+def _followed_to_the_end(key: Array, starts: Array, end: float) -> dict:
+    """Cosines to the nearest center along the averaged flows and at the end of training, from many starts."""
+    nodes = _at_right_angles()
+    ts = np.append(0.0, np.geomspace(1e-3, end, 60))
+    paths = jax.device_get(_flows(nodes, starts, ts))
+    require_ok("a flow to the end", *paths.values())
+    trained = jax.device_get(_train_to_the_end(key, {name: nodes[name] for name in ENDS}, starts))
+
+    def cosine(v):  # the centers lie on the axes
+        return np.max(v, axis=-1) / np.linalg.norm(v, axis=-1)
+
+    return {
+        "time": ("time", ts),
+        "cosine": ("start time", {name: cosine(path.ys) for name, path in paths.items()}),
+        "trained_cosine": ("start", {name: cosine(v) for name, v in trained.items()}),
+    }
+
+
+def run(config: Config, context: Context) -> dict:
+    """Compare the field with samples, train a node, and follow many starts to where they end."""
+    keys = jax.random.split(jax.random.key(context.seed), 5)
+    starts = jax.random.normal(keys[3], (config.starts, DIM))
+    starts = 0.1 * starts / jnp.linalg.norm(starts, axis=1, keepdims=True)
+    context.progress("sampling the field", 0.0)
+    measured = _sampled_field(keys[1], jax.random.normal(keys[0], (PROBES, 3)), config.samples)
+    context.progress("training on the mixture", 0.3)
+    measured |= _trained_node(keys[2], config)
+    context.progress("following many starts to the end", 0.6)
+    return measured | _followed_to_the_end(keys[4], starts, config.end)
 
 
 def _final_cosine(separation: float) -> float:
@@ -269,261 +339,120 @@ def _final_cosine(separation: float) -> float:
     return float(np.sqrt(1 - (DIM - 1) * s**2))
 
 
-def _cosines(v: np.ndarray) -> np.ndarray:
-    """Cosine to the nearest center, the centers lying on the axes."""
-    return np.max(v, axis=-1) / np.linalg.norm(v, axis=-1)
-
-
-def run(config: Config, context: Context) -> Result:
-    """Compare the field with samples, train a node, and follow many starts to where they end."""
-    (key, run_keys, end_key), vs, starts = _draw(jax.random.key(context.seed), config)
-
-    context.progress("sampling the field", 0.0)
-    r, r_sampled = np.linspace(-3.0, 3.0, 61), np.linspace(-3.0, 3.0, 9)
-    sampled, drawn = jax.tree.map(np.asarray, _monte_carlo(key, vs, r_sampled, config.samples))
-    fields, moments = jax.tree.map(np.asarray, _quadrature(vs, r))
-
-    context.progress("integrating the field", 0.25)
-    ts = np.linspace(0.0, config.horizon, config.points + 1)
-    v0 = np.array([0.3, 0.6])
-    # Every second lane is wrong: its clusters are too wide.
-    plane = jax.tree.map(lambda leaf: np.stack([leaf] * 4), _plane())
-    plane = plane._replace(scale=plane.scale * np.array([1.0, WRONG_FACTOR, 1.0, WRONG_FACTOR]))
-    flows = _flows(np.broadcast_to(v0, (4, 1, 2)), ts, plane, np.array([GELU, GELU, RELU, RELU]))
-    smooth, smooth_wrong, kinked, kinked_wrong = (lane(lane(flows, index), 0) for index in range(4))
-
-    context.progress("training on the mixture", 0.4)
-    descent = train_at_rates(
-        bind(_node_loss, _plane_quadrature()),
-        v0,
-        config.substeps,
-        horizon=config.horizon,
-        points=config.points,
-    )
-    rates, at_rates = jax.tree.map(np.asarray, descent)
-    rate_gaps = {"flow": lane_gaps(smooth, at_rates), "wrong": lane_gaps(smooth_wrong, at_rates)}
-    on_samples = jax.tree.map(np.asarray, _train_on_samples(run_keys, v0, config))
-    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), on_samples)
-    size_gaps = {
-        name: lane_gaps(flow, flat).reshape(len(config.sizes), config.seeds).mean(axis=1)
-        for name, flow in (("flow", kinked), ("wrong", kinked_wrong))
-    }
-
-    context.progress("following many starts to the end", 0.6)
-    mixtures, mixes = _at_right_angles()
-    times = np.append(0.0, np.geomspace(1e-3, config.end, 60))
-    paths = _flows(starts, times, mixtures, mixes).ys
-    ends = _train_to_the_end(end_key, starts, mixtures, mixes)
-    cosines, trained = (dict(zip(CASES, _cosines(np.asarray(v)), strict=True)) for v in (paths, ends))
-
-    data = {
-        "r": r,
-        "moments": {name: values._asdict() for name, values in moments.items()},
-        "sampled": {"r": r_sampled, **{name: values._asdict() for name, values in drawn.items()}},
-        "rates": rates,
-        "rate_gap": rate_gaps,
-        "sizes": np.asarray(config.sizes),
-        "size_gap": size_gaps,
-        "ts": times,
-        "cosine": cosines,
-        "trained_cosine": trained,
-    }
-    claims = (
-        _field_claim(sampled, fields, r, moments),
-        _network(rates, rate_gaps, config.sizes, size_gaps),
-        _cluster_center(cosines, trained),
-    )
-    dims = {"rates": ("rate",), "sizes": ("size",)}
-    dims |= {f"cosine/{name}": ("start", "time") for name in CASES}
-    dims |= {f"trained_cosine/{name}": ("start",) for name in CASES}
-    return Result(data, claims, dims)
-
-
-def _field_claim(sampled, fields, r, moments) -> Claim:
-    def deviation(law):
-        """Largest difference of a component in standard errors, over activations and probes."""
-        return max(
-            np.max(np.abs(mean - fields[name]) / error)
-            for name, (mean, error) in sampled.items()
-            if name.endswith(law)
-        )
-
+def claims(config: Config, saved: Saved) -> Iterator[Claim]:
+    """The averaged field, a node that follows it, and where it ends."""
+    r, names = saved["r"], saved["activation"]
     at = r / (SCALE * NORM)
     closed = {
         "ReLU": (norm.cdf(at), SCALE * norm.pdf(at) / NORM),
         "square / 2": (r, np.full_like(r, SCALE**2)),
     }
-    errors = {
-        name: max(np.max(np.abs(a - b)) for a, b in zip(moments[name], closed[name], strict=True))
-        for name in closed
-    }
-    return Claim(
-        "joma.mixture/field",
+    moments = {name: (saved["moment/gain"][i], saved["moment/stretch"][i]) for i, name in enumerate(names)}
+    errors = {name: np.max(np.abs(np.subtract(moments[name], form))) for name, form in closed.items()}
+    gaussian, sphere = (saved[f"deviation/{law}"].max() for law in ("gaussian", "sphere"))
+    rare = "of 60 components one is so far off in 30,000 runs"
+    order_one = "quadrature of numbers of order one"
+    yield stated(
+        "field",
         "Averaged over isotropic clusters, training pulls a hidden weight along their centers and itself",
         "tian2024joma, Theorem 3 (theta_1 and theta_2 depend on |v| as well)",
-        "stated",
-        [
-            # 60 components each: five standard errors happen once in 30,000 runs.
-            Check(
-                "Gaussian clusters: difference to samples [standard errors]",
-                "at most",
-                5,
-                deviation("gaussian"),
-            ),
-            Check("spheres: difference to samples [standard errors]", "at most", 5, deviation("sphere")),
-            # Quadrature of numbers of order one.
-            *[
-                Check(f"{name}: difference to its closed form", "at most", 1e-10, e)
-                for name, e in errors.items()
-            ],
-        ],
+        at_most("Gaussian clusters: difference to samples [standard errors]", gaussian, 5, why=rare),
+        at_most("spheres: difference to samples [standard errors]", sphere, 5, why=rare),
+        *(
+            at_most(f"{name}: difference to its closed form", error, 1e-10, why=order_one)
+            for name, error in errors.items()
+        ),
     )
-
-
-def _network(rates, rate_gaps, sizes, size_gaps) -> Claim:
-    inverse = 1 / np.asarray(sizes, float)
-    return Claim(
-        "joma.mixture/network",
+    over_rate, over_size = (
+        {name: convergence_order(scale, gap).slope for name, gap in saved[gaps].items()}
+        for scale, gaps in ((saved["rate"], "rate_gap"), (1 / saved["size"], "size_gap"))
+    )
+    scatter = "means over 16 draws scatter by an eighth, and the rate adds its own gap"
+    closes_not = "a gap that does not close has order 0"
+    yield stated(
+        "network",
         "A hidden node trained on the mixture follows the averaged field",
         "tian2024joma, Theorem 3; the orders are derived here",
-        "stated",
-        [
-            # The second order bends the line by the largest rate, at its end.
-            Check(
-                "GELU: order of the gap in the learning rate",
-                "slope",
-                1.0,
-                convergence_order(rates, rate_gaps["flow"]).slope,
-                0.1,
-            ),
-            Check(
-                "order with clusters 20 % too wide",
-                "at most",
-                0.5,
-                convergence_order(rates, rate_gaps["wrong"]).slope,
-            ),
-            # Means over 16 draws scatter by an eighth each, and the learning rate adds its own gap.
-            Check(
-                "ReLU: order of the gap in 1 / samples",
-                "slope",
-                0.5,
-                convergence_order(inverse, size_gaps["flow"]).slope,
-                0.1,
-            ),
-            Check(
-                "order with clusters 20 % too wide",
-                "at most",
-                0.3,
-                convergence_order(inverse, size_gaps["wrong"]).slope,
-            ),
-        ],
+        slope("GELU: order of the gap in the learning rate", over_rate["right"], 1, 0.1, why=SECOND_ORDER),
+        at_most(f"order with {TOO_WIDE}", over_rate["wrong"], 0.5, why=closes_not),
+        slope("ReLU: order of the gap in 1 / samples", over_size["right"], 0.5, 0.1, why=scatter),
+        at_most(f"order with {TOO_WIDE}", over_size["wrong"], 0.3, why=closes_not),
     )
+    yield _cluster_center(saved)
 
 
-def _cluster_center(cosines, trained) -> Claim:
-    final = {name: values[:, -1] for name, values in cosines.items()}
-    predicted = _final_cosine(SEPARATION)
-    return Claim(
-        "joma.mixture/cluster-center",
+def _cluster_center(saved: Saved) -> Claim:
+    relu, linear, two, close = (saved[f"cosine/{name}"][:, -1] for name in (*ENDS, "close"))
+    predicted, median = _final_cosine(SEPARATION), np.median(saved["trained_cosine/relu"])
+    gap = np.max(np.abs(relu - predicted))
+    angle = "the angle is of the order of width over separation"
+    power = "the angle closes as a power of time, 10,000 here"
+    off = "centers of 500 samples are off by 0.04 widths of 8"
+    constant = "v' is constant, along the sum of the centers; 1e-5 of the start is left"
+    return qualified(
+        "cluster-center",
         "Owing to the nonlinearity the hidden weight ends at one of the cluster centers",
         "tian2024joma, section 4 (mu ~ a cluster center); where it ends is derived here",
-        "qualified",
-        [
-            # The angle is of the order of width over separation, 1/8 here, and cos(1/4) = 0.97.
-            Check("ReLU, one pulls: lowest cosine to a center", "at least", 0.95, final["ReLU"].min()),
-            # The angle closes as a power of time, 10,000 here.
-            Check(
-                "largest difference to s Phi(R c) = c Phi(-R s)",
-                "at most",
-                1e-3,
-                np.abs(final["ReLU"] - predicted).max(),
-            ),
-            # 500 samples per cluster: their centers are off by 0.04 widths of 8.
-            Check(
-                "trained on samples, median over starts",
-                "equals",
-                predicted,
-                np.median(trained["ReLU"]),
-                0.01,
-            ),
-            # v' is constant: it ends at the weighted sum of the centers. What is left of the start is 1e-5.
-            Check(
-                "linear: cosine to the nearest center, largest", "equals", 0.5, final["linear"].max(), 1e-3
-            ),
-            # The sum of two, at right angles.
-            Check(
-                "ReLU, two pull: largest cosine to a center",
-                "at most",
-                2**-0.5,
-                final["two pull"].max(),
-                1e-3,
-            ),
-            # As above, with angles of 1/2 and more: cos(1/2) = 0.88.
-            Check("ReLU, centers two widths out: largest cosine", "at most", 0.9, final["close"].max()),
-        ],
         condition="the node is a ReLU, one cluster alone pulls and the others push, and all lie far out",
+        inside=[
+            at_least("ReLU, one pulls: lowest cosine to a center", relu.min(), 0.95, why=f"{angle}: 1/8"),
+            at_most("largest difference to s Phi(R c) = c Phi(-R s)", gap, 1e-3, why=power),
+            equals("trained on samples, median over starts", median, predicted, 0.01, why=off),
+        ],
+        outside=[
+            equals("linear: cosine to the nearest center, largest", linear.max(), 0.5, 1e-3, why=constant),
+            at_most("ReLU, two pull: largest cosine to a center", two.max(), 2**-0.5, 1e-3, why="their sum"),
+            at_most("ReLU, centers two widths out: largest cosine", close.max(), 0.9, why=f"{angle}: 1/2"),
+        ],
     )
 
 
-def figure(saved: Saved) -> Figure:
+def figure(config: Config, saved: Saved) -> Figure:
     """Moments over r, gaps over learning rate and samples, and cosines to the nearest center."""
-    drawn, ((gain, stretch, over_rate), (paths, ends, over_size)) = plotting.new_figure(
-        2, 3, width=4.2, height=3.5
-    )
-    for ax, moment, title in (
-        (gain, "gain", "Pull along a center: E[φ′(r + |v| u)]"),
-        (stretch, "stretch", "Pull along v: E[u φ′(r + |v| u)] / |v|"),
-    ):
-        for index, name in enumerate(ACTIVATIONS):
-            ax.plot(saved["r"], saved[f"moments/{name}/{moment}"], color=f"C{index}", label=name)
-            ax.plot(
-                saved["sampled/r"],
-                saved[f"sampled/{name}/{moment}"],
-                "o",
-                ms=4,
-                mfc="white",
-                color=f"C{index}",
-            )
-        ax.plot([], [], "o", ms=4, mfc="white", color="0.3", label="samples")
-        ax.set(xlabel="mean pre-activation r", ylabel=moment)
-        ax.set_title(title)
-        ax.legend(fontsize=7)
+    drawn, axes = plotting.new_figure(2, 3, width=4.2, height=3.5)
+    (gain, stretch, over_rate), (paths, ends, over_size) = axes
+    _draw_moment(gain, "gain", saved)
+    gain.set_title("Pull along a center: E[φ′(r + |v| u)]")
+    _draw_moment(stretch, "stretch", saved)
+    stretch.set_title("Pull along v: E[u φ′(r + |v| u)] / |v|")
+    _draw_ends(paths, ends, saved)
 
-    gaps = {"averaged field": saved["rate_gap/flow"], "clusters 20 % too wide": saved["rate_gap/wrong"]}
-    plotting.gap_panel(over_rate, saved["rates"], gaps, "learning rate", "largest gap of v")
+    gaps = {"averaged field": saved["rate_gap/right"], TOO_WIDE: saved["rate_gap/wrong"]}
+    plotting.gap_panel(over_rate, saved["rate"], gaps, "learning rate", "largest gap of v")
     over_rate.set_title("A GELU node, infinitely many samples")
 
-    sizes = saved["sizes"]
-    for index, (name, label) in enumerate(
-        {"flow": "averaged field", "wrong": "clusters 20 % too wide"}.items()
-    ):
-        over_size.loglog(sizes, saved[f"size_gap/{name}"], "os"[index], color=f"C{2 * index}", label=label)
-    plotting.reference_slope(over_size, sizes, saved["size_gap/flow"], -0.5, "slope −1/2")
+    sizes, right = saved["size"], saved["size_gap/right"]
+    over_size.loglog(sizes, right, "o", color="C0", label="averaged field")
+    over_size.loglog(sizes, saved["size_gap/wrong"], "s", color="C2", label=TOO_WIDE)
+    plotting.reference_slope(over_size, sizes, right, -0.5, "slope −1/2")
     over_size.set(xlabel="samples per cluster", ylabel="largest gap of v, mean over draws")
     over_size.set_title("A ReLU node trained on samples")
     over_size.legend()
+    return drawn
 
-    ts = saved["ts"][1:]
-    shown = {"ReLU": "ReLU, one pulls", "linear": "linear, one pulls", "two pull": "ReLU, two pull"}
-    bins = np.arange(-1.025, 1.05, 0.05)
-    for index, (name, label) in enumerate(shown.items()):
-        color = f"C{index}"
-        paths.plot(ts, saved[f"cosine/{name}"][:, 1:].T, color=color, alpha=0.4, linewidth=0.8)
+
+def _draw_moment(ax: Axes, moment: str, saved: Saved) -> None:
+    circles: Any = {"marker": "o", "linestyle": "", "ms": 4, "mfc": "white"}
+    for index, name in enumerate(saved["activation"]):
+        ax.plot(saved["r"], saved[f"moment/{moment}"][index], color=f"C{index}", label=name)
+        ax.plot(saved["sampled_r"], saved[f"sampled/{moment}"][index], color=f"C{index}", **circles)
+    ax.plot([], [], color="0.3", label="samples", **circles)
+    ax.set(xlabel="mean pre-activation r", ylabel=moment)
+    ax.legend(fontsize=7)
+
+
+def _draw_ends(paths: Axes, ends: Axes, saved: Saved) -> None:
+    bins = np.arange(-1.025, 1.05, 0.05).tolist()
+    for index, (name, label) in enumerate(ENDS.items()):
+        cosine, trained = saved[f"cosine/{name}"], saved[f"trained_cosine/{name}"]
+        color, once = f"C{index}", None if index else "trained"
+        paths.plot(saved["time"][1:], cosine[:, 1:].T, color=color, alpha=0.4, linewidth=0.8)
         paths.plot([], [], color=color, label=label)
-        ends.hist(saved[f"cosine/{name}"][:, -1], bins, color=color, alpha=0.8, label=label)
-        ends.hist(
-            saved[f"trained_cosine/{name}"],
-            bins,
-            color="black",
-            histtype="step",
-            label=None if index else "trained",
-        )
-    paths.set(xscale="log", xlabel="time", ylabel="cosine of v to the nearest center")
-    paths.set_ylim(-1.05, 1.05)
+        ends.hist(cosine[:, -1], bins, color=color, alpha=0.8, label=label)
+        ends.hist(trained, bins, color="black", histtype="step", label=once)
+    paths.set(xscale="log", xlabel="time", ylabel="cosine of v to the nearest center", ylim=(-1.05, 1.05))
     paths.set_title("From many starts")
     paths.legend(loc="lower right", fontsize=7)
     ends.set_xticks([-1, -0.5, 0, 0.5, 1])
-    ends.set(xlabel="cosine of v to the nearest center", ylabel="starts")
-    ends.set_title("Where they end")
+    ends.set(xlabel="cosine of v to the nearest center", ylabel="starts", title="Where they end")
     ends.legend(loc="upper left", fontsize=7)
-    return drawn

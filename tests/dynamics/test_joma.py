@@ -187,10 +187,10 @@ def test_beyond_the_blow_up_the_flow_says_so():
 def test_hidden_nodes_stay_parallel_to_their_saliency():
     delta = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)))
     ts = jnp.array([0.0, 0.5, 0.9]) * joma.blow_up_time(delta)
-    lengths = jnp.linalg.norm(delta, axis=1)
     path = joma.modified_mlp_flow(jnp.zeros((5, 3)), delta, ts)
-    expected = joma.modified_mlp_solution(ts, lengths)[:, :, None] * (delta / lengths[:, None])[None]
-    np.testing.assert_allclose(path.ys, expected, atol=1e-7)
+    np.testing.assert_allclose(path.ys, joma.modified_mlp_solution(ts, delta), atol=1e-7)
+    past = joma.modified_mlp_solution(9.0, [[2.0, 0.0], [0.0, -1.0], [0.0, 0.0]]).round(5).tolist()
+    assert past == [[np.inf, 0.0], [0.0, -0.67449], [0.0, 0.0]]
 
 
 def test_rescaled_flow_goes_through_the_blow_up_on_the_same_orbit():
@@ -384,7 +384,7 @@ def test_entropy_dips_and_recovers():
         (lambda: joma.modified_mlp_flow([0.0], [1.0, 2.0], [0.0, 1.0]), "V0 and delta must have one shape"),
         (lambda: joma.modified_mlp_flow([0.0], [np.nan], [0.0, 1.0]), "delta must be finite"),
         (lambda: joma.modified_mlp_solution(-1.0, [1.0]), "t must be >= 0"),
-        (lambda: joma.modified_mlp_solution(1.0, [[1.0]]), r"delta must have shape \(M,\)"),
+        (lambda: joma.modified_mlp_solution(1.0, [[[1.0]]]), r"delta must have shape \(M,\) or \(M, K\)"),
         (lambda: joma.blow_up_time(1.0), "delta must have shape"),
         (lambda: joma.saturating_flow([0.0], [1.0, 2.0], [0.0, 1.0]), "v0 and mu must have one shape"),
         (lambda: joma.log_residual_flow([np.inf], [0.0, 1.0]), "mu must be finite"),

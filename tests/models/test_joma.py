@@ -11,7 +11,7 @@ from dynamics import joma
 from dynamics.flow import gradient_flow, integrate
 from models.attention import JomaBlock, JomaInputs, joma_observer
 from models.functional import as_function
-from models.losses import bind, cross_entropy
+from models.losses import bind, cross_entropy, upstream_product
 from models.training import scale_by_name, train, train_at_rates
 from sims.compare import convergence_order
 
@@ -97,16 +97,15 @@ def test_linear_activation_from_zero_follows_the_closed_form():
     upstream = jnp.array([1.0, -0.5, 0.8, 2.0, -1.0, 0.3])
     delta = joma.saliency(upstream, inputs.x)
     predict, params = as_function(block)
-
-    def loss(params, data):
-        predict, upstream, inputs = data
-        return -jnp.mean(upstream * predict(params, inputs)[:, 0])
-
     end = 0.9 * joma.blow_up_time(delta)
     expected = joma.modified_mlp_solution(end, delta)
     # The gradient flow of the network itself, to solver precision.
     path = integrate(
-        gradient_flow(loss), params, jnp.stack([0 * end, end]), (predict, upstream, inputs), rtol=1e-10
+        gradient_flow(upstream_product),
+        params,
+        jnp.stack([0 * end, end]),
+        (predict, inputs, upstream[:, None]),
+        rtol=1e-10,
     )
     V, z = joma_observer(block)(jax.tree.map(lambda leaf: leaf[-1], path.ys))
     np.testing.assert_allclose(V[:, 0], expected, atol=1e-6)
