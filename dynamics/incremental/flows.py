@@ -145,6 +145,7 @@ def raw_flow(
     atol: ArrayLike = 1e-10,
     max_steps: int = 100_000,
     throw: bool = True,
+    adjoint: diffrax.AbstractAdjoint | None = None,
 ) -> Trajectory:
     r"""The flow of both factors, du/dt = v g(u v), dv/dt = u g(u v), from starts of order one.
 
@@ -164,6 +165,7 @@ def raw_flow(
         atol: absolute tolerance; it must be far below the start.
         max_steps: the most steps the solver may take.
         throw: raise when the solve fails; with False it is `ok=False`.
+        adjoint: how diffrax differentiates through the solve; its default where None.
 
     Returns:
         A `Trajectory` whose `ys` are `Products`, (T, p) each.
@@ -181,8 +183,18 @@ def raw_flow(
     if u0.ndim != 1 or u0.shape != v0.shape:
         raise ValueError(f"u0 and v0 must have one shape (p,), got {u0.shape} and {v0.shape}")
     require_gradient(neg_gradient, u0.shape[0], u0.dtype)
-    options = {"solver": solver, "rtol": rtol, "atol": atol, "max_steps": max_steps, "throw": throw}
-    return integrate(_raw_field, Products(u0, v0), ts, neg_gradient, **options)
+    return integrate(
+        _raw_field,
+        Products(u0, v0),
+        ts,
+        neg_gradient,
+        solver=solver,
+        rtol=rtol,
+        atol=atol,
+        max_steps=max_steps,
+        throw=throw,
+        adjoint=adjoint,
+    )
 
 
 def _raw_field(t, weights, neg_gradient):
@@ -202,6 +214,7 @@ def log_flow(
     atol: ArrayLike | None = None,
     max_steps: int = 100_000,
     throw: bool = True,
+    adjoint: diffrax.AbstractAdjoint | None = None,
 ) -> Trajectory:
     r"""The exact gradient flow from (alpha u0, alpha v0), for any alpha, in rescaled time tau = t / lam.
 
@@ -228,6 +241,7 @@ def log_flow(
         atol: absolute tolerance; 1e-9 where None, 1e-6 in 32-bit.
         max_steps: the most steps the solver may take.
         throw: raise when the solve fails; with False it is `ok=False`, per lane under `vmap`.
+        adjoint: how diffrax differentiates through the solve; its default where None.
 
     Returns:
         A `Trajectory` with `ts` = taus whose `ys` are `LogProducts`, (T, p) each.
@@ -272,6 +286,7 @@ def log_flow(
         atol=atol,
         max_steps=max_steps,
         throw=throw,
+        adjoint=adjoint,
     )
     products, within = _log_products(path.ys, *args)
     if throw and not is_traced(within) and not bool(within):
