@@ -44,8 +44,8 @@ class Products(NamedTuple):
         v: second factors, (..., p).
     """
 
-    u: Array
-    v: Array
+    u: Array | Any
+    v: Array | Any
 
 
 class LogProducts(NamedTuple):

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from dynamics.flow import Trajectory, gradient_flow, integrate
 from models.attention import AttentionHead, head_products
 from models.functional import as_function
-from models.losses import bind, mean_squared_error
+from models.losses import bind, total_squared_error
 from models.training import Descent
 from sims import plotting
 from sims.claims import Claim, Preset, at_least, at_most, equals, every, qualified, stated
@@ -89,14 +89,8 @@ PRESETS: dict[Preset, Config] = {
 }
 
 
-def _rescaled_loss(params: Any, data: Any) -> Array:
-    """Sum over the scales (A,) of log(1 / alpha) times the loss of its network: its time is rescaled time."""
-    log_inv_alpha, data = data
-    losses = jax.vmap(lambda params: mean_squared_error(params, data))(params)
-    return jnp.sum(log_inv_alpha * losses)
-
-
-_FIELD = gradient_flow(_rescaled_loss)
+# The weights of the losses are log(1 / alpha) of each scale: time is rescaled time.
+_FIELD = gradient_flow(total_squared_error)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -148,7 +142,7 @@ def run(config: Config, context: Context) -> dict:
     data = (-jnp.log(alphas), (predict, X, Y))
 
     context.progress("training from every scale at every rate", 0.0)
-    _, trained = descent.train(bind(_rescaled_loss, data), params, observe=head_products)
+    _, trained = descent.train(bind(total_squared_error, data), params, observe=head_products)
     context.progress("integrating the flow", 0.7)
     flows = _flows(params, data, trained.ts[0])
     require_ok("the flow of the weights", *flows.values())
@@ -190,11 +184,13 @@ def _stepwise(config: Config, saved: Saved) -> Claim:
     rising = [np.diff(rank[:: config.descent.points // COARSE, 1:], axis=0) >= 0 for rank in ranks]
     visited = [np.isin(np.arange(len(config.vo) + 1), rank[:, -1]) for rank in ranks]
     tenth, half = ([_passes(taus, one, share) for one in VO[:, :, 0].T] for share in (0.1, 0.5))
-    width = np.subtract(half, tenth)
-    stretch = np.log(small) / np.log(large)
+    width, stretch = np.subtract(half, tenth), np.log(small) / np.log(large)
     # How far the second value is when the first is at 50 %, at the largest and at the smallest scale.
     second = {end: np.interp(half[end], taus, VO[:, end, 1]) / VO[-1, end, 1] for end in (0, -1)}
     power = np.log(second[-1] / second[0]) / np.log(small / large)
+    jump = f"alpha = {small:g}: first jump of W_V W_O^T from 10 to 50 %, over its time"
+    widths = f"width of that jump at {large:g} over that at {small:g}, by log(1/alpha)"
+    behind = "power of alpha by which the second value is behind when the first is at 50 %"
     return qualified(
         "rank-steps",
         "Full weights learn incrementally as well: the numerical ranks of both products grow step by step",
@@ -206,31 +202,20 @@ def _stepwise(config: Config, saved: Saved) -> Claim:
             every(f"alpha <= {SMALL:g}: ranks that do not fall between coarse times", rising),
             every(f"alpha = {small:g}: ranks from 0 to the teacher's that both take", visited),
             # Growth by exp(2 g t), with a jump at t = log(1/alpha) / g, goes from a tenth to a half within
-            # log(5) / (2 log(1/alpha)) of that time.
-            at_most(
-                f"alpha = {small:g}: first jump of W_V W_O^T from 10 to 50 %, over its time",
-                width[-1] / half[-1],
-                0.25,
-                why="log(5) / (2 log(1/alpha)) is below 0.18 from 0.01 on",
-            ),
+            # log(5) / (2 log(1/alpha)) of that time: 0.35 at 0.1, less than 0.18 from 0.01 on.
+            at_most(jump, width[-1] / half[-1], 0.25, why="log(5) / (2 log(1/alpha)), below 0.18"),
         ],
         outside=[
             at_least(
-                f"alpha = {large:g}: the same",
-                width[0] / half[0],
-                0.25,
-                why="log(5) / (2 log(1/alpha)) is 0.35 at 0.1",
+                f"alpha = {large:g}: the same", width[0] / half[0], 0.25, why="by the same formula, 0.35"
             ),
+            # The larger start, itself up to a tenth of the end, may change the jump by a few tenths.
             equals(
-                f"width of that jump at {large:g} over that at {small:g}, by log(1/alpha)",
-                width[0] / width[-1],
-                stretch,
-                0.3 * stretch,
-                why="a start of a tenth of the end may change the jump by a few tenths",
+                widths, width[0] / width[-1], stretch, 0.3 * stretch, why="a start that is not negligible"
             ),
             # Left of the second direction is alpha^2 exp(2 g_2 t), with t = log(1/alpha) / g_1.
             equals(
-                "power of alpha by which the second value is behind when the first is at 50 %",
+                behind,
                 power,
                 2 * (1 - g[1] / g[0]),
                 1 / np.log(large / small),
@@ -252,53 +237,35 @@ def _value_first(config: Config, saved: Saved) -> Claim:
     small = {name: saved[f"trained/{name}"][:, 1:] for name in PRODUCTS}
     coarse = {name: _ranks(values)[:: points // COARSE] for name, values in small.items()}
     first = {name: np.argmax(values[..., 0] > THRESHOLD, axis=0) for name, values in small.items()}
-    start, passing = small["KQ"][0, :, 0], np.diagonal(small["KQ"][first["VO"], :, 0])
+    apart = np.min(taus[first["KQ"]] - taus[first["VO"]])
+    grown = np.max(np.diagonal(small["KQ"][first["VO"], :, 0]) / small["KQ"][0, :, 0])
+    later = "coarse times at which the rank of W_V W_O^T is not the smaller one"
+    between = "rescaled time between the first values of the two, smallest over alpha"
+    passing = "largest value of W_K W_Q^T over its start when the first of W_V W_O^T passes"
     return stated(
         "value-first",
         "W_V W_O^T comes first: where it is zero W_K W_Q^T has no gradient",
         "boixadsera2023, section 5 and Figure 2 (the reason is derived here)",
-        every(
-            "coarse times at which the rank of W_V W_O^T is not the smaller one",
-            coarse["VO"] >= coarse["KQ"],
-        ),
-        at_least(
-            "rescaled time between the first values of the two, smallest over alpha",
-            np.min(taus[first["KQ"]] - taus[first["VO"]]),
-            2 * config.descent.horizon / points,
-            why="two records, each a tenth of a coarse interval",
-        ),
+        every(later, coarse["VO"] >= coarse["KQ"]),
+        at_least(between, apart, 2 * config.descent.horizon / points, why="two records tell them apart"),
         # W_V W_O^T passes within a record, at which it may be three times the threshold.
-        at_most(
-            "largest value of W_K W_Q^T over its start when the first of W_V W_O^T passes",
-            np.max(passing / start),
-            1.5,
-            why="the time integral of W_V W_O^T, which moves it, is a tenth",
-        ),
+        at_most(passing, grown, 1.5, why="the integral of W_V W_O^T, which moves it, is 0.1"),
     )
 
 
 def _teacher(config: Config, values: dict[str, np.ndarray]) -> Claim:
-    targets = {"KQ": config.kq, "VO": config.vo}
-    off = [
-        np.abs(values[name][-1] - np.pad(taught, (0, config.dim - len(taught))))
-        for name, taught in targets.items()
-    ]
-    distance, end = np.max(off, axis=(0, 2)), "a tenth of the threshold"
+    targets = (np.pad(taught, (0, config.dim - len(taught))) for taught in (config.kq, config.vo))
+    off = [np.abs(values[name][-1] - target) for name, target in zip(PRODUCTS, targets, strict=True)]
+    distance = np.max(off, axis=(0, 2))
+    label, why = f"alpha <= {SMALL:g}: largest distance of a singular value", "a tenth of the threshold"
     return qualified(
         "teacher",
         "Training ends at the teacher's spectrum, and at its rank",
         "boixadsera2023, section 5 and Figure 2",
         condition=f"the start is small, alpha <= {SMALL:g}; what a larger one leaves in other directions "
         "decays slowly (the theorem is about diagonal weights, and leaves this case out)",
-        inside=[
-            at_most(
-                f"alpha <= {SMALL:g}: largest distance of a singular value",
-                distance[1:].max(),
-                5e-3,
-                why=end,
-            )
-        ],
-        outside=[at_least(f"alpha = {config.alphas[0]:g}: the same", distance[0], 5e-3, why=end)],
+        inside=[at_most(label, distance[1:].max(), 5e-3, why=why)],
+        outside=[at_least(f"alpha = {config.alphas[0]:g}: the same", distance[0], 5e-3, why=why)],
     )
 
 
