@@ -157,8 +157,7 @@ def _measure(path: GreedyPath, taus: Array, beta: Array, X: Array, Y: Array, thi
         "first_jump": incremental.jump_times(path, taus, beta[TRAINED])[0],
         "loss": losses.reshape(len(beta), -1),
         "stage_loss": stage_loss,
-        "at_zero": {"gradient": -slope[0], "wait": wait(-slope[0])},
-        "after_first_jump": {"wait": wait(-slope[1])},
+        "waiting": {"gradient": -slope[0], "at_zero": wait(-slope[0]), "after_first": wait(-slope[1])},
     }
 
 
@@ -186,6 +185,7 @@ def run(config: Config, context: Context) -> dict:
 
     context.progress("network", 0.7)
     rates, trained = _train(task, config, horizon)
+    finest = lane(trained, int(np.argmin(rates))).ys
     theory = {
         name: Trajectory(trained.ts[0], flows[name].ys[:: config.fine], flows[name].ok) for name in network
     }
@@ -209,16 +209,13 @@ def run(config: Config, context: Context) -> dict:
             "complete": path.complete,
         },
         "teacher": ("product", np.concatenate([task.kq, task.vo])),
-        "flow": ("rescaled_time product", beta[-1]),
-        "staircase": ("rescaled_time product", found["staircase"]),
+        "products": ("rescaled_time product", {"flow": beta[-1], "staircase": found["staircase"]}),
         "distance": ("log_inv_alpha", found["distance"]),
         "loss": ("log_inv_alpha loss_time", found["loss"]),
-        "at_zero": ("product", found["at_zero"]),
-        "after_first_jump": ("product", found["after_first_jump"]),
+        "waiting": ("product", found["waiting"]),
         "first_jump": found["first_jump"],
         "missed": ("jump", nearest / np.sum(np.abs(np.diff(path.beta, axis=0)), axis=1)),
-        "trained": ("record product", lane(trained, int(np.argmin(rates))).ys),
-        "followed": ("record product", theory["right"].ys),
+        "network": ("record product", {"flow": theory["right"].ys, "trained": finest}),
         "gap": ("rate", {name: lane_gaps(one, trained) for name, one in theory.items()}),
         "seconds_per_stage": seconds,
     }
@@ -234,8 +231,8 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         every("stages that lower the loss", np.diff(saved["path/loss"]) < 0),
         every("stages with at most one new product", np.diff(active, axis=0).clip(min=0).sum(axis=1) <= 1),
     )
-    waits, later = saved["at_zero/wait"], saved["after_first_jump/wait"]
-    pull, of_vo = largest(saved["at_zero/gradient"][:dim]), saved["path/order"][0] >= dim
+    waits, later = saved["waiting/at_zero"], saved["waiting/after_first"]
+    pull, of_vo = largest(saved["waiting/gradient"][:dim]), saved["path/order"][0] >= dim
     yield stated(
         "value-first",
         "W_V W_O^T comes first: while it is zero no entry of W_K W_Q^T has a gradient",
@@ -290,38 +287,26 @@ def _limit(distance: np.ndarray) -> Claim:
 
 def _already(config: Config, saved: Saved) -> Claim:
     times, lams, missed = saved["jump"], saved["log_inv_alpha"], saved["missed"]
+    lam, squarings = lams[TRAINED], len(lams) - 1 - TRAINED
     # The stages that the flows reach; the last of all has no end.
     length = np.diff(times)[: config.shown]
     longest, shortest = missed[np.argmax(length)], missed[np.argmin(length)]
     late = abs(saved["first_jump"] / times[0] - 1)
-    away, squarings = saved["distance"][TRAINED] / saved["distance"][-1], len(lams) - 1 - TRAINED
+    away = saved["distance"][TRAINED] / saved["distance"][-1]
+    near = "longest stage: how near the flow comes to its products, over its jump"
+    to_limit = f"distance to the staircase over that at {np.exp(-lams[-1]):.0e}"
     return qualified(
         "alpha-0.01",
-        f"The dynamics are stagewise already at alpha = {np.exp(-lams[TRAINED]):.2g}",
+        f"The dynamics are stagewise already at alpha = {np.exp(-lam):.2g}",
         "boixadsera2023, Appendix A, Figures 6 to 8 (the caption of its second version)",
         condition="stages last long in units of 1 / log(1/alpha); short ones merge, and all are late",
         inside=[
-            at_most(
-                "longest stage: how near the flow comes to its products, over its jump",
-                longest,
-                0.15,
-                why="much less than the jump that leads there",
-            ),
-            at_most(
-                "first jump: relative error of its time",
-                late,
-                1 / lams[TRAINED],
-                why="logarithms of order one over log(1/alpha)",
-            ),
+            at_most(near, longest, 0.15, why="much less than the jump that leads there"),
+            at_most("first jump: relative error of its time", late, 1 / lam, why="1 / log(1/alpha)"),
         ],
         outside=[
             at_least("shortest stage: the same", shortest, 0.15, why="the next jump is already under way"),
-            at_least(
-                f"distance to the staircase over that at {np.exp(-lams[-1]):.0e}",
-                away,
-                0.65**-squarings,
-                why="it halves with each squaring: the limit is far",
-            ),
+            at_least(to_limit, away, 0.65**-squarings, why="it halves with each squaring: the limit is far"),
         ],
     )
 
@@ -335,12 +320,12 @@ def _until(config: Config, saved: Saved) -> float:
     return min(saved["rescaled_time"][-1], 1.3 * saved["jump"][: config.shown][-1])
 
 
-def _entries(ax: Axes, config: Config, saved: Saved, which: slice, name: str) -> Axes:
+def _entries(ax: Axes, config: Config, saved: Saved, which: slice, matrix: str) -> Axes:
     """The flow from the smallest start beside the staircase: the entries of one product matrix."""
-    theory, flow = saved["staircase"][:, which], saved["flow"][:, which]
+    theory, flow = (saved[f"products/{name}"][:, which] for name in ("staircase", "flow"))
     _beside(ax, saved["rescaled_time"], theory, flow, "flow, one colour per entry", "staircase")
     ax.set(xlabel=RESCALED, ylabel="entry of the diagonal", xlim=(0, _until(config, saved)))
-    ax.set_title(f"{name}, {_power(saved['log_inv_alpha'][-1])}")
+    ax.set_title(f"{matrix}, {_power(saved['log_inv_alpha'][-1])}")
     ax.legend(loc="upper right", ncols=2)
     return ax
 
@@ -365,8 +350,7 @@ def _loss_panel(ax: Axes, config: Config, saved: Saved) -> Axes:
     ax.step([0, *jumps], stages, where="post", label="staircase", **plotting.THEORY)
     small = np.flatnonzero(stages[1:] < 0.01 * stages[0])
     until = min(1.3 * jumps[small[0]], until) if small.size else until
-    ax.set(xlabel=RESCALED, ylabel="loss (half the squared error)", xlim=(0, until))
-    ax.set_title("Loss")
+    ax.set(xlabel=RESCALED, ylabel="loss (half the squared error)", xlim=(0, until), title="Loss")
     ax.legend(loc="upper right")
     return ax
 
@@ -389,12 +373,11 @@ def figure(config: Config, saved: Saved) -> Figure:
     plotting.reference_slope(distance, lams[::-1], saved["distance"][::-1], -1, "slope −1")
     distance.set_xticks(lams, labels=[f"{lam:.3g}" for lam in lams])
     distance.set_xticks([], minor=True)
-    distance.set(xlabel="log(1/α)", ylabel="∫ Σ |β − staircase| dτ")
-    distance.set_title("Distance to the staircase")
+    distance.set(xlabel="log(1/α)", ylabel="∫ Σ |β − staircase| dτ", title="Distance to the staircase")
     distance.legend(loc="upper right")
 
-    at = (saved["record"], saved["followed"], saved["trained"])
-    _beside(network, *at, "network, one colour per product", "flow")
+    theory, trained = saved["network/flow"], saved["network/trained"]
+    _beside(network, saved["record"], theory, trained, "network, one colour per product", "flow")
     network.set(xlabel=RESCALED, ylabel="product")
     network.set_title(f"Trained, {_power(lams[TRAINED])}, learning rate {saved['rate'].min():.1g}")
     network.legend(loc="upper left")

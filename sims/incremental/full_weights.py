@@ -320,7 +320,6 @@ def _over_time(ax: Axes, saved: Saved) -> Axes:
     for name, line in lines.items():
         ax.plot([], [], line, color="0.3", label=NAMES[name])
     ax.set_yticks(range(int(max(rank.max() for rank in ranks.values())) + 1))
-    ax.set(xlabel="rescaled time t / log(1/α)", ylabel="number")
-    ax.set_title(f"Singular values > {THRESHOLD:g}")
+    ax.set(xlabel="rescaled time t / log(1/α)", ylabel="number", title=f"Singular values > {THRESHOLD:g}")
     ax.legend(loc="lower right", fontsize=7.5)
     return ax

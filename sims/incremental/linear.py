@@ -86,22 +86,15 @@ class Config:
             raise ValueError(f"powers must increase and hold {KEPT}, {LOST} and others, got {self.powers}")
 
     @property
-    def moderate(self) -> tuple[int, ...]:
-        """The powers that an explicit solver takes."""
-        return tuple(power for power in self.powers if power <= EXPLICIT)
-
-    @property
     def alone(self) -> tuple[int, ...]:
         """The powers from which coordinates that do not interact are set against their closed form."""
-        return tuple(power for power in self.moderate if power >= 4)
+        return tuple(power for power in self.powers if 4 <= power <= EXPLICIT)
 
 
 PRESETS: dict[Preset, Config] = {
     "quick": Config(),
     "standard": Config(
-        powers=(2, 4, 8, 16, 32, 64, 128, 300, 1000),
-        points=4000,
-        substeps=(8, 16, 32, 64, 128, 256, 512),
+        powers=(2, 4, 8, 16, 32, 64, 128, 300, 1000), points=4000, substeps=(8, 16, 32, 64, 128, 256, 512)
     ),
     "paper": Config(
         samples=400,
@@ -276,9 +269,9 @@ def run(config: Config, context: Context) -> dict:
     context.progress("flow of the weights", 0.7)
     in_logs = {power: flows["turning"].ys[config.powers.index(power)] for power in (KEPT, LOST)}
     cancellation = _cancellation(g["turning"], even, in_logs)
-    conserved = _conserved(g["correlated"], context.seed, even)
     context.progress("training at every learning rate", 0.8)
     rates, trained = _train((X, y), config)
+    coarsest = lane(trained, int(np.argmax(rates))).ys
     theory = {
         name: Trajectory(trained.ts[0], flows[flow].ys[0, at_records], flows[flow].ok[0])
         for name, flow in (("right", "correlated"), ("wrong", "wrong"))
@@ -295,10 +288,9 @@ def run(config: Config, context: Context) -> dict:
         "distance": ("power", _distances(paths["correlated"], taus, beta)),
         "flow": ("rescaled_time product", {"second": beta[1], "last": beta[-1]}),
         **_alone(config, even, flows["orthogonal"].ys),
-        "conserved": conserved,
+        "conserved": _conserved(g["correlated"], context.seed, even),
         "cancellation": cancellation,
-        "followed": ("record product", theory["right"].ys),
-        "trained": ("record product", lane(trained, int(np.argmax(rates))).ys),
+        "network": ("record product", {"flow": theory["right"].ys, "trained": coarsest}),
         "gap": ("rate", {name: lane_gaps(path, trained) for name, path in theory.items()}),
     }
 
@@ -333,7 +325,8 @@ def _staircase(config: Config, saved: Saved) -> Claim:
     jumps = np.append(saved["path/correlated/time"], taus[-1])
     middles = np.searchsorted(taus, np.sqrt(jumps[1:] * jumps[:-1])[jumps[1:] > 1.1 * jumps[:-1]])
     missing = gap.max() / largest(np.diff(saved["path/correlated/beta"], axis=0))
-    label = "smallest alpha, middles of stages that last a tenth of their time: largest gap"
+    at_all_times = "smallest alpha, at all times: largest gap, over the largest jump"
+    in_between = "smallest alpha, middles of stages that last a tenth of their time: largest gap"
     return stated(
         "staircase",
         "As alpha goes to zero the flow in rescaled time tends to the greedy path, but at its jumps",
@@ -342,14 +335,9 @@ def _staircase(config: Config, saved: Saved) -> Claim:
         at_most("distance per squaring of alpha: largest ratio", ratios.max(), 0.65, why=HALVES),
         at_least("distance per squaring of alpha: smallest ratio", ratios.min(), 0.4, why=HALVES),
         slope("order of the distance in log(1/alpha)", order, -1, 0.1, why="bent as the ratios are"),
-        at_most(label, gap[middles].max(), 1e-2, why="exponentially small in log(1/alpha) there"),
+        at_most(in_between, gap[middles].max(), 1e-2, why="exponentially small in log(1/alpha) there"),
         # Between a jump of the path and that of the flow the whole jump is missing.
-        at_least(
-            "smallest alpha, at all times: largest gap, over the largest jump",
-            missing,
-            0.5,
-            why="a whole jump, but for the times in between",
-        ),
+        at_least(at_all_times, missing, 0.5, why="a whole jump, but for the times in between"),
     )
 
 
@@ -362,7 +350,8 @@ def _first_activation(config: Config, saved: Saved) -> Claim:
     odds = 2 * lams + np.log(4 * size / grows**2) + np.log1p(-np.exp(-2 * lams) * grows**2 / (4 * size))
     closed = odds / (2 * size * lams)
     at = config.alone.index(KEPT)
-    logistic = s * expit(2 * size * lams[at] * saved["even_time"][:, None] - odds[at])
+    # The solver's error in the logits is multiplied by 2 log(1/alpha) |s| = 74.
+    gap = largest(saved["alone"] - s * expit(2 * size * lams[at] * saved["even_time"][:, None] - odds[at]))
     first = saved["path/correlated/time"][0] * largest(saved["gradient_at_zero"])
     waits = largest(saved["path/orthogonal/time"] - np.sort(1 / size))
     order = convergence_order(lams[:, 0], np.abs(half[:, 0] - 1 / size[0])).slope
@@ -373,20 +362,10 @@ def _first_activation(config: Config, saved: Saved) -> Claim:
         "boixadsera2023, Equation 8 and section 4.1 (the logistic function is derived here)",
         equals("T_1 over min 1 / |g_i(0)|", first, 1, 1e-12, why=ROUNDING),
         at_most(not_interacting, waits, 1e-12, why=ROUNDING),
-        at_most(
-            f"flow to logistic function at alpha = 1e-{KEPT}",
-            largest(saved["alone"] - logistic),
-            1e-6,
-            why=f"{SOLVER}, times 2 log(1/alpha) |s| = 74",
-        ),
+        at_most(f"flow to logistic function at alpha = 1e-{KEPT}", gap, 1e-6, why=f"{SOLVER}, times 74"),
         at_most("half times: largest difference", largest(half - closed), 1e-7, why=SOLVER),
-        slope(
-            "order of half time - 1 / |s| in log(1/alpha)",
-            order,
-            -1,
-            1e-3,
-            why="log(4 |s| / w0^2) / (2 |s| lam) and nothing else",
-        ),
+        # It is log(4 |s| / w0^2) / (2 |s| lam) and nothing else.
+        slope("order of half time - 1 / |s| in log(1/alpha)", order, -1, 1e-3, why="a pure power"),
     )
 
 
@@ -435,6 +414,8 @@ def _stages(paths: dict[str, dict[str, np.ndarray]]) -> Iterator[Claim]:
 def _loses(saved: Saved) -> Claim:
     found, final = saved["cancellation"], saved["path/turning/beta"][-1, 1]
     in_logs, written = found["lost_in_logs"] / final, abs(found["lost_as_written"] / final)
+    kept = f"alpha = 1e-{KEPT}: largest gap to the flow in log coordinates"
+    lost = f"alpha = 1e-{LOST}, log coordinates: second product over what it settles to"
     return qualified(
         "cancellation",
         "The flow of u and v can be integrated as it is written, for any alpha",
@@ -442,24 +423,11 @@ def _loses(saved: Saved) -> Claim:
         condition="u + v stays above rounding; else a product that would come back is lost, without an error",
         inside=[
             # Where u + v is smallest, rounding of u is some 1e-5 of it, and shifts the jump by as much.
-            at_most(
-                f"alpha = 1e-{KEPT}: largest gap to the flow in log coordinates",
-                found["kept_gap"],
-                5e-5,
-                why="rounding of u over the smallest u + v, 1e-5",
-            )
+            at_most(kept, found["kept_gap"], 5e-5, why="rounding of u over the smallest u + v")
         ],
         outside=[
-            equals(
-                f"alpha = 1e-{LOST}, log coordinates: second product over what it settles to",
-                in_logs,
-                1,
-                1e-3,
-                why="long after its time, T_2 = 7.8",
-            ),
-            at_most(
-                f"alpha = 1e-{LOST}, as written: the same", written, 1e-6, why="u + v is zero, and stays so"
-            ),
+            equals(lost, in_logs, 1, 1e-3, why="long after its time, T_2 = 7.8"),
+            at_most(f"alpha = 1e-{LOST}, as written: the same", written, 1e-6, why="u + v stays zero"),
         ],
     )
 
@@ -493,7 +461,8 @@ def figure(config: Config, saved: Saved) -> Figure:
     distance.set_title("Distance of the flow to the greedy path")
     distance.legend(loc="upper right")
 
-    plotting.theory_and_trained(network, saved["record"], saved["followed"], saved["trained"], names)
+    beside = (saved["network/flow"], saved["network/trained"])
+    plotting.theory_and_trained(network, saved["record"], *beside, names)
     network.lines[0].set_label("gradient descent")
     network.lines[SIZE].set_label("flow")
     handles = [network.lines[0], network.lines[SIZE]]
