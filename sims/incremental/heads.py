@@ -158,9 +158,7 @@ def _flow(g: Any, u0: Any, v0: Any, lam: Any, taus: Any, solver: Any) -> Traject
     return Trajectory(path.ts, path.ys.beta, path.ok)
 
 
-def _flows(
-    g: Any, u0: Any, v0: Any, starts: Mapping[str, Any], solver: diffrax.AbstractSolver
-) -> dict[str, np.ndarray]:
+def _flows(g: Any, u0: Any, v0: Any, starts: Mapping[str, Any], solver: Any) -> dict[str, Any]:
     """The products (T, p) along the flows from several starts: log10(1 / alpha) and rescaled times (T,)."""
     paths = named_lanes(lambda start: _flow(g, u0, v0, LOG10 * start[0], start[1], solver), **starts)
     require_ok("a flow of products", *paths.values())
@@ -179,7 +177,7 @@ def _distances(path: GreedyPath, ends: Array, taus: Array, beta: Array) -> Array
     return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(ends, beta)
 
 
-def _ends(path: GreedyPath) -> np.ndarray:
+def _ends(path: GreedyPath) -> Any:
     """A time inside of every stage but the last: midway to the next jump, if that is not far off."""
     return (path.times[:-1] + np.minimum(path.times[1:], 1.5 * path.times[:-1])) / 2
 
@@ -229,7 +227,7 @@ def _sharing(g: Any, steps: np.ndarray, start: tuple[Array, Array], flows: np.nd
     }
 
 
-def _drawn(config: Config, flows: dict[str, Array], stairs: dict[str, Array], first: Array) -> dict:
+def _drawn(config: Config, flows: dict[str, Any], stairs: dict[str, Any], first: Any) -> dict:
     """The first products to enter, of one layer from three alphas, and all that enter in the stack."""
     powers = [*config.shares, *config.far]
     shown = [0, len(config.shares) - 1 if config.far else len(config.shares) // 2, len(powers) - 1]
@@ -374,7 +372,7 @@ def _one_per_stage(config: Config, saved: Saved, entered: dict[str, np.ndarray])
 def _plain(entered: np.ndarray) -> int:
     """Stages before the first KQ enters."""
     enters = entered[:, :, :, KQ].any(axis=(1, 2, 3))
-    return int(np.argmax(enters)) if enters.any() else len(enters)
+    return int(np.argmax(enters)) if enters.any() else len(entered)
 
 
 def _exchange(config: Config, distance: np.ndarray, plain: int) -> Claim:

@@ -150,7 +150,7 @@ def _times(path: GreedyPath, config: Config) -> tuple[np.ndarray, np.ndarray]:
 
 
 @eqx.filter_jit
-def _flows(g: Partial, powers: Array, taus: Array, options: dict[str, Any]) -> Trajectory:
+def _flows(g: Partial, powers: Any, taus: Any, options: dict[str, Any]) -> Trajectory:
     """The products (A, T, p) along the flow from every alpha; other data of the same shapes share it."""
     u0, v0 = jnp.full(SIZE, FIRST), jnp.full(SIZE, SECOND)
 
@@ -203,19 +203,20 @@ def _half_time(taus: np.ndarray, share: np.ndarray) -> float:
 
 def _alone(config: Config, taus: np.ndarray, beta: np.ndarray) -> dict:
     """Products that do not interact: from one start over time, and from several when each is half learned."""
-    beta = {power: beta[config.powers.index(power), :, :-1] for power in config.alone}
-    half = [[_half_time(taus, one) for one in (beta[power] / TARGETS[:-1]).T] for power in config.alone]
+    by_power = {power: beta[config.powers.index(power), :, :-1] for power in config.alone}
+    half = [[_half_time(taus, one) for one in (beta / TARGETS[:-1]).T] for beta in by_power.values()]
     return {
         "alone_power": ("alone_power", np.array(config.alone)),
         "even_time": ("even_time", taus),
-        "alone": ("even_time alone", beta[KEPT]),
+        "alone": ("even_time alone", by_power[KEPT]),
         "half_time": ("alone_power alone", half),
     }
 
 
 def _conserved(g: Partial, seed: int, ts: np.ndarray) -> dict[str, float]:
     """Along a flow of weights of order one: drift of u^2 - v^2, and how far a product moves."""
-    u, v = jax.device_get(incremental.raw_flow(g, *np.random.default_rng(seed).normal(size=(2, SIZE)), ts).ys)
+    u0, v0 = np.random.default_rng(seed).normal(size=(2, SIZE))
+    u, v = jax.device_get(incremental.raw_flow(g, u0, v0, ts).ys)
     conserved = (u - v) * (u + v)
     return {"drift": largest(conserved - conserved[:1]), "moved": largest(u[-1] * v[-1] - u[0] * v[0])}
 

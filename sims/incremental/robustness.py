@@ -117,7 +117,7 @@ def _hessians(g: Partial, beta: Array) -> Array:
     return jax.vmap(at)(beta)
 
 
-def _least_curvatures(g: Partial, beta: np.ndarray) -> list[float]:
+def _least_curvatures(g: Partial, beta: Any) -> list[float]:
     """The least eigenvalue of each Hessian on the active coordinates, at stationary points (S, p)."""
     pairs = zip(np.asarray(_hessians(g, beta)), beta != 0, strict=True)
     return [np.linalg.eigvalsh(hessian[np.ix_(active, active)])[0] for hessian, active in pairs]
@@ -160,10 +160,10 @@ def _ends(start: Products, beta: np.ndarray) -> Products:
 def _flow(g: Partial, starts: Products, ts: Array) -> Trajectory:
     """Factors (L, T, p) along the flow from all starts (L, p)."""
     options: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11, **SOLVE}
-    return jax.vmap(lambda start: incremental.raw_flow(g, *start, ts, **options))(starts)
+    return jax.vmap(lambda start: incremental.raw_flow(g, start.u, start.v, ts, **options))(starts)
 
 
-def _flows(g: Partial, starts: Products, ts: np.ndarray) -> dict[str, Trajectory]:
+def _flows(g: Partial, starts: Products, ts: Any) -> dict[str, Trajectory]:
     """Factors (T, L, p) along the flow, and where the gradient is too large: time that runs too fast."""
     clocks = {"right": ts, "wrong": WRONG_FACTOR * ts}
     marks = np.unique(np.concatenate(list(clocks.values())))

@@ -173,7 +173,7 @@ class Observed(NamedTuple):
     accuracy: Array | Any
 
 
-def read(config: Config, context: Context) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+def read(config: Config, context: Context) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """Training and test set: images and labels, the digits in random order."""
     if config.data == "digits":
         images, labels = map(np.asarray, digits(config.dtype))
@@ -273,8 +273,8 @@ def train_lanes(
     config: Config,
     lanes: Any,
     key: Array,
-    training: tuple[Array, Array],
-    test: tuple[Array, Array],
+    training: tuple[Array, ...],
+    test: tuple[Array, ...],
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Any, Trajectory]:
     """Train all lanes and seeds in one program: their starts, and what is seen of them at all times."""
@@ -311,8 +311,8 @@ def run(config: Config, context: Context) -> dict:
     if not bool(path.ok):
         raise RuntimeError("training gave numbers that are not finite: lower learning_rate")
     ys: Observed = jax.device_get(path.ys)
-    initial = dict(zip(PRODUCTS, jax.device_get(_initial_spectra(starts)), strict=True))
-    change = {"KQ": ys.KQ, "VO": ys.VO}
+    initial: dict[str, Spectrum] = dict(zip(PRODUCTS, jax.device_get(_initial_spectra(starts)), strict=True))
+    change: dict[str, Spectrum] = {"KQ": ys.KQ, "VO": ys.VO}
 
     def progress(label, done):
         context.progress(label, 0.05 + 0.9 * (share + (1 - share) * done))
@@ -369,7 +369,7 @@ def _other_sizes(
     }
 
 
-def _leading_share(values: np.ndarray) -> np.ndarray:
+def _leading_share(values: Any) -> np.ndarray:
     """Share of the leading direction in the squared norm, mean over seeds and heads, of (lane, ..., k)."""
     squares = values**2
     return np.mean(squares[..., 0] / squares.sum(axis=-1), axis=(1, 2, 3))
