@@ -32,7 +32,17 @@ from models.losses import bind, mean_squared_error
 from models.training import Descent
 from sims import plotting
 from sims.claims import Claim, Preset, at_least, at_most, equals, every, qualified, stated
-from sims.compare import SOLVE, WRONG_FACTOR, first_order, lane, lane_gaps, largest, named_lanes, require_ok
+from sims.compare import (
+    SOLVE,
+    WRONG_FACTOR,
+    first_order,
+    lane,
+    lane_gaps,
+    largest,
+    named_lanes,
+    percent,
+    require_ok,
+)
 from sims.ranges import Count, Length, Positive, Range, Share
 from sims.results import Context, Saved
 
@@ -200,6 +210,7 @@ def run(config: Config, context: Context) -> dict:
         "rescaled_time": ("rescaled_time", taus),
         "loss_time": ("loss_time", taus[::thin]),
         "jump": ("jump", path.times),
+        "product": ("product", [f"{name} {i + 1}" for name in ("kq", "vo") for i in range(config.dim)]),
         "record": ("record", until_horizon[:: config.fine]),
         "rate": ("rate", rates),
         "path": {
@@ -302,7 +313,7 @@ def _already(config: Config, saved: Saved) -> Claim:
         condition="stages last long in units of 1 / log(1/alpha); short ones merge, and all are late",
         inside=[
             at_most(near, longest, 0.15, why="much less than the jump that leads there"),
-            at_most("first jump: relative error of its time", late, 1 / lam, why="1 / log(1/alpha)"),
+            at_most("first jump: relative error of its time", late, 1 / lam, why="order one, over lam"),
         ],
         outside=[
             at_least("shortest stage: the same", shortest, 0.15, why="the next jump is already under way"),
@@ -382,7 +393,8 @@ def figure(config: Config, saved: Saved) -> Figure:
     network.set_title(f"Trained, {_power(lams[TRAINED])}, learning rate {saved['rate'].min():.1g}")
     network.legend(loc="upper left")
 
-    gaps = {"to the flow": saved["gap/right"], "gradient 2 % too large": saved["gap/wrong"]}
+    wrong = f"gradient {percent(WRONG_FACTOR)} too large"
+    gaps = {"to the flow": saved["gap/right"], wrong: saved["gap/wrong"]}
     plotting.gap_panel(gap, saved["rate"], gaps, "learning rate", "largest gap of a product")
     gap.set_xticks(saved["rate"], labels=[f"{rate:.2g}" for rate in saved["rate"]])
     gap.set_xticks([], minor=True)

@@ -28,7 +28,16 @@ from models.losses import bind, total_squared_error
 from models.training import Descent
 from sims import plotting
 from sims.claims import Claim, Preset, at_least, at_most, equals, every, qualified, stated
-from sims.compare import SOLVE, first_order, lane, lane_gaps, require_ok, right_and_wrong
+from sims.compare import (
+    SOLVE,
+    WRONG_FACTOR,
+    first_order,
+    lane,
+    lane_gaps,
+    percent,
+    require_ok,
+    right_and_wrong,
+)
 from sims.ranges import Count, Length, Positive, Share
 from sims.results import Context, Saved
 
@@ -281,7 +290,8 @@ def figure(config: Config, saved: Saved) -> Figure:
     key_small.set_ylim(top=1.5 * config.kq[0])
     key_small.legend(loc="upper left", ncols=2, fontsize=7)
     _over_time(ranks, saved)
-    gaps = {"to the flow": saved["gap/right"], "gradient 2 % too large": saved["gap/wrong"]}
+    wrong = f"gradient {percent(WRONG_FACTOR)} too large"
+    gaps = {"to the flow": saved["gap/right"], wrong: saved["gap/wrong"]}
     plotting.gap_panel(gap, saved["rate"], gaps, "learning rate / log(1/α)", "largest gap of an entry")
     gap.set_title("Training approaches the flow")
     return drawn

@@ -154,6 +154,7 @@ def _draw(config: Config):
 
 @eqx.filter_jit
 def _flow(g: Any, u0: Any, v0: Any, lam: Any, taus: Any, solver: Any) -> Trajectory:
+    """The products (T, p) along one flow."""
     path = incremental.log_flow(g, u0, v0, lam, taus, solver=solver, **SOLVE)
     return Trajectory(path.ts, path.ys.beta, path.ok)
 
@@ -297,6 +298,7 @@ def run(config: Config, context: Context) -> dict:
     return {
         "share_power": ("share_power", [*config.shares, *config.far]),
         "decade": ("decade", list(config.decades)),
+        "kind": ("kind", ["KQ", "VO"]),
         **{f"time_{name}": (f"time_{name}", taus[name]) for name in taus},
         "step": ("step layer head kind coordinate", steps),
         "tied": ("jump", {name: path.tied for name, path in paths.items()}),

@@ -208,8 +208,8 @@ def _alone(config: Config, taus: np.ndarray, beta: np.ndarray) -> dict:
     return {
         "alone_power": ("alone_power", np.array(config.alone)),
         "even_time": ("even_time", taus),
-        "alone": ("even_time alone", by_power[KEPT]),
-        "half_time": ("alone_power alone", half),
+        "alone": ("even_time coordinate", by_power[KEPT]),
+        "half_time": ("alone_power coordinate", half),
     }
 
 

@@ -265,8 +265,9 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         "Stationary points of the stages are strict local minima on their active coordinates: from noise on "
         "these the products u v return",
         "boixadsera2023, Assumption 4.3 and Figure 9",
-        # The stage itself is known to 1e-9.
-        at_least("smallest eigenvalue of the Hessian there, all stages", least, 1e-6, why="not zero"),
+        at_least(
+            "smallest eigenvalue of the Hessian there, all stages", least, 1e-6, why="stages known to 1e-9"
+        ),
         at_most("flow: largest distance at the end over the noise", left["flow"], RETURNED, why=gone),
         at_most("network: the same", left["trained"], RETURNED, why=gone),
         at_most("network: largest weight that was not active", silent, 0, why="two zeros have no gradient"),
