@@ -44,6 +44,25 @@ def mean_squared_error(params: PyTree, data: Any) -> Array:
     return squared_error(params, data) / len(data[2])
 
 
+def total_squared_error(params: PyTree, data: Any) -> Array:
+    r"""Weighted sum of the `mean_squared_error` of many networks side by side, sum_l w_l L(params_l).
+
+    No network acts on another's loss: each trains as it would alone, at w_l times the learning rate.
+
+    Args:
+        params: parameters of all networks, leading axis L.
+        data: (w, (f, X, Y)) with the weights w, (L,), and what `mean_squared_error` takes.
+
+    Example:
+        >>> double = lambda params, x: params * x
+        >>> data = (double, jnp.ones((5, 3)), jnp.ones((5, 3)))
+        >>> float(total_squared_error(jnp.array([2.0, 1.0]), (jnp.array([10.0, 1.0]), data)))
+        15.0
+    """
+    weights, data = data
+    return jnp.sum(weights * jax.vmap(lambda params: mean_squared_error(params, data))(params))
+
+
 def cross_entropy(params: PyTree, data: Any) -> Array:
     r"""Mean cross-entropy of logits f(params, X) against labels y, of data = (f, X, y); in nats.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.scipy.special import erfinv
 from jaxtyping import Array, Float
 
-from dynamics.arguments import require_every, require_finite, require_same_shape, require_vector
+from dynamics.arguments import require_every, require_finite, require_same_shape
 from dynamics.flow import ArrayLike, Trajectory, as_inexact, integrate
 
 # Near the blow-up a step is long in v, and what is interpolated inside it is worse than its ends.

@@ -4,6 +4,7 @@ from models.attention.heads import AttentionHead as AttentionHead
 from models.attention.heads import AttentionStack as AttentionStack
 from models.attention.heads import Feedforward as Feedforward
 from models.attention.heads import diagonal_head as diagonal_head
+from models.attention.heads import diagonal_head_loss as diagonal_head_loss
 from models.attention.heads import diagonal_stack as diagonal_stack
 from models.attention.heads import observe_products as observe_products
 from models.attention.heads import product_coordinates as product_coordinates

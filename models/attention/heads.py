@@ -14,6 +14,7 @@ from dynamics.arguments import require_same_shape
 from dynamics.flow import ArrayLike, as_inexact
 from models.attention.products import HEAD_WEIGHTS
 from models.functional import Frozen
+from models.losses import mean_squared_error
 
 
 class Feedforward(NamedTuple):
@@ -48,6 +49,26 @@ def diagonal_head(kq: ArrayLike, vo: ArrayLike, X: ArrayLike) -> Array:
     kq, vo, X = as_inexact(kq), as_inexact(vo), as_inexact(X)
     logits = jnp.einsum("...ad,d,...bd->...ab", X, kq, X)
     return jnp.einsum("...ab,...bd,d->...ad", _softmax(logits), X, vo)
+
+
+def diagonal_head_loss(beta: ArrayLike, X: ArrayLike, Y: ArrayLike) -> Array:
+    r"""Half the squared error of a sample, (1/2N) sum_i |f(X_i) - Y_i|^2, of `diagonal_head` on its products.
+
+    Args:
+        beta: the products in the order of `split_products`, kq and then vo, (2 d,).
+        X: tokens, (N, n, d).
+        Y: targets, alike.
+
+    Example:
+        >>> float(diagonal_head_loss([0.0, 2.0], [[[1.0], [3.0]]], [[[4.0], [6.0]]]))
+        2.0
+    """
+    return mean_squared_error(beta, (_diagonal_head, as_inexact(X), as_inexact(Y)))
+
+
+def _diagonal_head(beta: ArrayLike, X: Array) -> Array:
+    kq, vo = split_products(beta, X.shape[-1])
+    return diagonal_head(kq[0, 0], vo[0, 0], X)
 
 
 def diagonal_stack(

@@ -8,9 +8,10 @@ what; the flow approaches this staircase as its start goes to zero, and gradient
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any
 
 import diffrax
 import equinox as eqx
@@ -21,31 +22,35 @@ from jaxtyping import Array
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dynamics import incremental
 from dynamics.flow import Trajectory
-from dynamics.incremental import (
-    GreedyPath,
-    greedy,
-    jump_times,
-    log_flow,
-    negative_gradient,
-    staircase,
-    staircase_distance,
-    time_until_active,
-)
-from models.attention import AttentionHead, diagonal_head, observe_products, split_products
-from models.data.teachers import diagonal_teacher
+from dynamics.incremental import GreedyPath
+from models.attention import AttentionHead, diagonal_head_loss, observe_products
+from models.data.teachers import HeadTask, diagonal_teacher
 from models.functional import as_function
 from models.losses import bind, mean_squared_error
-from models.training import train_at_rates
+from models.training import Descent
 from sims import plotting
-from sims.claims import Check, Claim, Preset, all_of
-from sims.compare import WRONG_FACTOR, first_order, lane, lane_gaps, require_sweeps
-from sims.results import Context, Result, Saved
+from sims.claims import Claim, Preset, at_least, at_most, equals, every, qualified, stated
+from sims.compare import (
+    SOLVE,
+    WRONG_FACTOR,
+    first_order,
+    lane,
+    lane_gaps,
+    largest,
+    named_lanes,
+    percent,
+    require_ok,
+)
+from sims.ranges import Count, Length, Positive, Range, Share
+from sims.results import Context, Saved
 
 # Factors over alpha, equal in all coordinates: what the flows differ in is alpha alone.
 U0, V0 = 1.0, 0.5
 TRAINED = 1  # the alpha that the network is trained from: the second one
 LOSS_TIMES = 400  # of a flow, at most
+HALVES = "one half, bent by the next order in 1 / log(1/alpha)"
 RESCALED = "rescaled time t / log(1/α)"
 STIFF = 40.0  # explicit solvers are faster below this log(1 / alpha)
 
@@ -54,41 +59,40 @@ STIFF = 40.0  # explicit solvers are faster below this log(1 / alpha)
 class Config:
     """The task, the starts, and the learning rates."""
 
-    dim: int = 4
+    dim: Count = 4
     """Dimension d of the tokens; there are 2 d products."""
-    tokens: int = 4
+    tokens: Count = 4
     """Tokens of a sample."""
-    samples: int = 60
+    samples: Count = 60
     """Samples."""
-    kq_scale: float = 0.5
+    kq_scale: Positive = 0.5
     """Standard deviation of the teacher's kq; its vo has 1."""
-    stages: int = 12
+    stages: Count = 12
     """Most stages of the greedy algorithm; where they are too few to end it, some claims are left out."""
-    shown: int = 8
+    shown: Annotated[int, Range(at_least=2)] = 8
     """Stages that the flows go through."""
-    alpha: float = 0.1
+    alpha: Share = 0.1
     """The largest start."""
-    squarings: int = 3
+    squarings: Annotated[int, Range(at_least=2)] = 3
     """How often alpha is squared for a smaller start."""
-    records: int = 20
+    records: Count = 20
     """Records of the network, which is trained from alpha squared until 1.5 times the second jump."""
-    fine: int = 160
+    fine: Count = 160
     """Times per record at which the flows are looked at; they must resolve the jumps."""
-    substeps: tuple[int, ...] = (20, 40, 80)
+    substeps: Annotated[tuple[Count, ...], Length(2)] = (20, 40, 80)
     """Steps between two records, one per learning rate."""
 
     def __post_init__(self):
-        require_sweeps(self, "substeps")
-        if not 0 < self.alpha < 1:
-            raise ValueError(f"alpha must be between 0 and 1, got {self.alpha}")
-        if self.squarings < 2:
-            raise ValueError(f"squarings must be at least 2, got {self.squarings}")
-        if not 2 <= self.shown <= self.stages:
-            raise ValueError(f"shown must be at least 2, and stages no fewer, got {self.shown}")
+        if self.shown > self.stages:
+            raise ValueError(f"stages must be at least shown = {self.shown}, got {self.stages}")
+
+    @property
+    def lams(self) -> np.ndarray:
+        """log(1 / alpha) of all starts."""
+        return -np.log(self.alpha) * 2.0 ** np.arange(self.squarings + 1)
 
 
-_STANDARD = replace(
-    Config(),
+_STANDARD = Config(
     dim=12,
     tokens=6,
     samples=200,
@@ -106,382 +110,293 @@ PRESETS: dict[Preset, Config] = {
 }
 
 
-@jax.jit
-def _loss(beta: Array, X: Array, Y: Array) -> Array:
-    """Half the squared error of a sample, as a function of all products: kq, then vo."""
-    kq, vo = split_products(beta, X.shape[-1])
-    return 0.5 * jnp.sum((diagonal_head(kq[0, 0], vo[0, 0], X) - Y) ** 2) / len(X)
-
-
 @partial(jax.jit, static_argnames="stages")
 def _greedy(X: Array, Y: Array, stages: int) -> GreedyPath:
-    return greedy(negative_gradient(_loss, X, Y), 2 * X.shape[-1], max_stages=stages)
+    g = incremental.negative_gradient(diagonal_head_loss, X, Y)
+    return incremental.greedy(g, 2 * X.shape[-1], max_stages=stages)
+
+
+def _path(task: HeadTask, config: Config, context: Context) -> tuple[GreedyPath, float]:
+    """The greedy path, without the rows beyond its end, and the seconds that each stage took."""
+    context.progress("compiling greedy", 0.0)
+    # With targets of zero there is nothing to learn: the program is compiled, and ends at once.
+    jax.block_until_ready(_greedy(task.X, jnp.zeros_like(task.Y), config.stages))
+    context.progress("greedy", 0.2)
+    started = time.perf_counter()
+    path = jax.device_get(_greedy(task.X, task.Y, config.stages))
+    seconds = time.perf_counter() - started
+    beyond = np.count_nonzero(np.isinf(path.times))
+    path = jax.tree.map(lambda leaf: leaf[: len(leaf) - beyond] if leaf.ndim else leaf, path)
+    return path, seconds / len(path.times)
 
 
 @eqx.filter_jit
-def _flows(X, Y, u0, v0, lams, taus, solver):
-    """The products, (L, T, p), along the flows from several starts, each at times of its own, (L, T)."""
+def _flows(X: Array, Y: Array, starts: Mapping[str, Any], solver: Any) -> dict[str, Trajectory]:
+    """The products, (T, p), along the flows from several starts: log(1 / alpha) and rescaled times (T,)."""
+    ones = jnp.ones(2 * X.shape[-1])
 
-    def flow(lam, taus):
-        g = negative_gradient(_loss, X, Y)
-        return log_flow(g, u0, v0, lam, taus, solver=solver).ys.beta
+    def flow(start):
+        lam, taus = start
+        g = incremental.negative_gradient(diagonal_head_loss, X, Y)
+        path = incremental.log_flow(g, U0 * ones, V0 * ones, lam, taus, solver=solver, **SOLVE)
+        return Trajectory(taus, path.ys.beta, path.ok)
 
-    return jax.vmap(flow)(lams, taus)
+    return named_lanes(flow, **starts)
 
 
-class _Measured(NamedTuple):
-    """What is measured on flows and staircase."""
-
-    stairs: Any  # (T, p)
-    distance: Any  # (L,)
-    first_jump: Any  # (L,)
-    flow_loss: Any  # (L, T / thin)
-    stage_loss: Any  # (S + 1,)
-    gradient: Any  # g at the products of each stage, (S + 1, p)
+def _train(task: HeadTask, config: Config, horizon: float) -> tuple[np.ndarray, Trajectory]:
+    """The learning rates, and the head's products along gradient descent from the second start."""
+    lam = config.lams[TRAINED]
+    u, v = (np.full((2, config.dim), np.exp(-lam) * factor) for factor in (U0, V0))
+    predict, params = as_function(AttentionHead(u[0], v[0], u[1], v[1]))
+    loss = bind(mean_squared_error, (predict, task.X, task.Y))
+    descent = Descent(horizon=float(lam * horizon), points=config.records, substeps=config.substeps)
+    return descent.rates, jax.device_get(descent.train(loss, params, observe=observe_products)[1])
 
 
 @partial(jax.jit, static_argnames="thin")
-def _measure(path: GreedyPath, taus: Array, beta: Array, X: Array, Y: Array, thin: int) -> _Measured:
-    thinned = beta[:, ::thin]
-    flow_loss = jax.lax.map(
-        lambda one: _loss(one, X, Y), thinned.reshape(-1, thinned.shape[-1]), batch_size=16
-    )
-    stage_loss, gradient = jax.lax.map(lambda one: jax.value_and_grad(_loss)(one, X, Y), path.beta)
-    return _Measured(
-        staircase(path, taus),
-        jax.vmap(lambda beta: staircase_distance(path, taus, beta))(beta),
-        jax.vmap(lambda beta: jump_times(path, taus, beta)[0])(beta),
-        flow_loss.reshape(thinned.shape[:2]),
-        stage_loss,
-        -gradient,
-    )
+def _measure(path: GreedyPath, taus: Array, beta: Array, X: Array, Y: Array, thin: int) -> dict[str, Any]:
+    """What is measured on the staircase, and on the flows (L, T, p) beside it."""
+    thinned = beta[:, ::thin].reshape(-1, beta.shape[-1])
+    losses = jax.lax.map(lambda one: diagonal_head_loss(one, X, Y), thinned, batch_size=16)
+    stage_loss, slope = jax.lax.map(lambda one: jax.value_and_grad(diagonal_head_loss)(one, X, Y), path.beta)
+    wait = partial(incremental.time_until_active, jnp.ones(beta.shape[-1]))
+    return {
+        "staircase": incremental.staircase(path, taus),
+        "distance": jax.vmap(lambda one: incremental.staircase_distance(path, taus, one))(beta),
+        "first_jump": incremental.jump_times(path, taus, beta[TRAINED])[0],
+        "loss": losses.reshape(len(beta), -1),
+        "stage_loss": stage_loss,
+        "waiting": {"gradient": -slope[0], "at_zero": wait(-slope[0]), "after_first": wait(-slope[1])},
+    }
 
 
-def run(config: Config, context: Context) -> Result:
+def run(config: Config, context: Context) -> dict:
     """Find the staircase, integrate the flows from several starts, and train the network from one of them."""
     sizes = {"samples": config.samples, "tokens": config.tokens, "dim": config.dim}
-    draw = jax.jit(partial(diagonal_teacher, **sizes, kq_scale=config.kq_scale))
-    task = draw(jax.random.key(context.seed))
-    X, Y = task.X, task.Y
+    task = diagonal_teacher(jax.random.key(context.seed), **sizes, kq_scale=config.kq_scale)
+    path, seconds = _path(task, config, context)
 
-    context.progress("compiling greedy", 0.0)
-    started = time.perf_counter()
-    # With targets of zero there is nothing to learn: the program is compiled, and ends at once.
-    jax.block_until_ready(_greedy(X, jnp.zeros_like(Y), config.stages))
-    compiling = time.perf_counter() - started
-    context.progress(f"greedy (compiled in {compiling:.1f} s)", 0.2)
-    started = time.perf_counter()
-    path = jax.tree.map(np.asarray, _greedy(X, Y, config.stages))
-    count = int(np.sum(np.isfinite(path.times)))
-    per_stage = (time.perf_counter() - started) / count
-    path = _first(path, count)
-
-    context.progress(f"flows (greedy: {count} stages, {per_stage:.2g} s each)", 0.5)
+    count, lams = len(path.times), config.lams
+    context.progress(f"flows (greedy: {count} stages, {seconds:.2g} s each)", 0.5)
     shown = min(config.shown, count)
     # Halfway to the stage after the last one shown; past the last of all.
     next_time = path.times[shown] if shown < count else 1.4 * path.times[-1]
     taus = np.linspace(0, (path.times[shown - 1] + next_time) / 2, config.records * config.fine + 1)
-    lams = -np.log(config.alpha) * 2.0 ** np.arange(config.squarings + 1)
-    horizon = 1.5 * path.times[1]
-    at_records = taus * (horizon / taus[-1])
-    u0, v0 = jnp.full(2 * config.dim, U0), jnp.full(2 * config.dim, V0)
-    beta = _flows(
-        X,
-        Y,
-        u0,
-        v0,
-        jnp.asarray([*lams, lams[TRAINED], lams[TRAINED]]),
-        # A gradient that is 2 % too large is time that runs 2 % too fast.
-        jnp.asarray(np.stack([*([taus] * len(lams)), at_records, WRONG_FACTOR * at_records])),
-        diffrax.Dopri8() if lams[-1] < STIFF else diffrax.Kvaerno5(),
-    )
-    beta, (right, wrong) = beta[:-2], np.asarray(beta[-2:, :: config.fine])
+    horizon = 1.5 * float(path.times[1])
+    until_horizon = taus * (horizon / taus[-1])
+    lam, solver = lams[TRAINED], diffrax.Dopri8() if lams[-1] < STIFF else diffrax.Kvaerno5()
+    starts = {f"squared {index} times": (lam, taus) for index, lam in enumerate(lams)}
+    # A gradient that is too large is time that runs too fast.
+    network = {"right": (lam, until_horizon), "wrong": (lam, WRONG_FACTOR * until_horizon)}
+    flows = jax.device_get(_flows(task.X, task.Y, {**starts, **network}, solver))
+    require_ok("a flow of products", *flows.values())
+    beta = np.stack([flows[name].ys for name in starts])
 
     context.progress("network", 0.7)
-    alpha = np.exp(-lams[TRAINED])
-    u, v = (alpha * one.reshape(2, config.dim) for one in (u0, v0))
-    predict, params = as_function(AttentionHead(u[0], v[0], u[1], v[1]))
-    rates, trained = train_at_rates(
-        bind(mean_squared_error, (predict, X, Y)),
-        params,
-        config.substeps,
-        horizon=float(lams[TRAINED] * horizon),
-        points=config.records,
-        observe=observe_products,
-    )
-    gaps = {
-        name: lane_gaps(Trajectory(trained.ts[0], one, np.asarray(True)), trained)
-        for name, one in (("flow", right), ("wrong", wrong))
+    rates, trained = _train(task, config, horizon)
+    finest = lane(trained, int(np.argmin(rates))).ys
+    theory = {
+        name: Trajectory(trained.ts[0], flows[name].ys[:: config.fine], flows[name].ok) for name in network
     }
 
     context.progress("measuring", 0.9)
     thin = max(1, len(taus) // LOSS_TIMES)
-    measured = jax.tree.map(np.asarray, _measure(path, jnp.asarray(taus), beta, X, Y, thin))
-    beta = np.asarray(beta)
-    # How near a flow comes to a stage's products, over the jump that leads there.
-    nearest = [[np.min(np.sum(np.abs(flow - stage), axis=1)) for stage in path.beta[1:]] for flow in beta]
-    missed = np.array(nearest) / np.sum(np.abs(np.diff(path.beta, axis=0)), axis=1)
-    teacher = np.concatenate([task.kq, task.vo])
-    data = {
-        "alphas": np.exp(-lams),
-        "lams": lams,
-        "taus": taus,
-        "flow": beta,
-        "stairs": measured.stairs,
-        "loss": {"taus": taus[::thin], "flow": measured.flow_loss, "stages": measured.stage_loss},
-        "distance": measured.distance,
-        "first_jump": measured.first_jump,
-        "missed": missed,
+    found = jax.device_get(_measure(path, taus, beta, task.X, task.Y, thin))
+    # How near the flow comes to a stage's products, over the jump that leads there.
+    nearest = [np.min(np.sum(np.abs(beta[TRAINED] - stage), axis=1)) for stage in path.beta[1:]]
+    return {
+        "log_inv_alpha": ("log_inv_alpha", lams),
+        "rescaled_time": ("rescaled_time", taus),
+        "loss_time": ("loss_time", taus[::thin]),
+        "jump": ("jump", path.times),
+        "product": ("product", [f"{name} {i + 1}" for name in ("kq", "vo") for i in range(config.dim)]),
+        "record": ("record", until_horizon[:: config.fine]),
+        "rate": ("rate", rates),
         "path": {
-            "times": path.times,
-            "beta": path.beta,
-            "order": path.order,
-            "gradient": measured.gradient,
+            "beta": ("stage product", path.beta),
+            "loss": ("stage", found["stage_loss"]),
+            **{name: ("jump", getattr(path, name)) for name in ("order", "tied", "converged")},
+            "complete": path.complete,
         },
-        "teacher": teacher,
-        "network": {
-            "taus": at_records[:: config.fine],
-            "trained": lane(trained, int(np.argmin(rates))).ys,
-            "flow": right,
-        },
-        "rates": rates,
-        "gap": gaps,
-        "seconds": {"compiling": compiling, "per_stage": per_stage},
+        "teacher": ("product", np.concatenate([task.kq, task.vo])),
+        "products": ("rescaled_time product", {"flow": beta[-1], "staircase": found["staircase"]}),
+        "distance": ("log_inv_alpha", found["distance"]),
+        "loss": ("log_inv_alpha loss_time", found["loss"]),
+        "waiting": ("product", found["waiting"]),
+        "first_jump": found["first_jump"],
+        "missed": ("jump", nearest / np.sum(np.abs(np.diff(path.beta, axis=0)), axis=1)),
+        "network": ("record product", {"flow": theory["right"].ys, "trained": finest}),
+        "gap": ("rate", {name: lane_gaps(one, trained) for name, one in theory.items()}),
+        "seconds_per_stage": seconds,
     }
-    claims = (
-        _loss_falls(path, measured.stage_loss),
-        _value_first(path, measured.gradient[:2], config.dim),
-        first_order(
-            "incremental.attention/network",
-            "Gradient descent on the weights of the head follows the flow, past the first two jumps",
-            "boixadsera2023, Equations 3 and 4",
-            rates,
-            gaps["flow"],
-            gaps["wrong"],
-        ),
+
+
+def claims(config: Config, saved: Saved) -> Iterator[Claim]:
+    """What enters, in which order and to what, the network; of a path with an end also the limit."""
+    dim, active = config.dim, np.abs(np.sign(saved["path/beta"]))
+    yield stated(
+        "loss",
+        "From stage to stage the loss falls, and at most one product becomes active",
+        "boixadsera2023, Theorem 4.5 and Figure 6",
+        every("stages that lower the loss", np.diff(saved["path/loss"]) < 0),
+        every("stages with at most one new product", np.diff(active, axis=0).clip(min=0).sum(axis=1) <= 1),
+    )
+    waits, later = saved["waiting/at_zero"], saved["waiting/after_first"]
+    pull, of_vo = largest(saved["waiting/gradient"][:dim]), saved["path/order"][0] >= dim
+    yield stated(
+        "value-first",
+        "W_V W_O^T comes first: while it is zero no entry of W_K W_Q^T has a gradient",
+        "boixadsera2023, section 5, Figures 7 and 8 (derived here)",
+        at_most("largest |g| of a kq at zero", pull, 0, why="it is a multiple of vo, which is zero"),
+        every("entries of kq that would wait for ever at zero", np.isinf(waits[:dim])),
+        every("entries of vo that would not", np.isfinite(waits[dim:])),
+        every("entries of kq that would not after the first jump", np.isfinite(later[:dim])),
+        equals("whether the first to enter is a vo", of_vo, 1, why="the statement itself"),
+    )
+    yield stated(
+        "network",
+        "Gradient descent on the weights of the head follows the flow, past the first two jumps",
+        "boixadsera2023, Equations 3 and 4",
+        *first_order(saved["rate"], saved["gap"]),
     )
     # Of a path that is cut short the flows see the first jumps alone, which they may not have made by then.
-    if bool(path.complete) or count < config.stages:
-        claims += (
-            _teacher(path, teacher, measured.stage_loss),
-            _limit(measured.distance),
-            _already(path, measured, missed[TRAINED], lams, shown),
-        )
-    dims = {
-        "alphas": ("start",),
-        "lams": ("start",),
-        "taus": ("time",),
-        "flow": ("start", "time", "product"),
-        "stairs": ("time", "product"),
-        "loss/flow": ("start", "loss_time"),
-        "loss/stages": ("stage",),
-        "distance": ("start",),
-        "first_jump": ("start",),
-        "missed": ("start", "jump"),
-        "path/beta": ("stage", "product"),
-        "path/gradient": ("stage", "product"),
-        "teacher": ("product",),
-        "network/trained": ("record", "product"),
-        "network/flow": ("record", "product"),
-        **{f"gap/{name}": ("rate",) for name in gaps},
-    }
-    return Result(data, claims, dims)
+    if saved["path/complete"] or len(saved["jump"]) < config.stages:
+        yield _teacher(saved)
+        yield _limit(saved["distance"])
+        yield _already(config, saved)
 
 
-def _first(path: GreedyPath, count: int) -> GreedyPath:
-    """The path without the rows beyond its end."""
-    return replace(
-        path,
-        **{name: getattr(path, name)[:count] for name in ("times", "order", "tied", "converged")},
-        **{name: getattr(path, name)[: count + 1] for name in ("beta", "log_scale")},
-    )
-
-
-def _teacher(path: GreedyPath, teacher: np.ndarray, losses: np.ndarray) -> Claim:
-    return Claim(
-        "incremental.attention/teacher",
+def _teacher(saved: Saved) -> Claim:
+    losses, complete = saved["path/loss"], saved["path/complete"]
+    off, left = largest(saved["path/beta"][-1] - saved["teacher"]), losses[-1] / losses[0]
+    return stated(
+        "teacher",
         "The greedy algorithm ends at the teacher, with every stage at a stationary point",
         "boixadsera2023, Algorithm 1 and section 5 (toy models)",
-        "stated",
-        [
-            # Gradients count as zero at 1e-9 of the first one; the loss is flatter than 1e-3 nowhere.
-            Check(
-                "largest difference of a product to the teacher's",
-                "at most",
-                1e-6,
-                np.max(np.abs(path.beta[-1] - teacher)),
-            ),
-            # The square of that, over a loss of order one.
-            Check("loss at the end, over that at zero", "at most", 1e-12, losses[-1] / losses[0]),
-            Check("whether no product is left that would become active", "equals", 1.0, float(path.complete)),
-            all_of("stages that reach a stationary point", path.converged),
-            all_of("stages that one product enters", ~np.asarray(path.tied)),
-        ],
+        # Gradients count as zero at 1e-9 of the first one; the loss is flatter than 1e-3 nowhere.
+        at_most("largest difference of a product to the teacher's", off, 1e-6, why="gradients known to 1e-9"),
+        at_most("loss at the end, over that at zero", left, 1e-12, why="the square of that difference"),
+        equals("whether no product is left that would become active", complete, 1, why="the statement"),
+        every("stages that reach a stationary point", saved["path/converged"]),
+        every("stages that one product enters", ~saved["path/tied"]),
     )
 
 
 def _limit(distance: np.ndarray) -> Claim:
     ratios = distance[1:] / distance[:-1]
-    return Claim(
-        "incremental.attention/limit",
+    return stated(
+        "limit",
         "As alpha goes to zero the flow in rescaled time tends to the staircase; the distance halves where "
         "alpha is squared",
         "boixadsera2023, Theorem 4.5 (the rate is derived here)",
-        "stated",
-        [
-            # One half up to the next order in 1 / log(1/alpha), which is large at alpha = 0.1; a distance
-            # that does not fall has ratio 1, and one that falls like a power of alpha a ratio near 0.
-            Check("largest ratio of distances, alpha squared to alpha", "at most", 0.65, ratios.max()),
-            Check("smallest", "at least", 0.4, ratios.min()),
-        ],
+        # A distance that does not fall has ratio 1, and one that falls like a power of alpha a ratio near 0.
+        at_most("largest ratio of distances, alpha squared to alpha", ratios.max(), 0.65, why=HALVES),
+        at_least("smallest", ratios.min(), 0.4, why=HALVES),
     )
 
 
-def _loss_falls(path: GreedyPath, losses: np.ndarray) -> Claim:
-    active = np.asarray(path.beta) != 0
-    return Claim(
-        "incremental.attention/loss",
-        "From stage to stage the loss falls, and at most one product becomes active",
-        "boixadsera2023, Theorem 4.5 and Figure 6",
-        "stated",
-        [
-            all_of("stages that lower the loss", np.diff(losses) < 0),
-            all_of("stages with at most one new product", np.sum(active[1:] & ~active[:-1], axis=1) <= 1),
-        ],
-    )
-
-
-def _value_first(path: GreedyPath, gradient: np.ndarray, dim: int) -> Claim:
-    zero = np.ones(2 * dim)
-    at_zero = np.asarray(time_until_active(zero, gradient[0]))
-    after = np.asarray(time_until_active(zero, gradient[1]))
-    return Claim(
-        "incremental.attention/value-first",
-        "W_V W_O^T comes first: while it is zero no entry of W_K W_Q^T has a gradient",
-        "boixadsera2023, section 5, Figures 7 and 8 (derived here)",
-        "stated",
-        [
-            # What is passed back to the logits is multiplied by vo, which is zero.
-            Check("largest |g| of a kq at zero", "at most", 0.0, np.max(np.abs(gradient[0, :dim]))),
-            all_of("entries of kq that would wait for ever at zero", np.isinf(at_zero[:dim])),
-            all_of("entries of vo that would not", np.isfinite(at_zero[dim:])),
-            all_of("entries of kq that would not after the first jump", np.isfinite(after[:dim])),
-            Check("whether the first to enter is a vo", "equals", 1.0, float(path.order[0] >= dim)),
-        ],
-    )
-
-
-def _already(
-    path: GreedyPath, measured: _Measured, missed: np.ndarray, lams: np.ndarray, shown: int
-) -> Claim:
-    lam = lams[TRAINED]
+def _already(config: Config, saved: Saved) -> Claim:
+    times, lams, missed = saved["jump"], saved["log_inv_alpha"], saved["missed"]
+    lam, squarings = lams[TRAINED], len(lams) - 1 - TRAINED
     # The stages that the flows reach; the last of all has no end.
-    length = np.diff(path.times)[:shown]
-    return Claim(
-        "incremental.attention/alpha-0.01",
+    length = np.diff(times)[: config.shown]
+    longest, shortest = missed[np.argmax(length)], missed[np.argmin(length)]
+    late = abs(saved["first_jump"] / times[0] - 1)
+    away = saved["distance"][TRAINED] / saved["distance"][-1]
+    near = "longest stage: how near the flow comes to its products, over its jump"
+    to_limit = f"distance to the staircase over that at {np.exp(-lams[-1]):.0e}"
+    return qualified(
+        "alpha-0.01",
         f"The dynamics are stagewise already at alpha = {np.exp(-lam):.2g}",
         "boixadsera2023, Appendix A, Figures 6 to 8 (the caption of its second version)",
-        "qualified",
-        [
-            # Much less than the jump that leads there; the same for both.
-            Check(
-                "longest stage: how near the flow comes to its products, over its jump",
-                "at most",
-                0.15,
-                missed[np.argmax(length)],
-            ),
-            # The next jump is under way before this one is done.
-            Check("shortest stage: the same", "at least", 0.15, missed[np.argmin(length)]),
-            # Logarithms of numbers of order one over log(1/alpha).
-            Check(
-                "first jump: relative error of its time",
-                "at most",
-                1 / lam,
-                np.abs(measured.first_jump[TRAINED] / path.times[0] - 1),
-            ),
-            # It halves, or nearly so, with each squaring: the limit is far.
-            Check(
-                f"distance to the staircase over that at {np.exp(-lams[-1]):.0e}",
-                "at least",
-                0.65 ** -(len(lams) - 1 - TRAINED),
-                measured.distance[TRAINED] / measured.distance[-1],
-            ),
-        ],
         condition="stages last long in units of 1 / log(1/alpha); short ones merge, and all are late",
+        inside=[
+            at_most(near, longest, 0.15, why="much less than the jump that leads there"),
+            at_most("first jump: relative error of its time", late, 1 / lam, why="order one, over lam"),
+        ],
+        outside=[
+            at_least("shortest stage: the same", shortest, 0.15, why="the next jump is already under way"),
+            at_least(to_limit, away, 0.65**-squarings, why="it halves with each squaring: the limit is far"),
+        ],
     )
 
 
-def _power(alpha: float) -> str:
-    return f"α = $10^{{{np.log10(alpha):.3g}}}$"
+def _power(lam: float) -> str:
+    return f"α = $10^{{{-lam / np.log(10):.3g}}}$"
 
 
-def _entries(ax: Axes, saved: Saved, first: int, name: str) -> Axes:
+def _until(config: Config, saved: Saved) -> float:
+    """A while after the last jump that is shown."""
+    return min(saved["rescaled_time"][-1], 1.3 * saved["jump"][: config.shown][-1])
+
+
+def _entries(ax: Axes, config: Config, saved: Saved, which: slice, matrix: str) -> Axes:
     """The flow from the smallest start beside the staircase: the entries of one product matrix."""
-    dim = saved.config["dim"]
-    which = slice(first, first + dim)
-    labels = ["flow, one colour per entry", *["_"] * (dim - 1)]
-    ax = plotting.theory_and_trained(
-        ax, saved["taus"], saved["stairs"][:, which], saved["flow"][-1][:, which], labels
-    )
-    ax.lines[dim].set_label("staircase")
-    ax.set(xlabel=RESCALED, ylabel="entry of the diagonal", xlim=(0, _until(saved)))
-    ax.set_title(f"{name}, {_power(saved['alphas'][-1])}")
-    low, high = ax.get_ylim()
-    ax.set_ylim(low, high + 0.25 * (high - low))
+    theory, flow = (saved[f"products/{name}"][:, which] for name in ("staircase", "flow"))
+    _beside(ax, saved["rescaled_time"], theory, flow, "flow, one colour per entry", "staircase")
+    ax.set(xlabel=RESCALED, ylabel="entry of the diagonal", xlim=(0, _until(config, saved)))
+    ax.set_title(f"{matrix}, {_power(saved['log_inv_alpha'][-1])}")
     ax.legend(loc="upper right", ncols=2)
     return ax
 
 
-def _until(saved: Saved) -> float:
-    """A while after the last jump that is shown."""
-    times = saved["path/times"][: saved.config["shown"]]
-    return min(saved["taus"][-1], 1.3 * times[-1])
+def _beside(
+    ax: Axes, ts: np.ndarray, theory: np.ndarray, trained: np.ndarray, label: str, theory_label: str
+) -> Axes:
+    """Many coordinates over time, (T, n) each, under one label; with room for a legend above."""
+    count = trained.shape[1]
+    plotting.theory_and_trained(ax, ts, theory, trained, [label, *["_"] * (count - 1)])
+    ax.lines[count].set_label(theory_label)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high + 0.25 * (high - low))
+    return ax
 
 
-def figure(saved: Saved) -> Figure:
+def _loss_panel(ax: Axes, config: Config, saved: Saved) -> Axes:
+    """Losses of the flows from all starts beside those of the staircase, until little is left."""
+    for index, (lam, loss) in enumerate(zip(saved["log_inv_alpha"], saved["loss"], strict=True)):
+        ax.plot(saved["loss_time"], loss, color=f"C{index}", label=_power(lam), **plotting.TRAINED)
+    stages, jumps, until = saved["path/loss"], saved["jump"], _until(config, saved)
+    ax.step([0, *jumps], stages, where="post", label="staircase", **plotting.THEORY)
+    small = np.flatnonzero(stages[1:] < 0.01 * stages[0])
+    until = min(1.3 * jumps[small[0]], until) if small.size else until
+    ax.set(xlabel=RESCALED, ylabel="loss (half the squared error)", xlim=(0, until), title="Loss")
+    ax.legend(loc="upper right")
+    return ax
+
+
+def figure(config: Config, saved: Saved) -> Figure:
     """Loss and entries over rescaled time with the staircase; distance to it; the network on its flow."""
     drawn, ((loss, value, query), (distance, network, gap)) = plotting.new_figure(2, 3)
-    config, alphas, times = saved.config, saved["alphas"], saved["path/times"]
     drawn.suptitle(
-        f"A head with diagonal weights: {config['dim']} dimensions, {config['tokens']} tokens, "
-        f"{config['samples']:,} samples. Greedy: {len(times)} stages, "
-        f"{saved['seconds/per_stage']:.2g} s each, compiled in {saved['seconds/compiling']:.2g} s",
+        f"A head with diagonal weights: {config.dim} dimensions, {config.tokens} tokens, "
+        f"{config.samples:,} samples. Greedy: {len(saved['jump'])} stages, "
+        f"{saved['seconds_per_stage']:.2g} s each",
         fontsize=11,
     )
-    for index, (alpha, one) in enumerate(zip(alphas, saved["loss/flow"], strict=True)):
-        loss.plot(saved["loss/taus"], one, color=f"C{index}", label=_power(alpha), **plotting.TRAINED)
-    loss.step([0, *times], saved["loss/stages"], where="post", label="staircase", **plotting.THEORY)
-    small = np.flatnonzero(saved["loss/stages"][1:] < 0.01 * saved["loss/stages"][0])
-    until = min(1.3 * times[small[0]], _until(saved)) if small.size else _until(saved)
-    loss.set(xlabel=RESCALED, ylabel="loss (half the squared error)", xlim=(0, until))
-    loss.set_title("Loss")
-    loss.legend(loc="upper right")
+    _loss_panel(loss, config, saved)
+    _entries(value, config, saved, slice(config.dim, None), "$W_V W_O^T$")
+    _entries(query, config, saved, slice(config.dim), "$W_K W_Q^T$")
 
-    _entries(value, saved, config["dim"], "$W_V W_O^T$")
-    _entries(query, saved, 0, "$W_K W_Q^T$")
-
-    lams = saved["lams"]
+    lams = saved["log_inv_alpha"]
     distance.loglog(lams, saved["distance"], "o", color="C0", label="flow")
     plotting.reference_slope(distance, lams[::-1], saved["distance"][::-1], -1, "slope −1")
     distance.set_xticks(lams, labels=[f"{lam:.3g}" for lam in lams])
     distance.set_xticks([], minor=True)
-    distance.set(xlabel="log(1/α)", ylabel="∫ Σ |β − staircase| dτ")
-    distance.set_title("Distance to the staircase")
+    distance.set(xlabel="log(1/α)", ylabel="∫ Σ |β − staircase| dτ", title="Distance to the staircase")
     distance.legend(loc="upper right")
 
-    products = 2 * config["dim"]
-    labels = ["network, one colour per product", *["_"] * (products - 1)]
-    at = (saved["network/taus"], saved["network/flow"], saved["network/trained"])
-    plotting.theory_and_trained(network, *at, labels)
-    network.lines[products].set_label("flow")
-    low, high = network.get_ylim()
-    network.set(xlabel=RESCALED, ylabel="product", ylim=(low, high + 0.25 * (high - low)))
-    network.set_title(f"Trained, {_power(alphas[TRAINED])}, learning rate {saved['rates'].min():.1g}")
+    theory, trained = saved["network/flow"], saved["network/trained"]
+    _beside(network, saved["record"], theory, trained, "network, one colour per product", "flow")
+    network.set(xlabel=RESCALED, ylabel="product")
+    network.set_title(f"Trained, {_power(lams[TRAINED])}, learning rate {saved['rate'].min():.1g}")
     network.legend(loc="upper left")
 
-    gaps = {"to the flow": saved["gap/flow"], "gradient 2 % too large": saved["gap/wrong"]}
-    plotting.gap_panel(gap, saved["rates"], gaps, "learning rate", "largest gap of a product")
-    gap.set_xticks(saved["rates"], labels=[f"{rate:.2g}" for rate in saved["rates"]])
+    wrong = f"gradient {percent(WRONG_FACTOR)} too large"
+    gaps = {"to the flow": saved["gap/right"], wrong: saved["gap/wrong"]}
+    plotting.gap_panel(gap, saved["rate"], gaps, "learning rate", "largest gap of a product")
+    gap.set_xticks(saved["rate"], labels=[f"{rate:.2g}" for rate in saved["rate"]])
     gap.set_xticks([], minor=True)
     gap.set_title("Network and flow")
     return drawn

@@ -13,9 +13,10 @@ In others the flow keeps up with the path, or has not told close jumps apart at 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import diffrax
 import equinox as eqx
@@ -23,76 +24,93 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dynamics import incremental
 from dynamics.flow import Trajectory
 from dynamics.incremental import GreedyPath
 from models.attention import AttentionStack, Feedforward, diagonal_stack, observe_products, split_products
-from models.data.teachers import diagonal_teacher
+from models.data.teachers import HeadTask, diagonal_teacher
 from models.functional import as_function
 from models.losses import bind, mean_squared_error
-from models.training import train_at_rates
+from models.training import Descent
 from sims import plotting
-from sims.claims import Check, Claim, Preset, all_of
-from sims.compare import WRONG_FACTOR, first_order, lane, lane_gaps, require_sweeps
-from sims.results import Context, Result, Saved
+from sims.claims import (
+    ROUNDING,
+    Claim,
+    Preset,
+    at_least,
+    at_most,
+    corrected,
+    equals,
+    every,
+    qualified,
+    stated,
+)
+from sims.compare import SOLVE, WRONG_FACTOR, first_order, lane_gaps, largest, named_lanes, require_ok
+from sims.ranges import Count, Length, NonNegative, Positive, Range
+from sims.results import Context, Saved
 
 HEADS = 2
 HIDDEN = 4  # width of the feed-forward part
 NETWORK_DECADES = 2.0  # the network starts at alpha = 1e-2
 KQ, VO = 0, 1  # the two kinds of products
+LOG10 = float(np.log(10))
+EXACT = "counts are exact"
+HALVES = "1 / log(1/alpha), which a squaring halves"
 
 
 @dataclass(frozen=True)
 class Config:
     """Sizes, starts and learning rates."""
 
-    instance: int = 0
+    instance: Annotated[int, Range(at_least=0)] = 0
     """Seed of teachers, tokens, starts and feed-forward weights; the seed of the run draws nothing else."""
-    layers: int = 1
+    layers: Count = 1
     """Layers of the stack with a feed-forward part; the other problem has one layer without it."""
-    dim: int = 3
+    dim: Count = 3
     """Dimension d of the tokens."""
-    tokens: int = 5
+    tokens: Count = 5
     """Tokens per sample."""
-    samples: int = 24
+    samples: Count = 24
     """Samples N."""
-    kq_scale: float = 1.0
+    kq_scale: Positive = 1.0
     """Standard deviation of the teachers' KQ products."""
-    feedforward_scale: float = 0.5
+    feedforward_scale: NonNegative = 0.5
     """Standard deviation of the frozen feed-forward weights; small ones leave layers nearly tied."""
-    second: float = 0.7
+    second: Positive = 0.7
     """Size of the second head's starts over the first one's."""
-    stages: int = 3
+    stages: Annotated[int, Range(at_least=2)] = 3
     """Stages of the greedy path that are followed."""
-    shares: tuple[float, ...] = (2.0, 3.0, 4.0, 8.0, 16.0)
+    shares: Annotated[tuple[Positive, ...], Length(2)] = (2.0, 3.0, 4.0, 8.0, 16.0)
     """log10(1 / alpha) of the flows of one layer; as many as `decades` and two more compile nothing anew."""
-    decades: tuple[float, ...] = (8.0, 16.0, 32.0)
+    decades: Annotated[tuple[Positive, ...], Length(2)] = (8.0, 16.0, 32.0)
     """log10(1 / alpha) of the flows of the stack, each twice the one before."""
-    far: tuple[float, ...] = ()
+    far: tuple[Positive, ...] = ()
     """More of one layer, with an implicit solver: where the shares have the time for their exchange."""
-    points: int = 2001
+    points: Annotated[int, Range(at_least=2)] = 2001
     """Rescaled times of a flow."""
-    records: int = 40
+    records: Count = 40
     """Records of the network along its run."""
-    substeps: tuple[int, ...] = (4, 12, 40, 120)
+    substeps: Annotated[tuple[Count, ...], Length(2)] = (4, 12, 40, 120)
     """Steps between two records, one per learning rate."""
 
     def __post_init__(self):
-        require_sweeps(self, "shares", "decades", "substeps")
         if not np.allclose(np.diff(np.log2(self.decades)), 1):
             raise ValueError(f"decades must double from one to the next, got {self.decades}")
         if not np.isclose(self.shares[-1], 2 * self.shares[-2]):
             raise ValueError(f"shares must end with a number and its double, got {self.shares}")
-        if (self.points - 1) % self.records or self.records < 1:
+        if (self.points - 1) % self.records:
             raise ValueError(f"records must divide points - 1 = {self.points - 1}, got {self.records}")
-        if self.stages < 2:
-            raise ValueError(f"stages must be at least 2, got {self.stages}")
+
+    @property
+    def grid(self) -> tuple[int, int, int, int]:
+        """Shape of all products: layers, heads, kinds and coordinates."""
+        return self.layers, HEADS, 2, self.dim
 
 
-_STANDARD = replace(
-    Config(),
+_STANDARD = Config(
     layers=2,
     feedforward_scale=0.75,
     samples=60,
@@ -123,26 +141,29 @@ def _outputs(products: Any, inputs: Any) -> Array:
 def _draw(config: Config):
     """Task of one layer, feed-forward weights, target of the stack, and the starts u0 and v0."""
     dim, scale = config.dim, config.feedforward_scale
-    grid = (config.layers, HEADS, 2, dim)
     keys = jax.random.split(jax.random.key(config.instance), 5)
     task = diagonal_teacher(keys[0], config.samples, config.tokens, dim, kq_scale=config.kq_scale)
     feedforward = Feedforward(*(scale * jax.random.normal(keys[1], (2, config.layers, dim, HIDDEN))))
     kq, vo = jax.random.normal(keys[4], (2, config.layers, HEADS, dim))
     target = diagonal_stack(config.kq_scale * kq, vo, task.X, feedforward)
     heads = jnp.array([1.0, config.second])[None, :, None, None]
-    u0 = (heads * jax.random.uniform(keys[2], grid, minval=0.8, maxval=1.2)).ravel()
-    v0 = (heads * jax.random.uniform(keys[3], grid, minval=-0.3, maxval=0.3)).ravel()
+    u0 = (heads * jax.random.uniform(keys[2], config.grid, minval=0.8, maxval=1.2)).ravel()
+    v0 = (heads * jax.random.uniform(keys[3], config.grid, minval=-0.3, maxval=0.3)).ravel()
     return task, feedforward, target, u0, v0
 
 
 @eqx.filter_jit
-def _flows(g, u0, v0, lams, taus, solver):
-    """The flow at every alpha, each with its own times (A, T)."""
+def _flow(g: Any, u0: Any, v0: Any, lam: Any, taus: Any, solver: Any) -> Trajectory:
+    """The products (T, p) along one flow."""
+    path = incremental.log_flow(g, u0, v0, lam, taus, solver=solver, **SOLVE)
+    return Trajectory(path.ts, path.ys.beta, path.ok)
 
-    def one(lam, taus):
-        return incremental.log_flow(g, u0, v0, lam, taus, solver=solver)
 
-    return jax.vmap(one)(lams, taus)
+def _flows(g: Any, u0: Any, v0: Any, starts: Mapping[str, Any], solver: Any) -> dict[str, Any]:
+    """The products (T, p) along the flows from several starts: log10(1 / alpha) and rescaled times (T,)."""
+    paths = named_lanes(lambda start: _flow(g, u0, v0, LOG10 * start[0], start[1], solver), **starts)
+    require_ok("a flow of products", *paths.values())
+    return {name: path.ys for name, path in paths.items()}
 
 
 @jax.jit
@@ -157,323 +178,262 @@ def _distances(path: GreedyPath, ends: Array, taus: Array, beta: Array) -> Array
     return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(ends, beta)
 
 
-@eqx.filter_jit
-def _gradients(g, betas):
-    return jax.vmap(g)(betas)
-
-
-def run(config: Config, context: Context) -> Result:
-    """Greedy path and flows of one layer and of a stack with a feed-forward part, and a trained stack."""
-    layers, dim = config.layers, config.dim
-    grid = (layers, HEADS, 2, dim)
-    size = int(np.prod(grid))
-    task, feedforward, target, u0, v0 = jax.tree.map(np.asarray, _draw(config))
-
-    # Of one layer: residuals in student and teacher cancel, and all other layers are left out.
-    alone = np.repeat(np.arange(layers) == 0, size // layers).astype(u0.dtype)
-    nothing = jax.tree.map(np.zeros_like, feedforward)
-    one = incremental.negative_gradient(_loss, alone, task.X, task.X + task.Y, nothing)
-    deep = incremental.negative_gradient(_loss, np.ones_like(alone), task.X, target, feedforward)
-
-    paths, ends = {}, {}
-    for index, (name, g) in enumerate({"one": one, "deep": deep}.items()):
-        context.progress(f"greedy path, {name}", 0.1 + 0.25 * index)
-        path = incremental.greedy(g, size, max_stages=config.stages + 1, u0=u0, v0=v0)
-        paths[name] = jax.tree.map(np.asarray, path)
-        ends[name] = _ends(paths[name])
-
-    context.progress("integrating the flows", 0.6)
-    flows = {}
-    taus = {name: np.linspace(0.0, ends[name][config.stages - 1], config.points) for name in paths}
-    # The network's times, and the same of a gradient 2 % too large, ride along with the stack's flows.
-    horizon = float(1.5 * paths["deep"].times[0])
-    network = np.linspace(0.0, horizon, config.points)
-    lams = {
-        "one": np.log(10) * np.asarray(config.shares),
-        "deep": np.log(10) * np.asarray([*config.decades, NETWORK_DECADES, NETWORK_DECADES]),
-    }
-    for name, g in (("one", one), ("deep", deep)):
-        times = np.tile(taus[name], (lams[name].size, 1))
-        if name == "deep":
-            times[-2:] = network, WRONG_FACTOR * network
-        flows[name] = np.asarray(_flows(g, u0, v0, lams[name], times, diffrax.Dopri8()).ys.beta)
-    if config.far:
-        context.progress("integrating far flows", 0.7)
-        more = np.log(10) * np.asarray(config.far)
-        times = np.tile(taus["one"], (more.size, 1))
-        far = _flows(one, u0, v0, more, times, diffrax.Kvaerno5()).ys.beta
-        flows["one"] = np.concatenate([flows["one"], far])
-
-    context.progress("training at every learning rate", 0.75)
-    lam = float(lams["deep"][-1])
-    kept = slice(None, None, (config.points - 1) // config.records)
-    u, v = (np.exp(-lam) * x.reshape(grid) for x in (u0, v0))
-    weights = (x[:, :, kind] for kind in (KQ, VO) for x in (u, v))  # key, query, value, output
-    stack = AttentionStack(*map(jnp.asarray, weights), feedforward=feedforward)
-    predict, params = as_function(stack)
-    rates, trained = train_at_rates(
-        bind(mean_squared_error, (predict, task.X, target)),
-        params,
-        config.substeps,
-        horizon=horizon * lam,
-        points=config.records,
-        observe=observe_products,
-    )
-    gaps = {
-        name: lane_gaps(Trajectory(trained.ts[0], flows["deep"][index, kept], np.True_), trained)
-        for name, index in (("flow", -2), ("wrong", -1))
-    }
-
-    context.progress("comparing", 0.95)
-    followed = {"one": flows["one"], "deep": flows["deep"][: len(config.decades)]}
-    distances = {
-        name: np.asarray(_distances(path, ends[name][: config.stages], taus[name], followed[name]))
-        for name, path in paths.items()
-    }
-    split = _shares(one, paths["one"], grid, taus["one"], flows["one"])
-    stairs = {name: np.asarray(incremental.staircase(paths[name], taus[name])) for name in paths}
-    data = {
-        "times": {name: path.times for name, path in paths.items()},
-        "steps": {name: path.beta for name, path in paths.items()},
-        "tied": {name: path.tied for name, path in paths.items()},
-        "taus": taus,
-        "flow": followed,
-        "stairs": stairs,
-        "distance": distances,
-        "share": {name: split[name] for name in ("predicted", "measured")},
-        "rates": rates,
-        "gap": gaps,
-        "network": {"taus": network[kept], "flow": flows["deep"][-2, kept], "trained": lane(trained, -1).ys},
-    }
-    claims = (
-        _one_per_stage(config, one, paths, grid, split, (u0, v0)),
-        _exchange(config, paths["one"], distances["one"], grid),
-        _depth(config, paths["deep"], distances["deep"], grid),
-        first_order(
-            "incremental.heads/network",
-            "Gradient descent on the stack's weights follows the flow of its products",
-            "boixadsera2023, Equations 3 and 4 and Example 3.2",
-            rates,
-            gaps["flow"],
-            gaps["wrong"],
-        ),
-    )
-    dims = {
-        **{f"taus/{name}": (f"time_{name}",) for name in paths},
-        **{f"flow/{name}": (f"alpha_{name}", f"time_{name}", "product") for name in paths},
-        **{f"stairs/{name}": (f"time_{name}", "product") for name in paths},
-        **{f"distance/{name}": ("stage", f"alpha_{name}") for name in paths},
-        **{f"gap/{name}": ("rate",) for name in gaps},
-        "rates": ("rate",),
-    }
-    return Result(data, claims, dims)
-
-
-def _ends(path: GreedyPath) -> np.ndarray:
+def _ends(path: GreedyPath) -> Any:
     """A time inside of every stage but the last: midway to the next jump, if that is not far off."""
-    times = np.asarray(path.times)
-    return (times[:-1] + np.minimum(times[1:], 1.5 * times[:-1])) / 2
+    return (path.times[:-1] + np.minimum(path.times[1:], 1.5 * path.times[:-1])) / 2
 
 
-def _entered(path: GreedyPath, grid: tuple[int, ...]) -> np.ndarray:
+def _entered(beta: np.ndarray) -> np.ndarray:
     """Whether a product enters, (stages, layers, heads, kinds, d)."""
-    beta = np.asarray(path.beta).reshape(-1, *grid)
     return (beta[1:] != 0) & (beta[:-1] == 0)
 
 
-def _shares(g, path: GreedyPath, grid, taus: np.ndarray, beta: np.ndarray) -> dict[str, Any]:
-    """Second head's product over the first one's after the first jump: predicted, and of the flows."""
-    first = tuple(np.argwhere(_entered(path, grid)[0])[0])
-    position = (Ellipsis, first[0], slice(None), *first[2:])
-    pair = path.beta[1].reshape(grid)[position]
-    middle = int(np.searchsorted(taus, _ends(path)[0]))
-    flows = beta[:, middle].reshape(-1, *grid)
+def _gaps(config: Config, horizon: float, data: Any, u0: Any, v0: Any, flows: Mapping[str, Any]) -> dict:
+    """Learning rates, and the gaps of gradient descent on the stack's weights to its flows."""
+    lam, (X, target, feedforward) = LOG10 * NETWORK_DECADES, data
+    u, v = (np.exp(-lam) * x.reshape(config.grid) for x in (u0, v0))
+    weights = (x[:, :, kind] for kind in (KQ, VO) for x in (u, v))  # key, query, value, output
+    predict, params = as_function(AttentionStack(*map(jnp.asarray, weights), feedforward=feedforward))
+    descent = Descent(horizon * lam, config.records, config.substeps)
+    loss = bind(mean_squared_error, (predict, X, target))
+    _, trained = descent.train(loss, params, observe=observe_products)
+    step = (config.points - 1) // config.records
+    gaps = {
+        name: lane_gaps(Trajectory(trained.ts[0], beta[::step], np.True_), trained)
+        for name, beta in flows.items()
+    }
+    return {"rate": ("rate", descent.rates), "gap": ("rate", gaps)}
+
+
+def _sharing(g: Any, steps: np.ndarray, start: tuple[Array, Array], flows: np.ndarray) -> dict:
+    """How the products that enter together at the first jump share; steps and flows are (..., *grid)."""
+    layer, _, kind, coordinate = np.argwhere(_entered(steps)[0])[0]
+    pair = (Ellipsis, layer, slice(None), kind, coordinate)
     # All in one head: what the sum is stays.
-    moved = path.beta[1].reshape(grid).copy()
-    moved[position] = [pair.sum(), 0.0]
-    gradients = _gradients(g, np.stack([path.beta[0], path.beta[1], moved.ravel()]))
+    moved = steps[1].copy()
+    moved[pair] = [steps[1][pair].sum(), 0.0]
+    points = np.stack([steps[0], steps[1], moved])
+    gradients = jax.jit(jax.vmap(g))(points.reshape(3, -1))
+    zero, after, moved = np.asarray(gradients).reshape(points.shape)
+    waits = incremental.time_until_active(np.ones(zero.size), zero.ravel())
+    w0, z0 = (np.asarray(x).reshape(zero.shape)[pair] for x in incremental.canonical_start(*start))
+    by_start = w0 if zero[pair][0] > 0 else z0
     return {
-        "position": first,
-        "predicted": pair[1] / pair[0],
-        "measured": flows[position][:, 1] / flows[position][:, 0],
-        "flows": flows,
-        "gradients": np.asarray(gradients).reshape(-1, *grid),
+        "share/start": (by_start[1] / by_start[0]) ** 2,
+        "share/predicted": steps[1][pair][1] / steps[1][pair][0],
+        "share/measured": ("share_power", flows[pair][:, 1] / flows[pair][:, 0]),
+        "wait_at_zero": ("layer head kind coordinate", np.reshape(waits, zero.shape)),
+        "kq_gradient": ("head coordinate", after[0, :, KQ]),
+        "pull_in_one_head": largest(moved[pair]) / largest(zero),
     }
 
 
-def _one_per_stage(config: Config, g, paths, grid, split, start) -> Claim:
-    zero, after, moved = split["gradients"]
-    layer, _, kind, coordinate = split["position"]
-    waits = np.asarray(incremental.time_until_active(np.ones(zero.size), zero.ravel())).reshape(grid)
+def _drawn(config: Config, flows: dict[str, Any], stairs: dict[str, Any], first: Any) -> dict:
+    """The first products to enter, of one layer from three alphas, and all that enter in the stack."""
+    powers = [*config.shares, *config.far]
+    shown = [0, len(config.shares) - 1 if config.far else len(config.shares) // 2, len(powers) - 1]
+    entrants = np.any(stairs["deep"] != 0, axis=0)
+    kinds = {KQ: "KQ", VO: "VO"}
+    labels = [
+        f"layer {layer + 1}, head {head + 1}, {kinds[kind]} {coordinate + 1}"
+        for layer, head, kind, coordinate in np.argwhere(entrants.reshape(config.grid))
+    ]
+    return {
+        "drawn_power": ("drawn_power", np.array(powers)[shown]),
+        "pair/flow": ("drawn_power time_one head", flows["one"][shown][..., first]),
+        "pair/staircase": ("time_one head", stairs["one"][:, first]),
+        "entrant": ("entrant", labels),
+        "deep/flow": ("time_deep entrant", flows["deep"][-1][:, entrants]),
+        "deep/staircase": ("time_deep entrant", stairs["deep"][:, entrants]),
+    }
+
+
+def _problems(config: Config, task: HeadTask, feedforward: Feedforward, target: Array) -> dict[str, Any]:
+    """Negative gradients of the losses: of one layer without feed-forward part, and of the stack."""
+    size = int(np.prod(config.grid))
+    # Of one layer: residuals in student and teacher cancel, and all other layers are left out.
+    alone = np.repeat(np.arange(config.layers) == 0, size // config.layers).astype(target.dtype)
+    data = {
+        "one": (alone, task.X, task.X + task.Y, jax.tree.map(np.zeros_like, feedforward)),
+        "deep": (np.ones_like(alone), task.X, target, feedforward),
+    }
+    return {name: incremental.negative_gradient(_loss, *one) for name, one in data.items()}
+
+
+def run(config: Config, context: Context) -> dict:
+    """Greedy path and flows of one layer and of a stack with a feed-forward part, and a trained stack."""
+    task, feedforward, target, u0, v0 = jax.device_get(_draw(config))
+    g = _problems(config, task, feedforward, target)
+    paths, ends, taus = {}, {}, {}
+    for index, name in enumerate(g):
+        context.progress(f"greedy path, {name}", 0.1 + 0.25 * index)
+        path = incremental.greedy(g[name], u0.size, max_stages=config.stages + 1, u0=u0, v0=v0)
+        paths[name] = jax.device_get(path)
+        ends[name] = _ends(paths[name])[: config.stages]
+        taus[name] = np.linspace(0.0, ends[name][-1], config.points)
+
+    context.progress("integrating the flows", 0.6)
+    horizon = float(1.5 * paths["deep"].times[0])
+    network = np.linspace(0.0, horizon, config.points)
+    # The network's flow rides along, and that of a gradient that is too large: time that runs too fast.
+    times = {"right": network, "wrong": WRONG_FACTOR * network}
+    one, far, deep = (
+        {f"1e-{power:g}": (power, taus[name]) for power in powers}
+        for name, powers in (("one", config.shares), ("one", config.far), ("deep", config.decades))
+    )
+    deep |= {name: (NETWORK_DECADES, clock) for name, clock in times.items()}
+    one = _flows(g["one"], u0, v0, one, diffrax.Dopri8())
+    one |= _flows(g["one"], u0, v0, far, diffrax.Kvaerno5()) if far else {}
+    deep = _flows(g["deep"], u0, v0, deep, diffrax.Dopri8())
+    context.progress("training at every learning rate", 0.75)
+    data = (task.X, target, feedforward)
+    gaps = _gaps(config, horizon, data, u0, v0, {name: deep.pop(name) for name in times})
+
+    context.progress("comparing", 0.95)
+    flows = {"one": np.stack(list(one.values())), "deep": np.stack(list(deep.values()))}
+    stairs = {name: np.asarray(incremental.staircase(path, taus[name])) for name, path in paths.items()}
+    distance = {name: _distances(path, ends[name], taus[name], flows[name]) for name, path in paths.items()}
+    steps = {name: path.beta.reshape(-1, *config.grid) for name, path in paths.items()}
+    middle = flows["one"][:, np.searchsorted(taus["one"], ends["one"][0])].reshape(-1, *config.grid)
+    return {
+        "share_power": ("share_power", [*config.shares, *config.far]),
+        "decade": ("decade", list(config.decades)),
+        "kind": ("kind", ["KQ", "VO"]),
+        **{f"time_{name}": (f"time_{name}", taus[name]) for name in taus},
+        "step": ("step layer head kind coordinate", steps),
+        "tied": ("jump", {name: path.tied for name, path in paths.items()}),
+        "distance/one": ("stage share_power", distance["one"]),
+        "distance/deep": ("stage decade", distance["deep"]),
+        "after_first_jump": ("layer head kind coordinate", middle[len(config.shares) - 1]),
+        **_sharing(g["one"], steps["one"], (u0, v0), middle),
+        **gaps,
+        **_drawn(config, flows, stairs, np.flatnonzero(paths["one"].beta[1])),
+    }
+
+
+def claims(config: Config, saved: Saved) -> Iterator[Claim]:
+    """What heads of a layer share, when the flow follows the path, and the network."""
+    entered = {name: _entered(beta)[: config.stages] for name, beta in saved["step"].items()}
+    yield _one_per_stage(config, saved, entered)
+    yield _exchange(config, saved["distance/one"], _plain(entered["one"]))
+    yield _depth(config, saved["distance/deep"], saved["tied/deep"][: _plain(entered["deep"])])
+    yield stated(
+        "network",
+        "Gradient descent on the stack's weights follows the flow of its products",
+        "boixadsera2023, Equations 3 and 4 and Example 3.2",
+        *first_order(saved["rate"], saved["gap"]),
+    )
+
+
+def _one_per_stage(config: Config, saved: Saved, entered: dict[str, np.ndarray]) -> Claim:
+    waits, share = saved["wait_at_zero"], saved["share"]
     vo = waits[0, :, VO]
-    # Whose products count at the smallest alpha: above a percent of the largest.
-    size = np.abs(split["flows"][len(config.shares) - 1])
+    apart, finite = np.max(np.ptp(vo, axis=0) / vo.min(axis=0)), np.sum(~np.isinf(waits[:, :, KQ]))
+    # A product counts above a percent of the largest.
+    size = np.abs(saved["after_first_jump"])
     active = size > 0.01 * size.max()
-    w0, z0 = (np.asarray(x).reshape(grid) for x in incremental.canonical_start(*start))
-    starts = (w0 if zero[split["position"]] > 0 else z0)[layer, :, kind, coordinate]
-    kq = np.abs(after[0, :, KQ])
-    error = np.abs(split["measured"] / split["predicted"] - 1)
-    entered = {name: _entered(path, grid)[: config.stages] for name, path in paths.items()}
-    return Claim(
-        "incremental.heads/one-per-stage",
+    last, at, kq = config.shares[-1], len(config.shares) - 1, np.abs(saved["kq_gradient"])
+    error = np.abs(share["measured"] / share["predicted"] - 1)
+    proportion = largest(kq[1] / kq[0] / share["predicted"] - 1)
+    sums = [found.any(axis=2).sum(axis=(1, 2, 3)) == 1 for found in entered.values()]
+    heads, summed = active.any(axis=(0, 2, 3)).sum(), active.any(axis=1).sum()
+    ties = [tied[0] for tied in saved["tied"].values()]
+    against_starts = "second head's share over the first one's, path, against the starts"
+    in_flow = f"the same in the flow at 1e-{last:g}: relative gap to the path"
+    from_first = f"at alpha = 1e-{config.shares[0]:g} and below: largest gap"
+    kq_ratio = "KQ gradients of second over first head, over that share: largest gap to 1"
+    one_head = "all in one head: largest gradient on the pair, over the one at zero"
+    return corrected(
+        "one-per-stage",
         "In each stage at most one head on one layer gains, and by at most one rank; corrected: heads of a "
         "layer tie, and it is their sum that gains one coordinate, shared by the starts",
         "boixadsera2023, Example 4.6 (the tie is derived here)",
-        "corrected",
-        [
-            Check(
-                f"heads active after the first jump, flow at alpha = 1e-{config.shares[-1]:g}",
-                "at most",
-                1,
-                active.any(axis=(0, 2, 3)).sum(),
-            ),
-            # The heads are one function of their VO where KQ is zero: rounding alone.
-            Check(
-                "waits at zero: largest relative gap of the two heads",
-                "at most",
-                1e-12,
-                np.max(np.ptp(vo, axis=0) / vo.min(axis=0)),
-            ),
-            Check("waits at zero of KQ that are finite", "at most", 0, np.isfinite(waits[:, :, KQ]).sum()),
-            Check("products that enter at the first jump", "equals", HEADS, entered["one"][0].sum()),
-            all_of("both paths flag the tie there", [path.tied[0] for path in paths.values()]),
-            Check(
-                "coordinates of the sum active after it, same flow",
-                "equals",
-                1,
-                active.any(axis=1).sum(),
-            ),
-            all_of(
-                "stages of both paths where one coordinate of the sum over heads enters",
-                np.concatenate([found.any(axis=2).sum(axis=(1, 2, 3)) == 1 for found in entered.values()]),
-            ),
+        printed=[
+            at_most(f"heads active after the first jump, flow at alpha = 1e-{last:g}", heads, 1, why=EXACT)
+        ],
+        mended=[
+            # The heads are one function of their VO where KQ is zero.
+            at_most("waits at zero: largest relative gap of the two heads", apart, 1e-12, why=ROUNDING),
+            at_most("waits at zero of KQ that are finite", finite, 0, why=EXACT),
+            equals("products that enter at the first jump", entered["one"][0].sum(), HEADS, why=EXACT),
+            every("both paths flag the tie there", ties),
+            equals("coordinates of the sum active after it, same flow", summed, 1, why=EXACT),
+            every("stages of both paths where one coordinate of the sum over heads enters", sums),
             # Both move by the same d log(beta), from the squares of u + v or u - v at the start.
-            Check(
-                "second head's share over the first one's, path, against the starts",
-                "equals",
-                (starts[1] / starts[0]) ** 2,
-                split["predicted"],
-                1e-9,
-            ),
+            equals(against_starts, share["predicted"], share["start"], 1e-9, why="stages known to 1e-9"),
             # What is inactive is a power of alpha, which is why the share does not depend on alpha.
-            Check(
-                f"the same in the flow at 1e-{config.shares[-1]:g}: relative gap to the path",
-                "at most",
-                1e-6,
-                error[len(config.shares) - 1],
-            ),
-            # At larger alpha the power is less small.
-            Check(f"at alpha = 1e-{config.shares[0]:g} and below: largest gap", "at most", 0.01, error.max()),
-            # KQ gradients are proportional to the head's own VO product.
-            Check(
-                "KQ gradients of second over first head, over that share: largest gap to 1",
-                "at most",
-                1e-9,
-                np.max(np.abs(kq[1] / kq[0] / split["predicted"] - 1)),
-            ),
-            # The strict minimum of Assumption 4.3 is none: the flow rests on every split.
-            Check(
-                "all in one head: largest gradient on the pair, over the one at zero",
-                "at most",
-                1e-8,
-                np.max(np.abs(moved[layer, :, kind, coordinate])) / np.abs(zero).max(),
-            ),
+            at_most(in_flow, error[at], 1e-6, why="what is inactive is a power of alpha"),
+            at_most(from_first, error.max(), 0.01, why="at larger alpha that power is less small"),
+            at_most(kq_ratio, proportion, 1e-9, why="in proportion to the head's own VO product"),
+            # The strict minimum of Assumption 4.3 is none.
+            at_most(one_head, saved["pull_in_one_head"], 1e-8, why="the flow rests on every split"),
         ],
     )
 
 
-def _plain(config: Config, path: GreedyPath, grid: tuple[int, ...]) -> int:
+def _plain(entered: np.ndarray) -> int:
     """Stages before the first KQ enters."""
-    enters = _entered(path, grid)[: config.stages, :, :, KQ].any(axis=(1, 2, 3))
-    return int(np.argmax(enters)) if enters.any() else config.stages
+    enters = entered[:, :, :, KQ].any(axis=(1, 2, 3))
+    return int(np.argmax(enters)) if enters.any() else len(entered)
 
 
-def _exchange(config: Config, path: GreedyPath, distance: np.ndarray, grid: tuple[int, ...]) -> Claim:
-    plain, last = _plain(config, path, grid), len(config.shares) - 1
+def _exchange(config: Config, distance: np.ndarray, plain: int) -> Claim:
+    last, far = len(config.shares) - 1, config.far
     ratios = distance[:, last] / distance[:, last - 1]
     squaring = f"1e-{config.shares[-2]:g} to 1e-{config.shares[-1]:g}"
-    far = [
+    after = f"all stages, {squaring}: ratio of distances"
+    before = f"before a KQ enters, {squaring}: largest ratio of distances"
+    inside = [at_most(before, ratios[:plain].max(), 0.65, why=HALVES)]
+    if len(far) > 1:
         # Ten times the logarithm: a tenth of the distance, and as much again for what is slow.
-        Check(
-            f"all stages, 1e-{config.far[0]:g} to 1e-{config.far[-1]:g}: ratio of distances",
-            "at most",
-            2 * config.far[0] / config.far[-1],
-            distance[-1, -1] / distance[-1, -len(config.far)],
-        )
-        for _ in config.far[1:2]
-    ]
-    return Claim(
-        "incremental.heads/exchange",
+        label = f"all stages, 1e-{far[0]:g} to 1e-{far[-1]:g}: ratio of distances"
+        falls = distance[-1, -1] / distance[-1, -len(far)]
+        inside += [at_most(label, falls, 2 * far[0] / far[-1], why="twice that, for what is slow")]
+    return qualified(
+        "exchange",
         "One layer: the flow from small starts follows the greedy path (here in one instance)",
         "boixadsera2023, Theorem 4.5 and Example 4.6",
-        "qualified",
-        [
-            # As for single heads: 1 / log(1/alpha), which a squaring halves.
-            Check(
-                f"before a KQ enters, {squaring}: largest ratio of distances",
-                "at most",
-                0.65,
-                ratios[:plain].max(),
-            ),
-            # Outside of what the check before allows.
-            Check(f"all stages, {squaring}: ratio of distances", "at least", 0.65, ratios[-1]),
-            *far,
-        ],
         condition="no head of a tied pair attends yet, or log(1/alpha) is large against the time in which "
         "they exchange their shares",
+        inside=inside,
+        outside=[at_least(after, ratios[-1], 0.65, why="outside of what is allowed before")],
     )
 
 
-def _depth(config: Config, path: GreedyPath, distance: np.ndarray, grid: tuple[int, ...]) -> Claim:
+def _depth(config: Config, distance: np.ndarray, tied: np.ndarray) -> Claim:
     ratios = distance[:, 1:] / distance[:, :-1]
-    plain = _plain(config, path, grid)
-    return Claim(
-        "incremental.heads/depth",
+    plain, all_stages = ratios[: len(tied)], f"in all {config.stages} stages: largest ratio"
+    squaring = "distance per squaring of alpha, before the first KQ: largest ratio"
+    return qualified(
+        "depth",
         f"Tied heads with a feed-forward part, {config.layers} deep: the flow approaches the staircase",
         "boixadsera2023, Example 3.2 and Theorem 4.5",
-        "qualified",
-        [
-            all_of("tied stages before the first KQ", np.asarray(path.tied)[:plain]),
-            # Jumps are late and wide by amounts of the order of 1 / log(1/alpha), which a squaring halves.
-            Check(
-                "distance per squaring of alpha, before the first KQ: largest ratio",
-                "at most",
-                0.65,
-                ratios[:plain].max(),
-            ),
-            Check("smallest ratio", "at least", 0.4, ratios[:plain].min()),
-            # Slow exchange of shares: it falls, if not by half.
-            Check(f"in all {config.stages} stages: largest ratio", "at most", 0.9, ratios.max()),
-        ],
         condition="no head of a tied pair attends yet; later it approaches more slowly than 1 / log(1/alpha)",
+        inside=[
+            every("tied stages before the first KQ", tied),
+            at_most(squaring, plain.max(), 0.65, why=HALVES),
+            at_least("smallest ratio", plain.min(), 0.4, why=HALVES),
+        ],
+        outside=[at_most(all_stages, ratios.max(), 0.9, why="shares are exchanged slowly: it falls")],
     )
 
 
-def figure(saved: Saved) -> Figure:
+def figure(config: Config, saved: Saved) -> Figure:
     """Products of tied heads, their ratio over alpha, the stack's products, and distances to staircases."""
     drawn, ((pair, ratio), (deep, distance)) = plotting.new_figure(2, 2, width=5.0, height=3.6)
-    config = saved.config
-    grid = (config["layers"], HEADS, 2, config["dim"])
-    shares, decades = np.asarray([*config["shares"], *config["far"]]), np.asarray(config["decades"])
-
-    flows = saved["flow/one"].reshape(len(shares), -1, *grid)
-    stairs = saved["stairs/one"].reshape(-1, *grid)
-    steps = saved["steps/one"].reshape(-1, *grid)
-    layer, _, kind, coordinate = np.argwhere(steps[1])[0]
-    last = len(shares) - 1
-    middle = len(config["shares"]) - 1 if config["far"] else 2
-    for index, opacity in ((0, 0.35), (middle, 0.65), (last, 1.0)):
-        for head in range(HEADS):
-            label = f"head {head + 1}, α = 1e-{shares[index]:g}"
-            values = flows[index, :, layer, head, kind, coordinate]
-            pair.plot(saved["taus/one"], values, color=f"C{head}", label=label, lw=2.0, alpha=opacity)
-    pair.plot(saved["taus/one"], stairs[:, layer, :, kind, coordinate], **plotting.THEORY)
+    entry = np.argwhere(saved["step/one"][1])[0][-1] + 1
+    times, opacity = saved["time_one"], (0.35, 0.65, 1.0)
+    for power, flow, alpha in zip(saved["drawn_power"], saved["pair/flow"], opacity, strict=True):
+        for head, values in enumerate(flow.T):
+            label = f"head {head + 1}, α = 1e-{power:g}"
+            pair.plot(times, values, color=f"C{head}", label=label, lw=2.0, alpha=alpha)
+    pair.plot(times, saved["pair/staircase"], **plotting.THEORY)
     pair.plot([], [], label="tied staircase", **plotting.THEORY)
-    pair.set(xlabel="rescaled time t / log(1/α)", ylabel=f"entry {coordinate + 1} of W_V W_Oᵀ")
+    pair.set(xlabel="rescaled time t / log(1/α)", ylabel=f"entry {entry} of W_V W_Oᵀ")
     pair.set_title("One layer: heads enter together, exchange later")
     pair.legend(fontsize=7)
 
-    predicted = float(saved["share/predicted"])
+    shares, predicted = saved["share_power"], float(saved["share/predicted"])
     ratio.plot(shares, saved["share/measured"], "o", color="C0", label="flow, after the first jump")
     ratio.axhline(predicted, label="set by the starts", **plotting.THEORY)
     ratio.set(xscale="log", xlabel="α", ylabel="entry of second head over first")
@@ -484,33 +444,31 @@ def figure(saved: Saved) -> Figure:
     ratio.set_title("The second head's share does not vanish")
     ratio.legend(loc="lower left")
 
-    flow, taus = saved["flow/deep"][-1], saved["taus/deep"]
-    stairs = saved["stairs/deep"]
-    kinds = ("KQ", "VO")
-    shown = [place for place in np.ndindex(grid) if np.any(stairs.reshape(-1, *grid)[(slice(None), *place)])]
-    for index, place in enumerate(shown):
-        layer, head, kind, coordinate = place
-        column = np.ravel_multi_index(place, grid)
-        label = f"layer {layer + 1}, head {head + 1}, {kinds[kind]} {coordinate + 1}"
-        deep.plot(taus, flow[:, column], color=f"C{index % 10}", label=label, **plotting.TRAINED)
-        deep.plot(taus, stairs[:, column], **plotting.THEORY)
+    for index, (label, values) in enumerate(zip(saved["entrant"], saved["deep/flow"].T, strict=True)):
+        deep.plot(saved["time_deep"], values, color=f"C{index % 10}", label=label, **plotting.TRAINED)
+    deep.plot(saved["time_deep"], saved["deep/staircase"], **plotting.THEORY)
     deep.set(xlabel="rescaled time t / log(1/α)", ylabel="product")
-    depth = f"{config['layers']} layer{'s' * (config['layers'] > 1)}"
-    deep.set_title(f"{depth} with feed-forward part, α = 1e-{decades[-1]:g}")
+    depth = f"{config.layers} layer{'s' * (config.layers > 1)}"
+    deep.set_title(f"{depth} with feed-forward part, α = 1e-{config.decades[-1]:g}")
     deep.legend(loc="upper left", fontsize=6.5)
-
-    lams = np.log(10) * decades
-    for stage, values in enumerate(saved["distance/deep"]):
-        distance.loglog(lams, values, "o-", color=f"C{stage}", label=f"{depth}, stage {stage + 1}", ms=4)
-    plotting.reference_slope(distance, lams, saved["distance/deep"][-1], -1, "slope −1")
-    label = f"no feed-forward part, stage {config['stages']}"
-    distance.loglog(np.log(10) * shares, saved["distance/one"][-1], "s-", color="0.45", label=label, ms=4)
-    marks = np.unique(np.log(10) * np.concatenate([shares, decades]))
-    distance.set_xticks(marks, [f"{mark:.0f}" for mark in marks])
-    distance.set_xticks([], minor=True)
-    distance.set(xlabel="log(1/α)", ylabel="integrated distance, to midway of a stage")
-    distance.set_title("Distance of the flow to the staircase")
-    low, high = distance.get_ylim()
-    distance.set_ylim(low * (low / high) ** 0.6, high)  # room for the legend
-    distance.legend(loc="lower left", fontsize=7)
+    _distance_panel(distance, config, saved, depth)
     return drawn
+
+
+def _distance_panel(ax: Axes, config: Config, saved: Saved, depth: str) -> Axes:
+    """Distances to the staircase over log(1/alpha), of the stack in each stage and of one layer."""
+    lams, shares = LOG10 * saved["decade"], LOG10 * saved["share_power"]
+    for stage, values in enumerate(saved["distance/deep"]):
+        ax.loglog(lams, values, "o-", color=f"C{stage}", label=f"{depth}, stage {stage + 1}", ms=4)
+    plotting.reference_slope(ax, lams, saved["distance/deep"][-1], -1, "slope −1")
+    label = f"no feed-forward part, stage {config.stages}"
+    ax.loglog(shares, saved["distance/one"][-1], "s-", color="0.45", label=label, ms=4)
+    marks = np.unique(np.concatenate([shares, lams]))
+    ax.set_xticks(marks, [f"{mark:.0f}" for mark in marks])
+    ax.set_xticks([], minor=True)
+    ax.set(xlabel="log(1/α)", ylabel="integrated distance, to midway of a stage")
+    ax.set_title("Distance of the flow to the staircase")
+    low, high = ax.get_ylim()
+    ax.set_ylim(low * (low / high) ** 0.6, high)  # room for the legend
+    ax.legend(loc="lower left", fontsize=7)
+    return ax

@@ -9,10 +9,12 @@ the weights themselves is lost to cancellation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import diffrax
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,13 +25,26 @@ from scipy.special import expit
 
 from dynamics import incremental
 from dynamics.flow import Trajectory
-from dynamics.incremental import GreedyPath, greedy, log_flow, negative_gradient, raw_flow
+from dynamics.incremental import GreedyPath
 from models.losses import bind, mean_squared_error
-from models.training import train_at_rates
+from models.training import Descent
 from sims import plotting
-from sims.claims import Check, Claim, Preset, all_of
-from sims.compare import WRONG_FACTOR, convergence_order, first_order, lane, lane_gaps, require_sweeps
-from sims.results import Context, Result, Saved
+from sims.claims import (
+    ROUNDING,
+    SOLVER,
+    Claim,
+    Preset,
+    at_least,
+    at_most,
+    equals,
+    every,
+    qualified,
+    slope,
+    stated,
+)
+from sims.compare import SOLVE, WRONG_FACTOR, convergence_order, first_order, lane, lane_gaps, largest
+from sims.ranges import Count, Length, Positive, Range
+from sims.results import Context, Saved
 
 LOG10 = float(np.log(10))
 SIZE = 6
@@ -40,49 +55,48 @@ TARGETS = (2.0, -1.5, 1.0, -0.75, 0.5, 0.0)
 TURNING = (((1.0, -0.95), (-0.95, 1.2)), (1.0, -0.7))
 KEPT, LOST = 8, 16  # powers of ten: u + v of the second one is above rounding then, and below it
 LEAVING = (0, 40)  # seed and samples of a problem where a product leaves, and returns with the other sign
+PROBLEMS = ("correlated", "orthogonal", "turning", "leaving")
 EXPLICIT = 32  # the power of ten up to which an explicit solver is the quicker one
 HORIZON = 9.0  # rescaled time that is long enough for both
+HALVES = "one half, bent by exp(-lam) and the widths of the jumps"
+EXACT = "counts are exact"
 
 
 @dataclass(frozen=True)
 class Config:
     """Starts and learning rates."""
 
-    samples: int = 40
+    samples: Annotated[int, Range(at_least=SIZE)] = 40
     """Samples of the regression problem, which has six products."""
-    powers: tuple[int, ...] = (2, 4, 8, 16, 32)
+    powers: Annotated[tuple[Count, ...], Length(3)] = (2, 4, 8, 16, 32)
     """Starts alpha = 10^-power; gradient descent is run from the first, the scalar problem starts at 4."""
-    points: int = 1500
+    points: Count = 1500
     """Times of the flow, equally spaced in their logarithm; half as many are added around the jumps."""
-    beyond: float = 1.35
+    beyond: Annotated[float, Range(above=1)] = 1.35
     """Time at which the flow ends, over the time of the last jump."""
-    horizon: float = 8.0
+    horizon: Positive = 8.0
     """Rescaled time at which training ends."""
-    records: int = 100
+    records: Count = 100
     """Records along a run."""
-    substeps: tuple[int, ...] = (8, 16, 32, 64, 128)
+    substeps: Annotated[tuple[Count, ...], Length(2)] = (8, 16, 32, 64, 128)
     """Steps between two records, one per learning rate."""
 
     def __post_init__(self):
-        require_sweeps(self, "substeps")
         if not {KEPT, LOST} < set(self.powers) or sorted(set(self.powers)) != list(self.powers):
             raise ValueError(f"powers must increase and hold {KEPT}, {LOST} and others, got {self.powers}")
-        if self.powers[0] < 1:
-            raise ValueError(f"powers must be positive, got {self.powers}")
-        if self.samples < SIZE:
-            raise ValueError(f"samples must be at least {SIZE}, got {self.samples}")
+
+    @property
+    def alone(self) -> tuple[int, ...]:
+        """The powers from which coordinates that do not interact are set against their closed form."""
+        return tuple(power for power in self.powers if 4 <= power <= EXPLICIT)
 
 
 PRESETS: dict[Preset, Config] = {
     "quick": Config(),
-    "standard": replace(
-        Config(),
-        powers=(2, 4, 8, 16, 32, 64, 128, 300, 1000),
-        points=4000,
-        substeps=(8, 16, 32, 64, 128, 256, 512),
+    "standard": Config(
+        powers=(2, 4, 8, 16, 32, 64, 128, 300, 1000), points=4000, substeps=(8, 16, 32, 64, 128, 256, 512)
     ),
-    "paper": replace(
-        Config(),
+    "paper": Config(
         samples=400,
         powers=(2, 4, 8, 16, 32, 64, 128, 256, 512, 1000),
         points=8000,
@@ -135,233 +149,49 @@ def _times(path: GreedyPath, config: Config) -> tuple[np.ndarray, np.ndarray]:
     return taus, np.searchsorted(taus, records.astype(taus.dtype))
 
 
-def _flows(g: Partial, powers: tuple[int, ...], taus: np.ndarray) -> Trajectory:
-    """The flow from every alpha: one program, which other data of the same shapes share."""
-    u0, v0 = np.full(SIZE, FIRST), np.full(SIZE, SECOND)
-    options: dict[str, Any] = {"solver": diffrax.Kvaerno5()}
-    if powers[-1] <= EXPLICIT:
-        options = {"solver": diffrax.Dopri8(), "rtol": 1e-9, "atol": 1e-11}
-    lams = LOG10 * np.asarray(powers, taus.dtype)
-    return jax.tree.map(np.asarray, jax.vmap(lambda lam: log_flow(g, u0, v0, lam, taus, **options))(lams))
+@eqx.filter_jit
+def _flows(g: Partial, powers: Any, taus: Any, options: dict[str, Any]) -> Trajectory:
+    """The products (A, T, p) along the flow from every alpha; other data of the same shapes share it."""
+    u0, v0 = jnp.full(SIZE, FIRST), jnp.full(SIZE, SECOND)
+
+    def flow(lam):
+        path = incremental.log_flow(g, u0, v0, lam, taus, **options, **SOLVE)
+        return Trajectory(taus, path.ys.beta, path.ok)
+
+    return jax.vmap(flow)(LOG10 * powers)
 
 
-def run(config: Config, context: Context) -> Result:
-    """Find the greedy paths, integrate the flow from every alpha, train at every learning rate."""
-    X, y = _problem(context.seed, config.samples)
-    data = {
-        "correlated": (X, y),
-        "orthogonal": _quadratic(np.eye(SIZE), TARGETS, config.samples),
-        "turning": _quadratic(*TURNING, config.samples),
-        "leaving": _problem(*LEAVING),
+def _integrate(g: dict[str, Partial], times: dict[str, np.ndarray], config: Config) -> dict[str, Trajectory]:
+    """The flow of every problem from all moderate alphas, and of the correlated one from the others too."""
+    quick = {"solver": diffrax.Dopri8(), "rtol": 1e-9, "atol": 1e-11}
+    powers = np.asarray(config.powers, times["correlated"].dtype)
+    explicit = powers <= EXPLICIT
+    flows = {name: _flows(g[name], powers[explicit], taus, quick) for name, taus in times.items()}
+    if not np.all(explicit):
+        stiff = {"solver": diffrax.Kvaerno5()}
+        rest = _flows(g["correlated"], powers[~explicit], times["correlated"], stiff)
+        flows["correlated"] = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), flows["correlated"], rest)
+    return jax.device_get(flows)
+
+
+@jax.jit
+def _distances(path: GreedyPath, taus: Array, beta: Array) -> Array:
+    """Distances of flows (A, T, p) to the staircase, (A,)."""
+    return jax.vmap(lambda one: incremental.staircase_distance(path, taus, one))(beta)
+
+
+def _greedy(name: str, data: tuple[np.ndarray, np.ndarray]) -> tuple[GreedyPath, dict]:
+    """The greedy path of a problem, and what is saved of it."""
+    path = jax.device_get(incremental.greedy(incremental.negative_gradient(_loss, *data), SIZE))
+    losses = jax.vmap(_loss, (0, None, None))(path.beta, *data)
+    return path, {
+        "beta": (f"stage_{name} product", path.beta),
+        "loss": (f"stage_{name}", losses),
+        "time": (f"jump_{name}", path.times),
+        "tied": (f"jump_{name}", path.tied),
+        "converged": (f"jump_{name}", path.converged),
+        "complete": path.complete,
     }
-    g = {name: negative_gradient(_loss, *pair) for name, pair in data.items()}
-
-    context.progress("greedy algorithm", 0.0)
-    paths = {name: jax.tree.map(np.asarray, greedy(gradient, SIZE)) for name, gradient in g.items()}
-    path = paths["correlated"]
-
-    context.progress("flow from every alpha", 0.25)
-    taus, at_records = _times(path, config)
-    even = np.linspace(0, HORIZON, taus.size, dtype=taus.dtype)
-    times = {"correlated": taus, "wrong": taus, "orthogonal": even, "turning": even}
-    g["wrong"] = negative_gradient(_loss, WRONG_FACTOR**0.5 * X, WRONG_FACTOR**0.5 * y)
-    moderate = tuple(power for power in config.powers if power <= EXPLICIT)
-    flows = {name: _flows(g[name], moderate, grid) for name, grid in times.items()}
-    beta, ok = flows["correlated"].ys.beta, np.concatenate([flow.ok for flow in flows.values()])
-    if len(config.powers) > len(moderate):
-        rest = _flows(g["correlated"], config.powers[len(moderate) :], taus)
-        beta, ok = np.concatenate([beta, rest.ys.beta]), np.concatenate([ok, rest.ok])
-    stairs = np.asarray(incremental.staircase(path, taus))
-    distance = np.asarray(jax.vmap(lambda beta: incremental.staircase_distance(path, taus, beta))(beta))
-
-    context.progress("flow of the weights", 0.7)
-    u0, v0 = np.random.default_rng(context.seed).normal(size=(2, SIZE))
-    free = jax.tree.map(np.asarray, raw_flow(g["correlated"], u0, v0, even))
-    raw = {}
-    for power in (KEPT, LOST):
-        start = np.full(SIZE, 10.0**-power)
-        ts = power * LOG10 * even
-        # Weights this small are seen by a relative tolerance only, which is out of reach in 32-bit.
-        weights = raw_flow(g["turning"], FIRST * start, SECOND * start, ts, atol=1e-250, throw=False).ys
-        raw[power] = np.asarray(weights.u) * np.asarray(weights.v)
-
-    context.progress("training at every learning rate", 0.8)
-    alpha, lam = 10.0 ** -config.powers[0], LOG10 * config.powers[0]
-    start = np.full(SIZE, alpha)
-    rates, trained = train_at_rates(
-        bind(mean_squared_error, (_predict, X, y)),
-        {"u": FIRST * start, "v": SECOND * start},
-        config.substeps,
-        horizon=config.horizon * lam,
-        points=config.records,
-        observe=_products,
-    )
-    theory, wrong = (
-        Trajectory(trained.ts[0], flows[name].ys.beta[0, at_records], flows[name].ok[0])
-        for name in ("correlated", "wrong")
-    )
-    gaps = {"flow": lane_gaps(theory, trained), "wrong": lane_gaps(wrong, trained)}
-
-    saved = {
-        "lams": LOG10 * np.asarray(config.powers),
-        "taus": taus,
-        "beta": beta,
-        "staircase": stairs,
-        "jumps": path.times,
-        "distance": distance,
-        "rates": rates,
-        "gap": gaps,
-        "records": {
-            "taus": taus[at_records],
-            "theory": theory.ys,
-            "trained": lane(trained, int(np.argmax(rates))).ys,
-        },
-    }
-    claims = (
-        _staircase(config.powers, distance, ok, path, taus, beta[-1] - stairs),
-        _first_activation(moderate, paths, data, even, flows["orthogonal"]),
-        _support(paths),
-        _leaving(paths),
-        _losses(paths, data),
-        _conserved(free),
-        _cancellation(moderate, paths["turning"], raw, flows["turning"]),
-        first_order(
-            "incremental.linear/network",
-            "Gradient descent on u and v follows the flow",
-            "boixadsera2023, Equation 3",
-            rates,
-            gaps["flow"],
-            gaps["wrong"],
-        ),
-    )
-    dims = {
-        "lams": ("alpha",),
-        "distance": ("alpha",),
-        "taus": ("time",),
-        "beta": ("alpha", "time", "product"),
-        "staircase": ("time", "product"),
-        "jumps": ("jump",),
-        "rates": ("rate",),
-        **{f"gap/{name}": ("rate",) for name in gaps},
-        "records/taus": ("record",),
-        **{f"records/{name}": ("record", "product") for name in ("theory", "trained")},
-    }
-    return Result(saved, claims, dims)
-
-
-def _staircase(
-    powers: tuple[int, ...],
-    distance: np.ndarray,
-    ok: np.ndarray,
-    path: GreedyPath,
-    taus: np.ndarray,
-    gap: np.ndarray,
-) -> Claim:
-    ratios = np.array(
-        [
-            distance[powers.index(2 * power)] / distance[i]
-            for i, power in enumerate(powers)
-            if 2 * power in powers
-        ]
-    )
-    jumps = np.append(path.times, taus[-1])
-    middles = np.searchsorted(taus, np.sqrt(jumps[1:] * jumps[:-1])[jumps[1:] > 1.1 * jumps[:-1]])
-    return Claim(
-        "incremental.linear/staircase",
-        "As alpha goes to zero the flow in rescaled time tends to the greedy path, but at its jumps",
-        "boixadsera2023, Theorem 4.5 (the rate is measured)",
-        "stated",
-        [
-            all_of("flows that reach the end", ok),
-            # One half in the limit; terms of the order exp(-lam) and the widths of the jumps bend it.
-            Check("distance per squaring of alpha: largest ratio", "at most", 0.65, ratios.max()),
-            Check("distance per squaring of alpha: smallest ratio", "at least", 0.4, ratios.min()),
-            # The same bend, over the whole range.
-            Check(
-                "order of the distance in log(1/alpha)",
-                "slope",
-                -1.0,
-                convergence_order(np.asarray(powers) * LOG10, distance).slope,
-                0.1,
-            ),
-            # The gap there falls exponentially with log(1/alpha) and the length of the stage.
-            Check(
-                "smallest alpha, middles of stages that last a tenth of their time: largest gap",
-                "at most",
-                1e-2,
-                np.abs(gap[middles]).max(),
-            ),
-            # Between a jump of the path and that of the flow the whole jump is missing.
-            Check(
-                "smallest alpha, at all times: largest gap, over the largest jump",
-                "at least",
-                0.5,
-                np.abs(gap).max() / np.abs(np.diff(path.beta, axis=0)).max(),
-            ),
-        ],
-    )
-
-
-def _first_activation(
-    powers: tuple[int, ...],
-    paths: dict[str, GreedyPath],
-    data: dict[str, tuple[np.ndarray, np.ndarray]],
-    taus: np.ndarray,
-    flow: Trajectory,
-) -> Claim:
-    X, y = data["correlated"]
-    at_zero = np.abs(X.T @ y) / len(y)
-    # Of an unbalanced start only the factor that grows counts, w for one sign and z for the other: what is
-    # left out is of the order of alpha^2.
-    s = np.asarray(TARGETS[:-1])
-    size, grows = np.abs(s), np.where(s > 0, FIRST + SECOND, FIRST - SECOND)
-    powers_used = np.asarray([power for power in powers if power >= 4])
-    lams = LOG10 * powers_used[:, None]
-    odds = 2 * lams + np.log(4 * size / grows**2) + np.log1p(-np.exp(-2 * lams) * grows**2 / (4 * size))
-    half = odds / (2 * size * lams)
-    beta = flow.ys.beta[-len(lams) :, :, :-1]
-    measured = np.array([[_half_time(taus, one[:, i] / s[i]) for i in range(s.size)] for one in beta])
-    at = int(np.flatnonzero(powers_used == KEPT)[0])
-    logistic = s * expit(2 * size * lams[at] * taus[:, None] - odds[at])
-    return Claim(
-        "incremental.linear/first-activation",
-        "The first product is active at T_1 = min 1 / |g_i(0)|; alone, it is a logistic function of time",
-        "boixadsera2023, Equation 8 and section 4.1 (the logistic function is derived here)",
-        "stated",
-        [
-            # Rounding.
-            Check(
-                "T_1 over min 1 / |g_i(0)|",
-                "equals",
-                1.0,
-                paths["correlated"].times[0] * at_zero.max(),
-                1e-12,
-            ),
-            Check(
-                "coordinates that do not interact: largest difference of T_k to 1 / |s_k|",
-                "at most",
-                1e-12,
-                np.abs(np.asarray(paths["orthogonal"].times) - np.sort(1 / np.abs(s))).max(),
-            ),
-            # The solver's tolerance, which 2 log(1/alpha) |s| = 74 multiplies.
-            Check(
-                f"flow to logistic function at alpha = 1e-{KEPT}",
-                "at most",
-                1e-6,
-                np.abs(beta[at] - logistic).max(),
-            ),
-            # The tolerance as it is.
-            Check("half times: largest difference", "at most", 1e-7, np.abs(measured - half).max()),
-            # log(4 |s| / w0^2) / (2 |s| lam) and nothing else.
-            Check(
-                "order of half time - 1 / |s| in log(1/alpha)",
-                "slope",
-                -1.0,
-                convergence_order(lams[:, 0], np.abs(measured[:, 0] - 1 / size[0])).slope,
-                1e-3,
-            ),
-        ],
-    )
 
 
 def _half_time(taus: np.ndarray, share: np.ndarray) -> float:
@@ -371,137 +201,257 @@ def _half_time(taus: np.ndarray, share: np.ndarray) -> float:
     return float(np.interp(0.0, np.log(near / (1 - near)), taus[i - 1 : i + 1]))
 
 
-def _support(paths: dict[str, GreedyPath]) -> Claim:
-    active = [np.asarray(path.beta) != 0 for path in paths.values()]
-    entered = np.concatenate([np.sum(on[1:] & ~on[:-1], axis=1) for on in active])
-    return Claim(
-        "incremental.linear/support",
-        "In each stage the number of products that are not negligible grows by at most one",
-        "boixadsera2023, Theorem 4.5",
-        "stated",
-        [
-            # Counts are exact.
-            Check(f"products that enter, most of {entered.size} stages", "at most", 1, entered.max()),
-            Check("jumps with ties", "at most", 0, sum(int(np.sum(path.tied)) for path in paths.values())),
-            all_of("stages that settle", np.concatenate([path.converged for path in paths.values()])),
-            all_of("paths that end with nothing left", [bool(path.complete) for path in paths.values()]),
-        ],
-    )
-
-
-def _leaving(paths: dict[str, GreedyPath]) -> Claim:
-    betas = {name: path.beta for name, path in paths.items()}
-    left = {name: np.sum((beta[:-1] != 0) & (beta[1:] == 0)) for name, beta in betas.items()}
-    beta = betas["leaving"]
-    back = (beta.min(axis=0) < 0) & (beta.max(axis=0) > 0) & (beta[-1] != 0)
-    return Claim(
-        "incremental.linear/leaving",
-        "Products that are active stay active: the rank increases",
-        "boixadsera2023, Appendix A",
-        "qualified",
-        [
-            # Counts are exact.
-            Check("inputs without correlation: products that leave", "at most", 0, int(left["orthogonal"])),
-            Check("correlated inputs: products that leave", "at least", 1, int(left["leaving"])),
-            # After b has gone all the way from 0 to 2, or from 2 to 0.
-            Check("those back in the end with the other sign", "at least", 1, int(back.sum())),
-        ],
-        condition="inputs are not correlated; with correlated ones a product can leave, and return later",
-    )
-
-
-def _losses(paths: dict[str, GreedyPath], data: dict[str, tuple[np.ndarray, np.ndarray]]) -> Claim:
-    losses = {
-        name: np.asarray(jax.vmap(_loss, (0, None, None))(path.beta, *data[name]))
-        for name, path in paths.items()
+def _alone(config: Config, taus: np.ndarray, beta: np.ndarray) -> dict:
+    """Products that do not interact: from one start over time, and from several when each is half learned."""
+    by_power = {power: beta[config.powers.index(power), :, :-1] for power in config.alone}
+    half = [[_half_time(taus, one) for one in (beta / TARGETS[:-1]).T] for beta in by_power.values()]
+    return {
+        "alone_power": ("alone_power", np.array(config.alone)),
+        "even_time": ("even_time", taus),
+        "alone": ("even_time coordinate", by_power[KEPT]),
+        "half_time": ("alone_power coordinate", half),
     }
-    rises = [np.diff(values).max() / values[0] for values in losses.values()]
-    return Claim(
-        "incremental.linear/losses",
-        "The loss falls from one stage of the greedy path to the next",
-        "boixadsera2023, Algorithm 1",
-        "stated",
-        [
-            # Rounding.
-            Check("largest rise, over the loss at zero", "at most", 1e-15, max(rises)),
-            Check(
-                "loss at the end, over that at zero",
-                "at most",
-                1e-15,
-                losses["correlated"][-1] / losses["correlated"][0],
-            ),
-        ],
-    )
 
 
-def _conserved(free: Trajectory) -> Claim:
-    conserved = np.asarray(incremental.conserved_quantity(free.ys.u, free.ys.v))
-    drift = np.abs(conserved - conserved[:1])
-    moved = free.ys.u * free.ys.v
-    return Claim(
-        "incremental.linear/conserved",
+def _conserved(g: Partial, seed: int, ts: np.ndarray) -> dict[str, float]:
+    """Along a flow of weights of order one: drift of u^2 - v^2, and how far a product moves."""
+    u0, v0 = np.random.default_rng(seed).normal(size=(2, SIZE))
+    u, v = jax.device_get(incremental.raw_flow(g, u0, v0, ts).ys)
+    conserved = (u - v) * (u + v)
+    return {"drift": largest(conserved - conserved[:1]), "moved": largest(u[-1] * v[-1] - u[0] * v[0])}
+
+
+def _cancellation(g: Partial, taus: np.ndarray, in_logs: dict[int, np.ndarray]) -> dict[str, float]:
+    """The flow of two small weights as it is written, beside that in log coordinates: the second product."""
+    written = {}
+    for power in in_logs:
+        start, ts = np.full(SIZE, 10.0**-power), power * LOG10 * taus
+        # Weights this small are seen by a relative tolerance only, which is out of reach in 32-bit.
+        path = incremental.raw_flow(g, FIRST * start, SECOND * start, ts, atol=1e-250, throw=False)
+        written[power] = np.asarray(path.ys.u) * np.asarray(path.ys.v)
+    return {
+        "kept_gap": largest(written[KEPT] - in_logs[KEPT]),
+        "lost_in_logs": in_logs[LOST][-1, 1],
+        "lost_as_written": written[LOST][-1, 1],
+    }
+
+
+def _train(data: tuple[np.ndarray, np.ndarray], config: Config) -> tuple[np.ndarray, Trajectory]:
+    """The learning rates, and the products along gradient descent from the largest alpha."""
+    start, lam = np.full(SIZE, 10.0 ** -config.powers[0]), LOG10 * config.powers[0]
+    descent = Descent(config.horizon * lam, config.records, config.substeps)
+    params = {"u": FIRST * start, "v": SECOND * start}
+    loss = bind(mean_squared_error, (_predict, *data))
+    return descent.rates, jax.device_get(descent.train(loss, params, observe=_products)[1])
+
+
+def run(config: Config, context: Context) -> dict:
+    """Find the greedy paths, integrate the flow from every alpha, train at every learning rate."""
+    X, y = _problem(context.seed, config.samples)
+    data = {
+        "correlated": (X, y),
+        "orthogonal": _quadratic(np.eye(SIZE), TARGETS, config.samples),
+        "turning": _quadratic(*TURNING, config.samples),
+        "leaving": _problem(*LEAVING),
+        "wrong": (WRONG_FACTOR**0.5 * X, WRONG_FACTOR**0.5 * y),
+    }
+    g = {name: incremental.negative_gradient(_loss, *pair) for name, pair in data.items()}
+    context.progress("greedy algorithm", 0.0)
+    paths, saved = {}, {}
+    for name in PROBLEMS:
+        paths[name], saved[name] = _greedy(name, data[name])
+
+    context.progress("flow from every alpha", 0.25)
+    taus, at_records = _times(paths["correlated"], config)
+    even = np.linspace(0, HORIZON, taus.size, dtype=taus.dtype)
+    times = {"correlated": taus, "wrong": taus, "orthogonal": even, "turning": even}
+    flows = _integrate(g, times, config)
+    beta = flows["correlated"].ys
+    context.progress("flow of the weights", 0.7)
+    in_logs = {power: flows["turning"].ys[config.powers.index(power)] for power in (KEPT, LOST)}
+    cancellation = _cancellation(g["turning"], even, in_logs)
+    context.progress("training at every learning rate", 0.8)
+    rates, trained = _train((X, y), config)
+    coarsest = lane(trained, int(np.argmax(rates))).ys
+    theory = {
+        name: Trajectory(trained.ts[0], flows[flow].ys[0, at_records], flows[flow].ok[0])
+        for name, flow in (("right", "correlated"), ("wrong", "wrong"))
+    }
+    return {
+        "power": ("power", np.array(config.powers)),
+        "rescaled_time": ("rescaled_time", taus),
+        "record": ("record", taus[at_records]),
+        "rate": ("rate", rates),
+        "path": saved,
+        "gradient_at_zero": ("product", X.T @ y / len(y)),
+        "ok": ("flow", np.concatenate([flow.ok for flow in flows.values()])),
+        "staircase": ("rescaled_time product", incremental.staircase(paths["correlated"], taus)),
+        "distance": ("power", _distances(paths["correlated"], taus, beta)),
+        "flow": ("rescaled_time product", {"second": beta[1], "last": beta[-1]}),
+        **_alone(config, even, flows["orthogonal"].ys),
+        "conserved": _conserved(g["correlated"], context.seed, even),
+        "cancellation": cancellation,
+        "network": ("record product", {"flow": theory["right"].ys, "trained": coarsest}),
+        "gap": ("rate", {name: lane_gaps(path, trained) for name, path in theory.items()}),
+    }
+
+
+def claims(config: Config, saved: Saved) -> Iterator[Claim]:
+    """The limit, the first activation, what enters and leaves, conservation, cancellation, the network."""
+    yield _staircase(config, saved)
+    yield _first_activation(config, saved)
+    yield from _stages({name: saved[f"path/{name}"] for name in PROBLEMS})
+    drift, moved = saved["conserved/drift"], saved["conserved/moved"]
+    yield stated(
+        "conserved",
         "Gradient flow conserves u^2 - v^2 of every coordinate",
         "boixadsera2023, Lemma 4.1",
-        "stated",
-        [
-            # The tolerance of a few steps, 1e-8 each.
-            Check("weights of order one: largest drift", "at most", 5e-8, drift.max()),
-            # It is not that nothing happened.
-            Check("largest change of a product", "at least", 0.1, np.abs(moved[-1] - moved[0]).max()),
-        ],
+        at_most("weights of order one: largest drift", drift, 5e-8, why="a few steps, 1e-8 each"),
+        at_least("largest change of a product", moved, 0.1, why="it is not that nothing happened"),
+    )
+    yield _loses(saved)
+    yield stated(
+        "network",
+        "Gradient descent on u and v follows the flow",
+        "boixadsera2023, Equation 3",
+        *first_order(saved["rate"], saved["gap"]),
     )
 
 
-def _cancellation(
-    powers: tuple[int, ...], path: GreedyPath, raw: dict[int, np.ndarray], flow: Trajectory
-) -> Claim:
-    logs = {power: flow.ys.beta[powers.index(power)] for power in raw}
-    final = float(path.beta[-1, 1])
-    return Claim(
-        "incremental.linear/cancellation",
+def _staircase(config: Config, saved: Saved) -> Claim:
+    distance = dict(zip(config.powers, saved["distance"], strict=True))
+    ratios = np.array([distance[2 * power] / distance[power] for power in distance if 2 * power in distance])
+    order = convergence_order(saved["power"] * LOG10, saved["distance"]).slope
+    taus, gap = saved["rescaled_time"], np.abs(saved["flow/last"] - saved["staircase"])
+    jumps = np.append(saved["path/correlated/time"], taus[-1])
+    middles = np.searchsorted(taus, np.sqrt(jumps[1:] * jumps[:-1])[jumps[1:] > 1.1 * jumps[:-1]])
+    missing = gap.max() / largest(np.diff(saved["path/correlated/beta"], axis=0))
+    at_all_times = "smallest alpha, at all times: largest gap, over the largest jump"
+    in_between = "smallest alpha, middles of stages that last a tenth of their time: largest gap"
+    return stated(
+        "staircase",
+        "As alpha goes to zero the flow in rescaled time tends to the greedy path, but at its jumps",
+        "boixadsera2023, Theorem 4.5 (the rate is measured)",
+        every("flows that reach the end", saved["ok"]),
+        at_most("distance per squaring of alpha: largest ratio", ratios.max(), 0.65, why=HALVES),
+        at_least("distance per squaring of alpha: smallest ratio", ratios.min(), 0.4, why=HALVES),
+        slope("order of the distance in log(1/alpha)", order, -1, 0.1, why="bent as the ratios are"),
+        at_most(in_between, gap[middles].max(), 1e-2, why="exponentially small in log(1/alpha) there"),
+        # Between a jump of the path and that of the flow the whole jump is missing.
+        at_least(at_all_times, missing, 0.5, why="a whole jump, but for the times in between"),
+    )
+
+
+def _first_activation(config: Config, saved: Saved) -> Claim:
+    # Of an unbalanced start only the factor that grows counts, w for one sign and z for the other: what is
+    # left out is of the order of alpha^2.
+    s = np.asarray(TARGETS[:-1])
+    size, grows = np.abs(s), np.where(s > 0, FIRST + SECOND, FIRST - SECOND)
+    lams, half = LOG10 * saved["alone_power"][:, None], saved["half_time"]
+    odds = 2 * lams + np.log(4 * size / grows**2) + np.log1p(-np.exp(-2 * lams) * grows**2 / (4 * size))
+    closed = odds / (2 * size * lams)
+    at = config.alone.index(KEPT)
+    # The solver's error in the logits is multiplied by 2 log(1/alpha) |s| = 74.
+    gap = largest(saved["alone"] - s * expit(2 * size * lams[at] * saved["even_time"][:, None] - odds[at]))
+    first = saved["path/correlated/time"][0] * largest(saved["gradient_at_zero"])
+    waits = largest(saved["path/orthogonal/time"] - np.sort(1 / size))
+    order = convergence_order(lams[:, 0], np.abs(half[:, 0] - 1 / size[0])).slope
+    not_interacting = "coordinates that do not interact: largest difference of T_k to 1 / |s_k|"
+    return stated(
+        "first-activation",
+        "The first product is active at T_1 = min 1 / |g_i(0)|; alone, it is a logistic function of time",
+        "boixadsera2023, Equation 8 and section 4.1 (the logistic function is derived here)",
+        equals("T_1 over min 1 / |g_i(0)|", first, 1, 1e-12, why=ROUNDING),
+        at_most(not_interacting, waits, 1e-12, why=ROUNDING),
+        at_most(f"flow to logistic function at alpha = 1e-{KEPT}", gap, 1e-6, why=f"{SOLVER}, times 74"),
+        at_most("half times: largest difference", largest(half - closed), 1e-7, why=SOLVER),
+        # It is log(4 |s| / w0^2) / (2 |s| lam) and nothing else.
+        slope("order of half time - 1 / |s| in log(1/alpha)", order, -1, 1e-3, why="a pure power"),
+    )
+
+
+def _stages(paths: dict[str, dict[str, np.ndarray]]) -> Iterator[Claim]:
+    """What enters and leaves from stage to stage, and how the loss falls."""
+    # As numbers, which keep a NaN.
+    active = {name: np.abs(np.sign(path["beta"])) for name, path in paths.items()}
+    entered = np.concatenate([np.diff(on, axis=0).clip(min=0).sum(axis=1) for on in active.values()])
+    left = {name: np.diff(1 - on, axis=0).clip(min=0).sum() for name, on in active.items()}
+    beta = paths["leaving"]["beta"]
+    back = np.sum((beta.min(axis=0) < 0) & (beta.max(axis=0) > 0) & (beta[-1] != 0))
+    ties = sum(np.sum(path["tied"]) for path in paths.values())
+    yield stated(
+        "support",
+        "In each stage the number of products that are not negligible grows by at most one",
+        "boixadsera2023, Theorem 4.5",
+        at_most(f"products that enter, most of {entered.size} stages", entered.max(), 1, why=EXACT),
+        at_most("jumps with ties", ties, 0, why=EXACT),
+        every("stages that settle", np.concatenate([path["converged"] for path in paths.values()])),
+        every("paths that end with nothing left", [path["complete"] for path in paths.values()]),
+    )
+    yield qualified(
+        "leaving",
+        "Products that are active stay active: the rank increases",
+        "boixadsera2023, Appendix A",
+        condition="inputs are not correlated; with correlated ones a product can leave, and return later",
+        inside=[at_most("inputs without correlation: products that leave", left["orthogonal"], 0, why=EXACT)],
+        outside=[
+            at_least("correlated inputs: products that leave", left["leaving"], 1, why=EXACT),
+            # After b has gone all the way from 0 to 2, or from 2 to 0.
+            at_least("those back in the end with the other sign", back, 1, why=EXACT),
+        ],
+    )
+    losses = {name: path["loss"] for name, path in paths.items()}
+    rise = max(np.diff(values).max() / values[0] for values in losses.values())
+    rest = losses["correlated"][-1] / losses["correlated"][0]
+    yield stated(
+        "losses",
+        "The loss falls from one stage of the greedy path to the next",
+        "boixadsera2023, Algorithm 1",
+        at_most("largest rise, over the loss at zero", rise, 1e-15, why=ROUNDING),
+        at_most("loss at the end, over that at zero", rest, 1e-15, why=ROUNDING),
+    )
+
+
+def _loses(saved: Saved) -> Claim:
+    found, final = saved["cancellation"], saved["path/turning/beta"][-1, 1]
+    in_logs, written = found["lost_in_logs"] / final, abs(found["lost_as_written"] / final)
+    kept = f"alpha = 1e-{KEPT}: largest gap to the flow in log coordinates"
+    lost = f"alpha = 1e-{LOST}, log coordinates: second product over what it settles to"
+    return qualified(
+        "cancellation",
         "The flow of u and v can be integrated as it is written, for any alpha",
         "boixadsera2023, Equation 4 (in double precision; measured here)",
-        "qualified",
-        [
-            # Where u + v is smallest, rounding of u is some 1e-5 of it, and shifts the jump by as much.
-            Check(
-                f"alpha = 1e-{KEPT}: largest gap to the flow in log coordinates",
-                "at most",
-                5e-5,
-                np.abs(raw[KEPT] - logs[KEPT]).max(),
-            ),
-            # Long after its time, T_2 = 7.8.
-            Check(
-                f"alpha = 1e-{LOST}, log coordinates: second product over what it settles to",
-                "equals",
-                1.0,
-                logs[LOST][-1, 1] / final,
-                1e-3,
-            ),
-            # u + v is zero, and stays so.
-            Check(f"alpha = 1e-{LOST}, as written: the same", "at most", 1e-6, abs(raw[LOST][-1, 1] / final)),
-        ],
         condition="u + v stays above rounding; else a product that would come back is lost, without an error",
+        inside=[
+            # Where u + v is smallest, rounding of u is some 1e-5 of it, and shifts the jump by as much.
+            at_most(kept, found["kept_gap"], 5e-5, why="rounding of u over the smallest u + v")
+        ],
+        outside=[
+            equals(lost, in_logs, 1, 1e-3, why="long after its time, T_2 = 7.8"),
+            at_most(f"alpha = 1e-{LOST}, as written: the same", written, 1e-6, why="u + v stays zero"),
+        ],
     )
 
 
-def figure(saved: Saved) -> Figure:
+def figure(config: Config, saved: Saved) -> Figure:
     """Products from two starts over rescaled time, distances to the staircase, training beside the flow."""
     drawn, ((moderate, tiny), (distance, network)) = plotting.new_figure(2, 2, width=5.0, height=3.6)
-    powers, taus = saved.config["powers"], saved["taus"]
+    powers, taus, stairs = config.powers, saved["rescaled_time"], saved["staircase"]
     names = [f"product {index + 1}" for index in range(SIZE)]
     shown = taus > 0
-    for ax, index in ((moderate, 1), (tiny, len(powers) - 1)):
-        beta, stairs = saved["beta"][index], saved["staircase"]
+    for ax, beta, power in (
+        (moderate, saved["flow/second"], powers[1]),
+        (tiny, saved["flow/last"], powers[-1]),
+    ):
         plotting.theory_and_trained(ax, taus[shown], stairs[shown], beta[shown], names)
         ax.lines[SIZE].set_label("greedy path")
         ax.set(xscale="log", xlabel="rescaled time t / log(1/α)", ylabel="product u v")
         # Room for the legend before the first jump.
-        ax.set_xlim(saved["jumps"][0] / 8, taus[-1])
-        ax.set_title(f"Flow from α = 1e-{powers[index]}")
+        ax.set_xlim(saved["path/correlated/time"][0] / 8, taus[-1])
+        ax.set_title(f"Flow from α = 1e-{power}")
     moderate.legend(loc="upper left", fontsize=7.5)
 
-    lams, away = saved["lams"], saved["distance"]
+    lams, away = LOG10 * saved["power"], saved["distance"]
     distance.loglog(lams, away, "o", color="C0", label="flow")
     constant = float(lams[-1] * away[-1])
     distance.plot(lams, constant / lams, label=f"slope −1: {constant:.1f} / log(1/α)", **plotting.THEORY)
@@ -512,13 +462,13 @@ def figure(saved: Saved) -> Figure:
     distance.set_title("Distance of the flow to the greedy path")
     distance.legend(loc="upper right")
 
-    times = saved["records/taus"]
-    plotting.theory_and_trained(network, times, saved["records/theory"], saved["records/trained"], names)
+    beside = (saved["network/flow"], saved["network/trained"])
+    plotting.theory_and_trained(network, saved["record"], *beside, names)
     network.lines[0].set_label("gradient descent")
     network.lines[SIZE].set_label("flow")
     handles = [network.lines[0], network.lines[SIZE]]
     network.legend(handles=handles, loc="upper right", bbox_to_anchor=(1.0, 0.93))
     network.set(xlabel="rescaled time t / log(1/α)", ylabel="product u v")
-    rate = float(saved["rates"].max())
+    rate = float(saved["rate"].max())
     network.set_title(f"Training from α = 1e-{powers[0]}, learning rate {rate:.2g}")
     return drawn

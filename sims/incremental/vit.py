@@ -10,10 +10,10 @@ Adam has no gradient flow: the axis is the step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -34,12 +34,30 @@ from models.losses import cross_entropy
 from models.training import train_in_chunks
 from models.vit import VisionTransformer, head_weights, scale_initial
 from sims import plotting
-from sims.claims import Check, Claim, Preset, all_of
-from sims.results import Context, Result, Saved
+from sims.claims import Claim, Preset, at_least, at_most, every, qualified, quoted, stated
+from sims.ranges import Count, Length, Positive, Range
+from sims.results import Context, Saved
 
 PRODUCTS = ("KQ", "VO")
 NAMES = {"KQ": "$W_K W_Q^T$", "VO": "$W_V W_O^T$"}
+LINES = {"KQ": "-", "VO": "--"}
+COLORS = {"KQ": "C0", "VO": "C1"}
 SMALL = 0.1  # from here on down a scale counts as small
+RUNS = (2, 3, 4)  # the axes of seeds, layers and heads, behind those of steps and lanes
+SECTION_5 = "boixadsera2023, section 5 (vision transformers)"
+QUOTED = {
+    "cifar-10": (
+        "On all of CIFAR-10, depth 6, 8 heads of dimension 128, 500 epochs: the change is of low rank, and "
+        "more so from smaller starts",
+        "Figures 1, 3, 4, 5, 11 and 12",
+    ),
+    "cifar-100": ("On CIFAR-100 the trends are those of CIFAR-10", "Figures 13 and 14"),
+    "imagenet": (
+        "On ImageNet the stable rank of the change grows for longer than on CIFAR-10",
+        "Figures 1, 15 and 16",
+    ),
+}
+SETS = {"digits": "Digits", "mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
 CLASSES = {"digits": 10, "mnist": 10, "cifar10": 10, "cifar100": 100}
 
 
@@ -49,57 +67,67 @@ class Config:
 
     data: Literal["digits", "mnist", "cifar10", "cifar100"] = "digits"
     """Images: digits that come with scikit-learn, or a set from --data-dir."""
-    train_images: int | None = 1400
+    train_images: Count | None = 1400
     """Images to train on; all of the training set where None."""
-    test_images: int = 397
+    test_images: Count = 397
     """Images to test on."""
-    scales: tuple[float, ...] = (1.0, 0.3, 0.1, 0.03)
+    scales: Annotated[tuple[Positive, ...], Length(2)] = (1.0, 0.3, 0.1, 0.03)
     """Scales of the initial values, in falling order, the first of them 1."""
     hold_gains: bool = True
     """Whether the control is run: the same scales with the gains of the norms left at 1."""
-    seeds: int = 3
+    seeds: Count = 3
     """Random initializations, the same ones for every scale."""
-    patch: tuple[int, int] = (2, 2)
+    patch: tuple[Count, Count] = (2, 2)
     """Height and width of a patch."""
-    depth: int = 2
+    depth: Count = 2
     """Layers."""
-    heads: int = 4
+    heads: Count = 4
     """Heads per layer."""
-    width: int = 32
+    width: Count = 32
     """Dimension of a token."""
-    head_dim: int = 8
+    head_dim: Count = 8
     """Dimension of a head."""
-    mlp_width: int = 64
+    mlp_width: Count = 64
     """Hidden nodes of the part that acts on each token."""
-    batch: int = 64
+    batch: Count = 64
     """Images per step, drawn with replacement."""
-    learning_rate: float = 1e-3
+    learning_rate: Positive = 1e-3
     """Learning rate of Adam."""
-    warmup: int = 0
+    warmup: Annotated[int, Range(at_least=0)] = 0
     """Steps over which the learning rate grows from zero."""
-    cycles: int = 0
+    cycles: Annotated[int, Range(at_least=0)] = 0
     """Cosine cycles from the learning rate down to zero after the warm-up; 0 for a constant one."""
-    steps: int = 1000
+    steps: Count = 1000
     """Updates."""
-    every: int = 20
+    every: Count = 20
     """Steps between two records."""
-    calls: int = 5
+    calls: Count = 5
     """Calls that a run is cut into, for its progress; steps must be a multiple of every * calls."""
-    threshold: float = 0.1
+    threshold: Positive = 0.1
     """Singular values above it count for the numerical rank."""
-    variants: tuple[tuple[int, int, int], ...] = ()
+    variants: tuple[tuple[Count, Count, Count], ...] = ()
     """Other depths, heads and widths, three numbers each, trained at scales 1 and 0.1."""
     dtype: Literal["float32", "float64"] = "float32"
     """Floating dtype of the network."""
 
     def __post_init__(self):
-        falling = all(0 < low < high for high, low in zip(self.scales, self.scales[1:], strict=False))
-        if len(self.scales) < 2 or self.scales[0] != 1 or not falling or self.scales[-1] > SMALL:
+        if self.scales[0] != 1 or self.scales[-1] > SMALL or np.any(np.diff(self.scales) >= 0):
             raise ValueError(f"scales must fall from 1 to {SMALL} or below, got {self.scales}")
         if self.steps % (self.every * self.calls):
             raise ValueError(
                 f"steps must be a multiple of every * calls = {self.every * self.calls}, got {self.steps}"
             )
+
+    @property
+    def small(self) -> int:
+        """Where the largest of the small scales is."""
+        return int(np.argmax(np.asarray(self.scales) <= SMALL))
+
+    @property
+    def lanes(self) -> list[tuple[float, float]]:
+        """Scales of the initial values and of the gains, of all that is trained side by side."""
+        held = [(scale, 1.0) for scale in self.scales[1:]] if self.hold_gains else []
+        return [(scale, scale) for scale in self.scales] + held
 
 
 _EPOCH = math.ceil(50_000 / 512)
@@ -145,7 +173,7 @@ class Observed(NamedTuple):
     accuracy: Array | Any
 
 
-def read(config: Config, context: Context) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+def read(config: Config, context: Context) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """Training and test set: images and labels, the digits in random order."""
     if config.data == "digits":
         images, labels = map(np.asarray, digits(config.dtype))
@@ -159,17 +187,14 @@ def read(config: Config, context: Context) -> tuple[tuple[Array, Array], tuple[A
         whole, test = jax.tree.map(np.asarray, tuple(parts))
         count = len(whole[0])
     wanted = count if config.train_images is None else config.train_images
-    for name, number, most in (
-        ("train_images", wanted, count),
-        ("test_images", config.test_images, len(test[0])),
-    ):
-        if not 1 <= number <= most:
+    sizes = {"train_images": (wanted, count), "test_images": (config.test_images, len(test[0]))}
+    for name, (number, most) in sizes.items():
+        if number > most:
             raise ValueError(f"{name} must be from 1 to {most}, got {number}")
-
-    def first(count, images, labels):
-        return jnp.asarray(images[:count]), jnp.asarray(labels[:count])
-
-    return first(wanted, *whole), first(config.test_images, *test)
+    return (
+        tuple(jnp.asarray(part[:wanted]) for part in whole),
+        tuple(jnp.asarray(part[: config.test_images]) for part in test),
+    )
 
 
 @eqx.filter_jit
@@ -248,8 +273,8 @@ def train_lanes(
     config: Config,
     lanes: Any,
     key: Array,
-    training: tuple[Array, Array],
-    test: tuple[Array, Array],
+    training: tuple[Array, ...],
+    test: tuple[Array, ...],
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Any, Trajectory]:
     """Train all lanes and seeds in one program: their starts, and what is seen of them at all times."""
@@ -271,14 +296,11 @@ def train_lanes(
     return starts, path
 
 
-def run(config: Config, context: Context) -> Result:
+def run(config: Config, context: Context) -> dict:
     """Train at all scales, then other sizes, and look at the spectra of what was learned."""
     context.progress("reading the images", 0.0)
     training, test = read(config, context)
-    key = jax.random.key(context.seed)
-    lanes = [(scale, scale) for scale in config.scales]
-    if config.hold_gains:
-        lanes += [(scale, 1.0) for scale in config.scales[1:]]
+    key, lanes = jax.random.key(context.seed), config.lanes
     share = 1 / (1 + 0.5 * len(config.variants))
 
     def report(done, steps):
@@ -288,58 +310,69 @@ def run(config: Config, context: Context) -> Result:
     starts, path = train_lanes(config, lanes, key, training, test, report)
     if not bool(path.ok):
         raise RuntimeError("training gave numbers that are not finite: lower learning_rate")
-    ys: Observed = jax.tree.map(np.asarray, path.ys)
-    initial = jax.tree.map(np.asarray, _initial_spectra(starts))
+    ys: Observed = jax.device_get(path.ys)
+    initial: dict[str, Spectrum] = dict(zip(PRODUCTS, jax.device_get(_initial_spectra(starts)), strict=True))
+    change: dict[str, Spectrum] = {"KQ": ys.KQ, "VO": ys.VO}
 
-    sizes = [(config.depth, config.heads, config.width), *config.variants]
-    small = _small(config.scales)
-    final = [{name: getattr(ys, name).stable_rank[-1, [0, small]] for name in PRODUCTS}]
-    for index, (depth, heads, width) in enumerate(config.variants):
-        begun = 0.05 + 0.9 * (share + (1 - share) * index / len(config.variants))
-        context.progress(f"training with depth {depth}, {heads} heads, width {width}", begun)
-        mlp_width = config.mlp_width * width // config.width
-        variant = replace(config, depth=depth, heads=heads, width=width, mlp_width=mlp_width, calls=1)
-        _, other = train_lanes(
-            replace(variant, every=config.steps), [lanes[0], lanes[small]], key, training, test
-        )
-        final.append({name: np.asarray(getattr(other.ys, name).stable_rank[-1]) for name in PRODUCTS})
+    def progress(label, done):
+        context.progress(label, 0.05 + 0.9 * (share + (1 - share) * done))
 
-    data = {
-        "lanes": np.array(lanes),
-        "steps": np.asarray(path.ts),
+    small, (scales, gains) = config.small, np.array(lanes).T
+    saved = {
+        "lane": ("lane", [f"scale {a:g}" + (", gains held" if a != b else "") for a, b in lanes]),
+        "scale": ("lane", scales),
+        "gain_scale": ("lane", gains),
+        "step": ("step", path.ts),
         "images": len(training[0]),
-        "change": {name: getattr(ys, name)._asdict() for name in PRODUCTS},
-        "initial": {name: one._asdict() for name, one in zip(PRODUCTS, initial, strict=True)},
-        "accuracy": ys.accuracy,
-        "sizes": {
-            "depth_heads_width": np.array(sizes),
-            # Over layers and heads.
-            "mean": {name: np.stack([one[name].mean(axis=(-2, -1)) for one in final]) for name in PRODUCTS},
-            "sd": {name: np.stack([one[name].std(axis=(-2, -1)) for one in final]) for name in PRODUCTS},
-        },
+        "accuracy": ("lane seed", ys.accuracy[-1]),
+        "leading_share": ("lane", _leading_share(ys.KQ.values[-1])),
+        **_other_sizes(config, key, training, test, change, progress),
     }
-    claims = (
-        _init_scale(config, ys),
-        _leading(np.array(lanes), ys),
-        _below_start(ys, initial),
-        _gradual(np.array(lanes), ys),
-        *([_sizes(data["sizes"]["mean"])] if config.variants else []),
-        _learns(config, ys.accuracy),
-        *_quoted(),
-    )
-    run_axes = ("time", "lane", "seed")
-    dims = {
-        "lanes": ("lane", "scale_and_gain_scale"),
-        "steps": ("time",),
-        "accuracy": run_axes,
-        **{f"change/{name}/values": (*run_axes, "layer", "head", f"index_{name}") for name in PRODUCTS},
-        **{
-            f"change/{name}/{rank}_rank": (*run_axes, "layer", "head")
-            for name in PRODUCTS
-            for rank in ("stable", "numerical")
-        },
+    for name, one in change.items():
+        start, head = initial[name], one.values[:, :, 0, 0, 0]
+        saved |= {
+            f"mean/{name}": ("step lane", one.stable_rank.mean(axis=RUNS)),
+            f"sd/{name}": ("step lane", one.stable_rank.std(axis=RUNS)),
+            f"number/{name}": ("step lane", one.numerical_rank.mean(axis=RUNS)),
+            f"end/{name}": ("lane seed", one.stable_rank[-1].mean(axis=(-2, -1))),
+            f"start/{name}": ("seed", start.stable_rank.mean(axis=(-2, -1))),
+            f"one_head/start/{name}": ("start_index", start.values[0, 0, 0]),
+            f"one_head/large/{name}": ("step index", head[:, 0]),
+            f"one_head/small/{name}": ("step index", head[:, small]),
+            f"all_heads/small/{name}": ("layer head index", one.values[-1, small, 0]),
+        }
+    return saved | {"all_heads/large/KQ": ("layer head index", ys.KQ.values[-1, 0, 0])}
+
+
+def _other_sizes(
+    config: Config, key: Array, training: Any, test: Any, change: dict[str, Spectrum], progress: Any
+) -> dict:
+    """Stable ranks at the end, at scale 1 and at a small one, of this network and of those of other sizes."""
+    both = [0, config.small]
+    final = [{name: one.stable_rank[-1, both] for name, one in change.items()}]
+    sizes = [(config.depth, config.heads, config.width), *config.variants]
+    for index, (depth, heads, width) in enumerate(config.variants):
+        label = f"training with depth {depth}, {heads} heads, width {width}"
+        progress(label, index / len(config.variants))
+        mlp_width = config.mlp_width * width // config.width
+        variant = replace(config, depth=depth, heads=heads, width=width, mlp_width=mlp_width)
+        variant = replace(variant, calls=1, every=config.steps)
+        _, path = train_lanes(variant, [config.lanes[lane] for lane in both], key, training, test)
+        final.append({name: np.asarray(getattr(path.ys, name).stable_rank[-1]) for name in PRODUCTS})
+    means = {name: np.stack([one[name].mean(axis=(-2, -1)) for one in final]) for name in PRODUCTS}
+    sds = {name: np.stack([one[name].std(axis=(-2, -1)) for one in final]) for name in PRODUCTS}
+    return {
+        "size": ("size", np.array([f"{depth}: {heads} × {width}" for depth, heads, width in sizes])),
+        "size_scale": ("size_scale", np.array(config.scales)[both]),
+        "size_mean": ("size size_scale seed", means),
+        "size_sd": ("size size_scale seed", sds),
     }
-    return Result(data, claims, dims)
+
+
+def _leading_share(values: Any) -> np.ndarray:
+    """Share of the leading direction in the squared norm, mean over seeds and heads, of (lane, ..., k)."""
+    squares = values**2
+    return np.mean(squares[..., 0] / squares.sum(axis=-1), axis=(1, 2, 3))
 
 
 @jax.jit
@@ -352,294 +385,224 @@ def _initial_spectra(starts: Any) -> tuple[Spectrum, ...]:
     return jax.vmap(one)(jax.tree.map(lambda leaf: leaf[0], starts))
 
 
-def _small(scales: Any) -> int:
-    """The largest of the small scales."""
-    return int(np.argmax(np.asarray(scales) <= SMALL))
+def claims(config: Config, saved: Saved) -> Iterator[Claim]:
+    """The trend with the scale, what is learned from small ones, how ranks grow, other sizes, the task."""
+    yield _init_scale(config, saved)
+    share = saved["leading_share"][saved["scale"] <= SMALL].min()
+    leading = "share of the leading direction, mean over heads and seeds, worst scale"
+    yield stated(
+        "one-direction",
+        f"From small starts (scale {SMALL:g} and less) what a head learns in W_K W_Q^T is one direction",
+        f"{SECTION_5}, Figures 4 and 5",
+        at_least(leading, share, 0.9, why="nine tenths of the squared Frobenius norm"),
+    )
+    lower = {name: saved[f"end/{name}"] < saved[f"start/{name}"][None] for name in PRODUCTS}
+    yield stated(
+        "below-start",
+        "What is learned is of lower rank than what the weights start from",
+        f"{SECTION_5}, Figures 1 and 5",
+        *(every(f"{name}: runs with a smaller stable rank, mean over heads", lower[name]) for name in lower),
+    )
+    yield _gradual(saved)
+    if config.variants:
+        falls = {name: mean[:, 0] - mean[:, 1] for name, mean in saved["size_mean"].items()}
+        falls = {name: fall.mean(axis=1) >= 0.3 for name, fall in falls.items()}
+        trend = "sizes whose stable rank falls by 0.3 with the scale"
+        yield stated(
+            "sizes",
+            "Networks of other depths, widths and numbers of heads show the same trend",
+            SECTION_5,
+            # Several times what a mean over heads and seeds varies by.
+            *(every(f"{name}: {trend}", fall) for name, fall in falls.items()),
+            preset="standard",
+        )
+    chance, at_end = 1 / CLASSES[config.data], saved["accuracy"].mean(axis=1)
+    yield stated(
+        "learns",
+        "The networks that are looked at have learned their task, from every scale",
+        SECTION_5,
+        at_least("test accuracy, scale 1", at_end[0], 5 * chance, why="far from chance"),
+        at_least("smallest test accuracy of a scale", at_end.min(), 3 * chance, why="far from chance"),
+        preset="standard",
+    )
+    for name, (statement, place) in QUOTED.items():
+        yield quoted(name, statement, f"boixadsera2023, {place}")
 
 
-def _over_heads(leaf: Any) -> np.ndarray:
-    """Mean over seeds, layers and heads, (time, lane)."""
-    return leaf.mean(axis=(2, 3, 4))
-
-
-def _init_scale(config: Config, ys: Observed) -> Claim:
-    count, small = len(config.scales), _small(config.scales)
-    KQ, VO = (_over_heads(change.stable_rank)[-1] for change in (ys.KQ, ys.VO))
+def _init_scale(config: Config, saved: Saved) -> Claim:
+    KQ, VO = (saved[f"mean/{name}"][-1] for name in PRODUCTS)
+    scaled = saved["scale"] == saved["gain_scale"]
+    small, scale = config.small, config.scales[config.small]
+    fall = -np.max(np.diff(VO[scaled][: small + 1]))
+    # The spread of heads is 0.5 or less; some twenty of them make a mean that is known to 0.1.
     checks = [
-        # Far from both: one direction that is learned, and the three that a start has.
-        Check("W_K W_Q^T, scale 1", "at least", 1.7, KQ[0]),
-        Check(f"W_K W_Q^T, scale {config.scales[small]:g}", "at most", 1.3, KQ[small]),
-        # The spread of heads is 0.5 or less; some twenty of them make a mean that is known to 0.1.
-        Check("W_K W_Q^T, fall from scale 1 to the next", "at least", 0.3, KQ[0] - KQ[1]),
-        Check(
-            f"W_V W_O^T, smallest fall to the next scale, down to {config.scales[small]:g}",
-            "at least",
-            0.1,
-            -np.max(np.diff(VO[: small + 1])),
+        at_least("W_K W_Q^T, scale 1", KQ[0], 1.7, why="a start has three directions"),
+        at_most(f"W_K W_Q^T, scale {scale:g}", KQ[small], 1.3, why="one direction is learned"),
+        at_least("W_K W_Q^T, fall from scale 1 to the next", KQ[0] - KQ[1], 0.3, why="known to 0.1"),
+        at_least(
+            f"W_V W_O^T, smallest fall to the next scale, down to {scale:g}", fall, 0.1, why="known to 0.1"
         ),
     ]
     if config.hold_gains:
-        held = np.append(KQ[0], KQ[count:])[: small + 1]
+        held = KQ[saved["gain_scale"] == 1][: small + 1]
+        fall = -np.max(np.diff(held))
         checks += [
-            Check("gains held: W_K W_Q^T, same scale", "at most", 1.3, held[-1]),
-            # The first fall is large, the second from near one to one.
-            Check("gains held: W_K W_Q^T, smallest fall", "at least", 0.05, -np.max(np.diff(held))),
+            at_most("gains held: W_K W_Q^T, same scale", held[-1], 1.3, why="one direction is learned"),
+            at_least("gains held: W_K W_Q^T, smallest fall", fall, 0.05, why="the second, from near 1 to 1"),
         ]
-    return Claim(
-        "incremental.vit/init-scale",
+    return stated(
+        "init-scale",
         "The low-rank bias is more evident with smaller initialization: the stable rank of what heads learn, "
         "a mean over heads and seeds, falls with the scale",
-        "boixadsera2023, section 5 (vision transformers), Figures 3 and 4",
-        "stated",
-        checks,
+        f"{SECTION_5}, Figures 3 and 4",
+        *checks,
         preset="standard",  # means over several seeds
     )
 
 
-def _leading(lanes: np.ndarray, ys: Observed) -> Claim:
-    values = ys.KQ.values[-1, lanes[:, 0] <= SMALL] ** 2
-    share = np.mean(values[..., 0] / values.sum(axis=-1), axis=(1, 2, 3))
-    return Claim(
-        "incremental.vit/one-direction",
-        f"From small starts (scale {SMALL:g} and less) what a head learns in W_K W_Q^T is one direction",
-        "boixadsera2023, section 5 (vision transformers), Figures 4 and 5",
-        "stated",
-        [
-            # More than nine tenths of the squared Frobenius norm.
-            Check(
-                "share of the leading direction, mean over heads and seeds, worst scale",
-                "at least",
-                0.9,
-                share.min(),
-            )
-        ],
-    )
-
-
-def _below_start(ys: Observed, initial: Any) -> Claim:
-    def runs(change, start):
-        return change.stable_rank[-1].mean(axis=(-2, -1)) < start.stable_rank.mean(axis=(-2, -1))[None]
-
-    return Claim(
-        "incremental.vit/below-start",
-        "What is learned is of lower rank than what the weights start from",
-        "boixadsera2023, section 5 (vision transformers), Figures 1 and 5",
-        "stated",
-        [
-            all_of(
-                f"{name}: runs with a smaller stable rank, mean over heads", runs(getattr(ys, name), start)
-            )
-            for name, start in zip(PRODUCTS, initial, strict=True)
-        ],
-    )
-
-
-def _gradual(lanes: np.ndarray, ys: Observed) -> Claim:
-    below = lanes[:, 0] < 1
+def _gradual(saved: Saved) -> Claim:
+    below = saved["scale"] < 1
+    number = {name: saved[f"number/{name}"][:, below] for name in PRODUCTS}
+    back = max(np.max(np.maximum.accumulate(one) - one) / np.max(one) for one in number.values())
     # The first record is of no change at all.
-    stable = {name: _over_heads(getattr(ys, name).stable_rank)[1:, below] for name in PRODUCTS}
-    number = {name: _over_heads(getattr(ys, name).numerical_rank)[:, below] for name in PRODUCTS}
-    backward = [np.max(np.maximum.accumulate(one) - one) / np.max(one) for one in number.values()]
-    VO, KQ = stable["VO"], stable["KQ"]
-    return Claim(
-        "incremental.vit/gradual",
+    KQ, VO = (saved[f"mean/{name}"][1:, below] for name in PRODUCTS)
+    fall, growth, flat = (np.mean(one) for one in (VO[0] - VO.min(0), VO[-1] - VO.min(0), KQ[-1] - KQ.min(0)))
+    at_end, noise = number["VO"][-1].min(), "a mean over heads varies by 0.02 between records"
+    way_back = "singular values above the threshold: largest way back"
+    return qualified(
+        "gradual",
         "The rank of what is learned grows gradually",
         "boixadsera2023, appendix B, Figures 11 and 12",
-        "qualified",
-        [
-            # Heads may lose a value again; a tenth of the largest number is for that.
-            Check("singular values above the threshold: largest way back", "at most", 0.1, np.max(backward)),
-            # A second one in half of the heads at least.
-            Check("the same, W_V W_O^T: their number at the end", "at least", 1.5, number["VO"][-1].min()),
-            # A step of Adam is of one size for all weights at first, whatever the gradient: it has high rank.
-            Check(
-                "stable rank of W_V W_O^T: fall from the first record",
-                "at least",
-                0.1,
-                np.mean(VO[0] - VO.min(0)),
-            ),
-            # Noise of a mean over heads between two records is 0.02.
-            Check(
-                "the same: growth from its least to the end", "at least", 0.05, np.mean(VO[-1] - VO.min(0))
-            ),
-            # Nearly one all the way.
-            Check(
-                "stable rank of W_K W_Q^T: growth from its least", "at most", 0.1, np.mean(KQ[-1] - KQ.min(0))
-            ),
-        ],
         condition="rank counts singular values above a threshold; the stable rank falls at first, and then "
         "grows for W_V W_O^T alone",
-        preset="standard",
-    )
-
-
-def _sizes(final: dict[str, np.ndarray]) -> Claim:
-    falls = {name: mean[:, 0] - mean[:, 1] for name, mean in final.items()}
-    return Claim(
-        "incremental.vit/sizes",
-        "Networks of other depths, widths and numbers of heads show the same trend",
-        "boixadsera2023, section 5 (vision transformers)",
-        "stated",
-        [
-            # Several times what a mean over heads and seeds varies by.
-            all_of(f"{name}: sizes whose stable rank falls by 0.3 with the scale", fall.mean(axis=1) >= 0.3)
-            for name, fall in falls.items()
+        inside=[
+            at_most(way_back, back, 0.1, why="heads may lose a value again"),
+            at_least("the same, W_V W_O^T: their number at the end", at_end, 1.5, why="two in half of them"),
+        ],
+        outside=[
+            # A step of Adam is of one size for all weights at first, whatever the gradient: it has high rank.
+            at_least("stable rank of W_V W_O^T: fall from the first record", fall, 0.1, why=noise),
+            at_least("the same: growth from its least to the end", growth, 0.05, why=noise),
+            at_most("stable rank of W_K W_Q^T: growth from its least", flat, 0.1, why="one all the way"),
         ],
         preset="standard",
     )
 
 
-def _learns(config: Config, accuracy: Any) -> Claim:
-    chance = 1 / CLASSES[config.data]
-    at_end = accuracy[-1].mean(axis=1)
-    return Claim(
-        "incremental.vit/learns",
-        "The networks that are looked at have learned their task, from every scale",
-        "boixadsera2023, section 5 (vision transformers)",
-        "stated",
-        [
-            # A sanity check: far from chance.
-            Check("test accuracy, scale 1", "at least", 5 * chance, at_end[0]),
-            Check("smallest test accuracy of a scale", "at least", 3 * chance, at_end.min()),
-        ],
-        preset="standard",
-    )
-
-
-def _quoted() -> list[Claim]:
-    return [
-        Claim(f"incremental.vit/{name}", statement, f"boixadsera2023, {place}", "quoted")
-        for name, statement, place in (
-            (
-                "cifar-10",
-                "On all of CIFAR-10, depth 6, 8 heads of dimension 128, 500 epochs: the change is of low "
-                "rank, and more so from smaller starts",
-                "Figures 1, 3, 4, 5, 11 and 12",
-            ),
-            ("cifar-100", "On CIFAR-100 the trends are those of CIFAR-10", "Figures 13 and 14"),
-            (
-                "imagenet",
-                "On ImageNet the stable rank of the change grows for longer than on CIFAR-10",
-                "Figures 1, 15 and 16",
-            ),
-        )
-    ]
-
-
-SETS = {"digits": "Digits", "mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
-
-
-def figure(saved: Saved) -> Figure:
+def figure(config: Config, saved: Saved) -> Figure:
     """Spectra beside the start's, leading values and ranks over training, ranks over scale and size."""
     drawn, (above, below) = plotting.new_figure(2, 5, width=2.8, height=2.5)
-    config, steps = saved.config, saved["steps"]
-    scales, small = np.array(config["scales"]), _small(config["scales"])
+    small = config.scales[config.small]
     drawn.suptitle(
-        f"{SETS[config['data']]}, {saved['images']:,} images: vision transformers of depth {config['depth']} "
-        f"and width {config['width']}, {config['heads']} heads of dimension {config['head_dim']}, "
-        f"Adam at {config['learning_rate']:g}, {config['seeds']} seed{'s' * (config['seeds'] > 1)}",
+        f"{SETS[config.data]}, {saved['images']:,} images: vision transformers of depth {config.depth} "
+        f"and width {config.width}, {config.heads} heads of dimension {config.head_dim}, "
+        f"Adam at {config.learning_rate:g}, {config.seeds} seed{'s' * (config.seeds > 1)}",
         fontsize=11,
     )
-    for ax, lane, name in zip(above, (0, small, small), ("KQ", "KQ", "VO"), strict=False):
-        _spectra(ax, saved, lane, name)
+    _spectra(above[0], saved, "large", "KQ", 1)
+    _spectra(above[1], saved, "small", "KQ", small)
+    _spectra(above[2], saved, "small", "VO", small)
     above[0].legend(loc="lower left", fontsize=7)
-    _leading_values(above[3], saved, 0)
-    _leading_values(above[4], saved, small)
-
-    number = below[2]
-    for index, scale in enumerate(scales):
-        color, label = f"C{index}", f"scale {scale:g}"
-        for name, ax in zip(PRODUCTS, below, strict=False):
-            ranks = saved[f"change/{name}/stable_rank"][1:, index].reshape(len(steps) - 1, -1)
-            mean, sd = ranks.mean(axis=1), ranks.std(axis=1)
-            ax.plot(steps[1:], mean, color=color, label=label)
-            ax.fill_between(steps[1:], mean - sd, mean + sd, color=color, alpha=0.15, linewidth=0)
-        for name, line in zip(PRODUCTS, ("-", "--"), strict=True):
-            counts = _over_heads(saved[f"change/{name}/numerical_rank"])[:, index]
-            number.plot(steps, counts, line, color=color)
-        accuracy = saved["accuracy"][-1, index].mean()
-        number.plot([], [], color=color, label=f"{label}: {accuracy:.0%} right")
+    _leading_values(above[3], saved, "large", 1)
+    _leading_values(above[4], saved, "small", small)
     for name, ax in zip(PRODUCTS, below, strict=False):
-        start = saved[f"initial/{name}/stable_rank"].mean()
-        ax.axhline(start, label="start", **plotting.PRINTED)
-        ax.set(xlabel="step", ylabel="stable rank (± sd of heads)", ylim=(0.8, 1.4 * start))
-        ax.set_title(f"Change of {NAMES[name]}")
+        _over_steps(ax, config, saved, name)
     below[0].legend(loc="upper left", ncols=2, fontsize=7)
-    number.set(xlabel="step", ylabel="number (KQ full, VO dashed)", ylim=(0, 1.7 * number.get_ylim()[1]))
-    number.set_title(f"Singular values > {config['threshold']:g}")
-    number.legend(loc="upper left", fontsize=7)
-    _over_scale(below[3], saved, scales)
-    _over_sizes(below[4], saved, scales[small])
+    _numbers(below[2], config, saved)
+    _over_scale(below[3], config, saved)
+    _over_sizes(below[4], saved)
     return drawn
 
 
-def _spectra(ax: Axes, saved: Saved, lane: int, name: str) -> Axes:
+def _spectra(ax: Axes, saved: Saved, lane: str, name: str, scale: float) -> Axes:
     """Singular values of one head's change at several steps, of all heads' at the end, and of the start."""
-    values = saved[f"change/{name}/values"][:, lane, 0]
-    steps = saved["steps"]
-    index = np.arange(1, values.shape[-1] + 1)
-    others = values[-1].reshape(-1, len(index))
+    one_head, steps = saved[f"one_head/{lane}/{name}"], saved["step"]
+    index = np.arange(1, one_head.shape[-1] + 1)
+    others = saved[f"all_heads/{lane}/{name}"].reshape(-1, len(index))
     ax.plot(index, (others / others[:, :1]).T, color="0.7", linewidth=0.8)
     ax.plot([], [], color="0.7", label="other heads, end")
     marks = np.unique(np.geomspace(1, len(steps) - 1, 4).round().astype(int))
     for mark, depth in zip(marks, np.linspace(0.3, 1, len(marks)), strict=True):
-        one = values[mark, 0, 0]
-        ax.plot(index, one / one[0], color="C2", alpha=depth, label=f"change, step {steps[mark]:.0f}")
-    start = saved[f"initial/{name}/values"][0, 0, 0]
+        values, label = one_head[mark] / one_head[mark, 0], f"change, step {steps[mark]:.0f}"
+        ax.plot(index, values, color="C2", alpha=depth, label=label)
+    start = saved[f"one_head/start/{name}"]
     ax.plot(index[: len(start)], start / start[0], color="C1", label="start")
     ax.set(yscale="log", ylim=(1e-4, 3), xlabel="index, one head", ylabel="value over the largest")
-    ax.set_title(f"{NAMES[name]}, scale {saved['lanes'][lane, 0]:g}")
+    ax.set_title(f"{NAMES[name]}, scale {scale:g}")
     ax.set_xticks(index[:: len(index) // 4])
     return ax
 
 
-def _leading_values(ax: Axes, saved: Saved, lane: int) -> Axes:
+def _leading_values(ax: Axes, saved: Saved, lane: str, scale: float) -> Axes:
     """The four largest singular values of one head's change over training."""
-    for name, line in zip(PRODUCTS, ("-", "--"), strict=True):
-        values = saved[f"change/{name}/values"][:, lane, 0, 0, 0, :4]
-        for rank in range(values.shape[-1]):
-            ax.plot(saved["steps"], values[:, rank], line, color=f"C{rank}")
+    for name, line in LINES.items():
+        for rank, values in enumerate(saved[f"one_head/{lane}/{name}"].T[:4]):
+            ax.plot(saved["step"], values, line, color=f"C{rank}")
         ax.plot([], [], line, color="0.3", label=NAMES[name])
     ax.set(xlabel="step", ylabel="singular value", ylim=(0, 1.2 * ax.get_ylim()[1]))
-    ax.set_title(f"One head, scale {saved['lanes'][lane, 0]:g}")
+    ax.set_title(f"One head, scale {scale:g}")
     ax.legend(loc="upper left", ncols=2)
     return ax
 
 
-def _over_scale(ax: Axes, saved: Saved, scales: np.ndarray) -> Axes:
+def _over_steps(ax: Axes, config: Config, saved: Saved, name: str) -> Axes:
+    """Stable rank over training at every scale, with the spread of heads, beside that of the start."""
+    steps, start = saved["step"][1:], saved[f"start/{name}"].mean()
+    for index, scale in enumerate(config.scales):
+        mean, sd = saved[f"mean/{name}"][1:, index], saved[f"sd/{name}"][1:, index]
+        ax.plot(steps, mean, color=f"C{index}", label=f"scale {scale:g}")
+        ax.fill_between(steps, mean - sd, mean + sd, color=f"C{index}", alpha=0.15, linewidth=0)
+    ax.axhline(start, label="start", **plotting.PRINTED)
+    ax.set(xlabel="step", ylabel="stable rank (± sd of heads)", ylim=(0.8, 1.4 * start))
+    ax.set_title(f"Change of {NAMES[name]}")
+    return ax
+
+
+def _numbers(ax: Axes, config: Config, saved: Saved) -> Axes:
+    """Numerical rank over training at every scale, and the accuracy at the end."""
+    for index, scale in enumerate(config.scales):
+        for name, line in LINES.items():
+            ax.plot(saved["step"], saved[f"number/{name}"][:, index], line, color=f"C{index}")
+        accuracy = saved["accuracy"][index].mean()
+        ax.plot([], [], color=f"C{index}", label=f"scale {scale:g}: {accuracy:.0%} right")
+    ax.set(xlabel="step", ylabel="number (KQ full, VO dashed)", ylim=(0, 1.7 * ax.get_ylim()[1]))
+    ax.set_title(f"Singular values > {config.threshold:g}")
+    ax.legend(loc="upper left", fontsize=7)
+    return ax
+
+
+def _over_scale(ax: Axes, config: Config, saved: Saved) -> Axes:
     """Stable rank at the end over the scale, with the control."""
-    for name, color in zip(PRODUCTS, ("C0", "C1"), strict=True):
-        last = saved[f"change/{name}/stable_rank"][-1]
-        ranks = last.reshape(len(last), -1)
-        mean, sd = ranks.mean(axis=1), ranks.std(axis=1)
-        count = len(scales)
-        ax.errorbar(scales, mean[:count], sd[:count], fmt="o-", color=color, capsize=2, label=NAMES[name])
-        if saved.config["hold_gains"]:
-            held = np.append(mean[0], mean[count:])
-            ax.plot(scales, held, "s:", color=color, mfc="white")
-    if saved.config["hold_gains"]:
+    scaled, held = saved["scale"] == saved["gain_scale"], saved["gain_scale"] == 1
+    for name, color in COLORS.items():
+        mean, sd = saved[f"mean/{name}"][-1], saved[f"sd/{name}"][-1]
+        bars = {"fmt": "o-", "color": color, "capsize": 2, "label": NAMES[name]}
+        ax.errorbar(config.scales, mean[scaled], sd[scaled], **bars)
+        if config.hold_gains:
+            ax.plot(config.scales, mean[held], "s:", color=color, mfc="white")
+    if config.hold_gains:
         ax.plot([], [], "s:", color="0.3", mfc="white", label="gains held")
     ax.set(xscale="log", xlabel="scale of the initial values", ylabel="stable rank of the change")
-    ax.set_xticks(scales, labels=[f"{scale:g}" for scale in scales])
+    ax.set_xticks(config.scales, labels=[f"{scale:g}" for scale in config.scales])
     ax.minorticks_off()
     ax.set_title("At the end, ± sd of heads")
     ax.legend(loc="upper left", fontsize=7.5)
     return ax
 
 
-def _over_sizes(ax: Axes, saved: Saved, small: float) -> Axes:
+def _over_sizes(ax: Axes, saved: Saved) -> Axes:
     """Stable rank at the end of networks of other sizes, at two scales."""
-    sizes = saved["sizes/depth_heads_width"]
-    rows = np.arange(len(sizes))
-    for name, color, shift in zip(PRODUCTS, ("C0", "C1"), (-0.12, 0.12), strict=True):
-        mean, sd = (saved[f"sizes/{part}/{name}"].mean(axis=2) for part in ("mean", "sd"))
-        for index, (scale, fill) in enumerate(((1, color), (small, "white"))):
+    count = len(saved["size"])
+    for (name, color), shift in zip(COLORS.items(), (-0.12, 0.12), strict=True):
+        mean, sd = (saved[f"size_{part}/{name}"].mean(axis=2) for part in ("mean", "sd"))
+        for index, (scale, fill) in enumerate(zip(saved["size_scale"], (color, "white"), strict=True)):
+            bars = {"fmt": "o", "color": color, "mfc": fill, "capsize": 2, "elinewidth": 0.8}
             label = f"{NAMES[name]}, scale {scale:g}"
-            style = {"fmt": "o", "color": color, "mfc": fill, "capsize": 2, "elinewidth": 0.8}
-            ax.errorbar(mean[:, index], rows + shift, xerr=sd[:, index], label=label, **style)
-    ax.set_yticks(rows, labels=[f"{depth}: {heads} × {width}" for depth, heads, width in sizes])
+            ax.errorbar(mean[:, index], np.arange(count) + shift, xerr=sd[:, index], label=label, **bars)
+    ax.set_yticks(range(count), labels=saved["size"])
     ax.tick_params(axis="y", labelsize=7.5)
-    ax.set(ylim=(len(sizes) - 0.5, -0.5 - 0.35 * len(sizes)), xlabel="stable rank of the change")
+    ax.set(ylim=(count - 0.5, -0.5 - 0.35 * count), xlabel="stable rank of the change")
+    ax.set_ylabel("size")
     ax.set_title("Depth: heads × width")
     ax.legend(loc="upper left", ncols=2, fontsize=6.5, columnspacing=0.8, handletextpad=0.2)
     return ax
