@@ -26,3 +26,5 @@ from dynamics.scan_snap.flows import population_flow as population_flow
 from dynamics.scan_snap.flows import row_sums as row_sums
 from dynamics.scan_snap.flows import weak_correlation_flow as weak_correlation_flow
 from dynamics.scan_snap.flows import weak_growth_rate as weak_growth_rate
+from dynamics.scan_snap.measures import attention_error as attention_error
+from dynamics.scan_snap.measures import rank_correlation as rank_correlation

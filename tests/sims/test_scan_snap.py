@@ -13,6 +13,7 @@ from models.functional import as_function
 from models.losses import bind, cross_entropy
 from models.training import scale_by_name, train_at_rates
 from sims.compare import convergence_order, lane_gaps
+from sims.ranges import check_ranges
 from sims.results import Context
 from sims.scan_snap import learning_rates
 from tests.helpers import count_compilations
@@ -53,7 +54,7 @@ def test_a_vocabulary_of_the_grid_is_one_program():
     config = learning_rates.Config(queries=(1,), seeds=2, steps=1, length=3, batch=2)
     with count_compilations() as names:
         learning_rates.run(config, Context(seed=0))
-    assert sum("_grid" in name for name in names) == 1
+    assert sum("_trained" in name for name in names) == 1
     with count_compilations() as names:
         learning_rates.run(config, Context(seed=1))
     assert not names, names
@@ -70,5 +71,5 @@ def test_recorded_numbers():
 
 @pytest.mark.parametrize("queries", [(), (2,), (1, 4)])
 def test_vocabularies_that_were_not_recorded_are_refused(queries):
-    with pytest.raises(ValueError, match="queries must be of"):
-        learning_rates.Config(queries=queries)
+    with pytest.raises(ValueError, match="queries must be"):
+        check_ranges(learning_rates.Config(queries=queries))
