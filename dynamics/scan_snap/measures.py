@@ -1,4 +1,4 @@
-"""Measures of what attention has learned: its error against a theory, and its order against a score."""
+"""Measures of what attention has learned: its error against a theory, its growth, and its order."""
 
 from __future__ import annotations
 
@@ -26,6 +26,29 @@ def attention_error(Z: ArrayLike, theory: ArrayLike) -> np.ndarray:
     Z, theory = np.asarray(Z), np.asarray(theory)
     size = np.linalg.norm(theory, axis=(-2, -1))
     return np.linalg.norm(Z - theory, axis=(-2, -1)) / np.where(size == 0, 1, size)
+
+
+def growth_along(growth_rate: ArrayLike, ts: ArrayLike, learning_rate_Z: ArrayLike) -> np.ndarray:
+    r"""Growth of attention along a path, B_n(t) = learning_rate_Z * integral of xi_n, by Simpson's rule.
+
+    Source: tian2023scan, Theorem 3.
+
+    Args:
+        growth_rate: xi at the times, as `dynamics.scan_snap.growth_rate` gives it, shape (..., T, K).
+        ts: the times, shape (T,).
+        learning_rate_Z: learning rate of attention, of a shape that broadcasts against `growth_rate`.
+
+    Returns:
+        B, shape (..., T, K), zero at the first time.
+
+    Example:
+        >>> growth_along([[0.0], [2.0], [4.0]], [0.0, 1.0, 2.0], 0.5).round(6).tolist()
+        [[0.0], [0.5], [2.0]]
+    """
+    from scipy.integrate import cumulative_simpson  # it takes long to import
+
+    xi, ts = np.asarray(growth_rate), np.asarray(ts)
+    return np.asarray(learning_rate_Z) * cumulative_simpson(xi, x=ts, axis=-2, initial=0)
 
 
 def rank_correlation(z: ArrayLike, score: ArrayLike) -> float:

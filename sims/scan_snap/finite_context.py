@@ -22,10 +22,10 @@ from matplotlib.figure import Figure
 from dynamics import scan_snap
 from dynamics.flow import Trajectory
 from dynamics.scan_snap import Weights
-from models.attention import ScanSnapAttention, observe_weights
-from models.data.tokens import population_contexts, sample_contexts, sample_long_contexts, synthetic_classes
+from models.attention import ScanSnapAttention, observe_weights, population_loss
+from models.data.tokens import sample_contexts, sample_long_contexts, synthetic_classes
 from models.functional import as_function
-from models.losses import bind, cross_entropy, on_batches
+from models.losses import cross_entropy, on_batches
 from models.training import Descent, train
 from sims import plotting
 from sims.claims import Claim, Preset, at_most, every, slope, stated
@@ -144,8 +144,7 @@ def run(config: Config, context: Context) -> dict:
 
     context.progress("training at every learning rate", 0.3)
     classes = synthetic_classes(2)
-    predict, params = as_function(ScanSnapAttention.zeros(classes.vocab_size))
-    loss = bind(cross_entropy, (predict, *population_contexts(classes)))
+    loss, params = population_loss(classes)
     _, at_rates = config.descent.train(loss, params, observe=observe_weights)
 
     context.progress("training on contexts of every length", 0.5)

@@ -21,11 +21,11 @@ from matplotlib.figure import Figure
 
 from dynamics import scan_snap
 from dynamics.flow import Trajectory
-from models.attention import ScanSnapAttention
+from models.attention import ScanSnapAttention, population_loss
 from models.data.recorded import FIGURE_4_EVERY, FIGURE_4_LOSSES
-from models.data.tokens import population_contexts, sample_contexts, synthetic_classes
+from models.data.tokens import sample_contexts, synthetic_classes
 from models.functional import as_function
-from models.losses import bind, cross_entropy, on_batches
+from models.losses import cross_entropy, on_batches
 from models.training import train
 from sims import plotting
 from sims.claims import ROUNDING, Claim, Preset, at_least, at_most, equals, every, qualified, stated
@@ -101,12 +101,11 @@ def _train_sampled(key: jax.Array, config: Config) -> tuple[jax.Array, Trajector
 @partial(jax.jit, static_argnames="config")
 def _train_small_steps(config: Config) -> Trajectory:
     """Attention logits of a network on infinitely long contexts."""
-    classes = synthetic_classes(2)
-    predict, params = as_function(ScanSnapAttention.zeros(classes.vocab_size))
+    loss, params = population_loss(synthetic_classes(2))
     steps = config.points * config.substeps
     rate = config.horizon / steps
     _, path = train(
-        bind(cross_entropy, (predict, *population_contexts(classes))),
+        loss,
         params,
         optax.sgd(rate),
         steps=steps,

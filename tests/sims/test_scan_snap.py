@@ -6,11 +6,9 @@ import pytest
 
 from dynamics import scan_snap
 from dynamics.flow import Trajectory
-from models.attention import ScanSnapAttention, observe_weights
+from models.attention import observe_weights, population_loss
 from models.data.recorded import FIGURE_4_LOSSES, figure_6
-from models.data.tokens import population_contexts, synthetic_classes
-from models.functional import as_function
-from models.losses import bind, cross_entropy
+from models.data.tokens import synthetic_classes
 from models.training import scale_by_name, train_at_rates
 from sims.compare import convergence_order, lane_gaps
 from sims.ranges import check_ranges
@@ -26,9 +24,9 @@ def test_network_approaches_the_flow_at_first_order_and_a_wrong_factor_does_not(
     factor_Y, factor_Z, converges
 ):
     classes = synthetic_classes(1, 2, num_common=1, num_distinct=1)
-    predict, params = as_function(ScanSnapAttention.zeros(classes.vocab_size))
+    loss, params = population_loss(classes)
     rates, trained = train_at_rates(
-        bind(cross_entropy, (predict, *population_contexts(classes))),
+        loss,
         params,
         (10, 30, 100, 300, 1000),
         horizon=20.0,
