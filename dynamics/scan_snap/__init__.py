@@ -15,6 +15,7 @@ from dynamics.scan_snap.closed_forms import crossover_time as crossover_time
 from dynamics.scan_snap.closed_forms import decoder_margin as decoder_margin
 from dynamics.scan_snap.closed_forms import log_relative_gain as log_relative_gain
 from dynamics.scan_snap.closed_forms import log_relative_gain_closed_form as log_relative_gain_closed_form
+from dynamics.scan_snap.flows import FLOWS as FLOWS
 from dynamics.scan_snap.flows import Weights as Weights
 from dynamics.scan_snap.flows import attended_features as attended_features
 from dynamics.scan_snap.flows import class_overlap as class_overlap
@@ -26,3 +27,6 @@ from dynamics.scan_snap.flows import population_flow as population_flow
 from dynamics.scan_snap.flows import row_sums as row_sums
 from dynamics.scan_snap.flows import weak_correlation_flow as weak_correlation_flow
 from dynamics.scan_snap.flows import weak_growth_rate as weak_growth_rate
+from dynamics.scan_snap.measures import attention_error as attention_error
+from dynamics.scan_snap.measures import growth_along as growth_along
+from dynamics.scan_snap.measures import rank_correlation as rank_correlation

@@ -432,3 +432,7 @@ def _guard(start: Any, rates: tuple, classes: SequenceClasses) -> Any:
         return start
     good = (rates[0] >= 0) & (rates[1] >= 0) & classes.are_valid()
     return jax.tree.map(lambda leaf: jnp.where(good, leaf, jnp.nan), start)
+
+
+# The full flow and its reductions by the names under which they are compared.
+FLOWS = {"full": population_flow, "fast": fast_decoder_flow, "weak": weak_correlation_flow}

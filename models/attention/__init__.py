@@ -23,3 +23,4 @@ from models.attention.prompt import log_mean_ratio as log_mean_ratio
 from models.attention.prompt import prompt_attention as prompt_attention
 from models.attention.scan_snap import ScanSnapAttention as ScanSnapAttention
 from models.attention.scan_snap import observe_weights as observe_weights
+from models.attention.scan_snap import population_loss as population_loss

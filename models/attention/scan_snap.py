@@ -7,12 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.tree_util import Partial
 from jaxtyping import Array, PyTree
 
 from dynamics.arguments import require_shapes
 from dynamics.flow import ArrayLike, as_inexact
-from dynamics.scan_snap import Weights, require_tokens
-from models.data.tokens import Contexts, require_sequences
+from dynamics.scan_snap import SequenceClasses, Weights, require_tokens
+from models.data.tokens import Contexts, population_contexts, require_sequences
+from models.functional import as_function
+from models.losses import bind, cross_entropy
 
 
 class ScanSnapAttention(nnx.Module):
@@ -106,3 +109,15 @@ class ScanSnapAttention(nnx.Module):
 def observe_weights(params: PyTree) -> Weights:
     """The trained parameters of a `ScanSnapAttention` in the theory's coordinates, for `observe`."""
     return Weights(params["Y"][...], params["Z"][...])
+
+
+def population_loss(classes: SequenceClasses) -> tuple[Partial, PyTree]:
+    """The loss on infinitely long contexts as a function of the parameters, and the zero parameters.
+
+    Example:
+        >>> loss, params = population_loss(SequenceClasses([[0.5, 0.5]], query=[0], next_token=[1]))
+        >>> round(float(loss(params)), 6)  # ln 2
+        0.693147
+    """
+    predict, params = as_function(ScanSnapAttention.zeros(classes.vocab_size))
+    return bind(cross_entropy, (predict, *population_contexts(classes))), params

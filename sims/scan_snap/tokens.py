@@ -7,9 +7,10 @@ where the two must agree.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -17,56 +18,58 @@ import numpy as np
 import optax
 from jax.tree_util import Partial
 from matplotlib.figure import Figure
-from scipy.stats import spearmanr
 
 from dynamics import scan_snap
 from dynamics.flow import Trajectory
-from dynamics.scan_snap import Weights
-from models.attention import ScanSnapAttention, observe_weights
+from models.attention import ScanSnapAttention, population_loss
 from models.data.recorded import FIGURE_4_EVERY, FIGURE_4_LOSSES
-from models.data.tokens import population_contexts, sample_contexts, synthetic_classes
+from models.data.tokens import sample_contexts, synthetic_classes
 from models.functional import as_function
-from models.losses import bind, cross_entropy, on_batches
-from models.training import train, train_at_rates
+from models.losses import cross_entropy, on_batches
+from models.training import train
 from sims import plotting
-from sims.claims import Check, Claim, Preset, all_of
-from sims.compare import compare, lane
-from sims.results import Context, Result, Saved
+from sims.claims import ROUNDING, Claim, Preset, at_least, at_most, equals, every, qualified, stated
+from sims.compare import require_ok
+from sims.ranges import Count, Positive, Range
+from sims.results import Context, Saved
 
 COMMON, DISTINCT = 10, 10
 ROWS = (0, 2, 4, 6, 8, 10)  # iterations of the source's figure, before the last one
+ORDER_TIMES = (1.0, 20.0, 140.0)
 
 
 @dataclass(frozen=True)
 class Config:
     """Training; the classes are those of the source's Figure 4."""
 
-    seeds: int = 8
+    seeds: Annotated[int, Range(at_least=2)] = 8
     """Runs with their own samples."""
-    length: int = 128
+    length: Annotated[int, Range(at_least=2)] = 128
     """Tokens per sequence T, the last token included."""
-    batch: int = 128
+    batch: Count = 128
     """Sequences per step."""
-    steps: int = 100
+    steps: Annotated[int, Range(at_least=12)] = 100
     """Steps of training."""
-    learning_rate: float = 1.0
+    learning_rate: Positive = 1.0
     """Learning rate of decoder and attention."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Range(at_least=0, below=1)] = 0.9
     """Momentum of gradient descent (heavy ball)."""
-    horizon: float = 140.0
+    horizon: Positive = 140.0
     """Time at which the run with small steps ends."""
-    points: int = 70
+    points: Count = 70
     """Records along the run with small steps."""
-    substeps: int = 20
+    substeps: Count = 20
     """Small steps between two records: the learning rate is horizon / (points * substeps)."""
 
-    def __post_init__(self):
-        if self.seeds < 2:
-            raise ValueError(f"seeds must be at least 2, got {self.seeds}")
-        if self.steps < 12:
-            raise ValueError(f"steps must be at least 12, got {self.steps}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+    @property
+    def time_step(self) -> float:
+        """Time that a step with momentum stands for."""
+        return self.learning_rate / (1 - self.momentum)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The iterations at which attention is shown."""
+        return np.array([*ROWS, self.steps])
 
 
 PRESETS: dict[Preset, Config] = {
@@ -78,259 +81,211 @@ PRESETS: dict[Preset, Config] = {
 
 @partial(jax.jit, static_argnames="config")
 def _train_sampled(key: jax.Array, config: Config) -> tuple[jax.Array, Trajectory]:
-    """Loss of each batch before its step, (seed, steps), and the weights at every step."""
+    """Loss of each batch before its step, (seed, steps), and attention logits at the shown steps."""
     classes = synthetic_classes(2)
     predict, params = as_function(ScanSnapAttention.zeros(classes.vocab_size))
     loss = on_batches(cross_entropy, predict)
     batches = Partial(partial(sample_contexts, length=config.length, batch=config.batch), classes=classes)
-    optimizer = optax.sgd(config.learning_rate, momentum=config.momentum)
-    time_step = config.learning_rate / (1 - config.momentum)
+    heavy_ball = optax.sgd(config.learning_rate, momentum=config.momentum)
 
     def one(key):
-        _, path = train(
-            loss, params, optimizer, steps=config.steps, batches=batches, key=key, time_step=time_step
-        )
+        _, path = train(loss, params, heavy_ball, steps=config.steps, batches=batches, key=key)
         before = jax.tree.map(lambda leaf: leaf[:-1], path.ys)
         drawn = jax.vmap(lambda step: batches(jax.random.fold_in(key, step)))(jnp.arange(config.steps))
-        return jax.vmap(loss)(before, drawn), Trajectory(path.ts, observe_weights(path.ys), path.ok)
+        shown = Trajectory(config.rows * config.time_step, path.ys["Z"][...][config.rows], path.ok)
+        return jax.vmap(loss)(before, drawn), shown
 
     return jax.vmap(one)(jax.random.split(key, config.seeds))
 
 
-def run(config: Config, context: Context) -> Result:
+@partial(jax.jit, static_argnames="config")
+def _train_small_steps(config: Config) -> Trajectory:
+    """Attention logits of a network on infinitely long contexts."""
+    loss, params = population_loss(synthetic_classes(2))
+    steps = config.points * config.substeps
+    rate = config.horizon / steps
+    _, path = train(
+        loss,
+        params,
+        optax.sgd(rate),
+        steps=steps,
+        observe=lambda params: params["Z"][...],
+        every=config.substeps,
+        time_step=rate,
+    )
+    return path
+
+
+@jax.jit
+def _attention(Z: jax.Array) -> jax.Array:
+    """Attention over the tokens of each class, (..., K, M), for logits (..., M, M)."""
+    share = partial(scan_snap.context_distribution, classes=synthetic_classes(2))
+    return jnp.vectorize(share, signature="(m,m)->(k,m)")(Z)
+
+
+def _order(Z: np.ndarray, classes: scan_snap.SequenceClasses) -> np.ndarray:
+    """Smallest rank correlation of z with P over the distinct tokens of a class, for each of many Z."""
+    scores = np.where(scan_snap.distinct_tokens(classes), classes.P, np.nan)
+    by_class = [[scan_snap.rank_correlation(*pair) for pair in zip(z, scores, strict=True)] for z in Z]
+    return np.min(by_class, axis=1)
+
+
+def run(config: Config, context: Context) -> dict:
     """Train on samples and with small steps, and integrate the flow and its reduction at the same times."""
     classes = synthetic_classes(2)
-    predict, params = as_function(ScanSnapAttention.zeros(classes.vocab_size))
-
+    query = np.asarray(classes.query)
     context.progress("training on sampled sequences", 0.0)
-    losses, sampled = jax.tree.map(np.asarray, _train_sampled(jax.random.key(context.seed), config))
-
+    losses, sampled = jax.device_get(_train_sampled(jax.random.key(context.seed), config))
     context.progress("training with small steps", 0.4)
-    rates, small = train_at_rates(
-        bind(cross_entropy, (predict, *population_contexts(classes))),
-        params,
-        (config.substeps,),
-        horizon=config.horizon,
-        points=config.points,
-        observe=observe_weights,
-    )
-    small = lane(small, 0)
+    small = jax.device_get(_train_small_steps(config))
+    require_ok("training", sampled, small)
 
     context.progress("integrating the flows", 0.7)
-    # One solve of each flow serves the large steps, the small ones, and the times of the claims.
-    times = (sampled.ts[0], small.ts, np.array([1.0, 20.0, 140.0]))
-    marks = np.unique(np.concatenate(times))
-    at_large, at_small, at_claims = (np.searchsorted(marks, ts) for ts in times)
+    # One solve of each flow serves the large steps, the small ones, and the times of the order.
+    times = {"large": sampled.ts[0], "small": small.ts, "order": np.array(ORDER_TIMES)}
+    marks = np.unique(np.concatenate([*times.values()]))
+    at = {name: np.searchsorted(marks, ts) for name, ts in times.items()}
     flow, reduced = (
-        jax.tree.map(np.asarray, solve(classes, marks, learning_rate_Y=1.0, learning_rate_Z=1.0))
+        np.asarray(solve(classes, marks, learning_rate_Y=1.0, learning_rate_Z=1.0).ys.Z)
         for solve in (scan_snap.population_flow, scan_snap.fast_decoder_flow)
     )
+    trained, along_flow = jax.device_get((_attention(sampled.ys), _attention(flow[at["large"]])))
+    trained = trained.mean(axis=0)
 
-    @jax.jit
-    def attention(sampled, flow):
-        share = jax.vmap(lambda Z: scan_snap.context_distribution(Z, classes))
-        return jax.vmap(share)(sampled), share(flow)
-
-    c_sampled, c_flow = jax.tree.map(np.asarray, attention(sampled.ys.Z, flow.ys.Z[at_large]))
-    tokens = _context_tokens(classes)
-    data = {
-        "losses": losses,
-        "c": {
-            "trained": c_sampled.mean(axis=0)[..., : COMMON + 2 * DISTINCT],
-            "flow": c_flow[..., : COMMON + 2 * DISTINCT],
+    # Of the first class, distinct tokens from the likeliest on, and a common one.
+    tokens = np.array([*range(COMMON + DISTINCT - 1, COMMON - 1, -3), 0])
+    z = {"trained": small.ys, "flow": flow[at["small"]], "reduced": reduced[at["small"]]}
+    return {
+        "time": ("time", small.ts),
+        "row": ("row", config.rows),
+        "order_time": ("order_time", times["order"]),
+        "loss": ("seed step", losses),
+        "common": ("row", trained[..., :COMMON].sum(axis=-1).mean(axis=-1)),
+        "attention": {
+            name: ("row token", c[:, 0, : COMMON + DISTINCT])
+            for name, c in (("trained", trained), ("flow", along_flow))
         },
-        "common": {"trained": _common(c_sampled), "flow": _common(c_flow)},
-        "small": {"ts": small.ts, "z": _logits(small, tokens)},
-        "flow": {"z": _logits(_at(flow, at_small), tokens), "ts": small.ts},
-        "reduced": {"z": _logits(_at(reduced, at_small), tokens), "ts": small.ts},
-        "rate": np.asarray(rates)[0],
+        "order": {
+            "flow": ("order_time", _order(flow[at["order"]][:, query], classes)),
+            "trained": ("seed", _order(sampled.ys[:, -1, query], classes)),
+        },
+        "error": {
+            "small": scan_snap.attention_error(small.ys[-1], flow[at["small"]][-1]),
+            "large": scan_snap.attention_error(sampled.ys[:, -1].mean(axis=0), flow[at["large"]][-1]),
+        },
+        "P": ("drawn_token", np.asarray(classes.P)[0, tokens]),
+        "z": ("time drawn_token", {name: Z[:, query[0], tokens] for name, Z in z.items()}),
     }
-    claims = (
-        _losses(losses, config),
-        _common_mass(data["common"]),
-        _winners(flow.ys.Z[at_claims], sampled.ys.Z[:, -1], classes),
-        _small_steps(small, _at(flow, at_small), sampled, _at(flow, at_large)),
-    )
-    dims = {
-        "losses": ("seed", "step"),
-        "common/trained": ("seed", "time"),
-        "c/trained": ("time", "class", "token"),
-        "c/flow": ("time", "class", "token"),
-        "small/z": ("small_time", "class", "context_token"),
-    }
-    return Result(data, claims, dims)
 
 
-def _at(path: Trajectory, index: np.ndarray) -> Trajectory:
-    return Trajectory(path.ts[index], jax.tree.map(lambda leaf: leaf[index], path.ys), path.ok)
-
-
-def _context_tokens(classes: scan_snap.SequenceClasses) -> np.ndarray:
-    """Tokens that occur in each class, common ones first: (K, COMMON + DISTINCT)."""
-    return np.stack([np.flatnonzero(row) for row in np.asarray(classes.P)])
-
-
-def _logits(path: Trajectory, tokens: np.ndarray) -> np.ndarray:
-    """Attention logits of the tokens that occur, (T, K, COMMON + DISTINCT); queries go after the tokens."""
-    queries = COMMON + 2 * DISTINCT + np.arange(2)[:, None]
-    return path.ys.Z[:, queries, tokens]
-
-
-def _common(c: np.ndarray) -> np.ndarray:
-    """Attention on the common tokens, mean over the classes."""
-    return np.mean(np.sum(c[..., :COMMON], axis=-1), axis=-1)
-
-
-def _losses(losses: np.ndarray, config: Config) -> Claim:
-    recorded = np.asarray(FIGURE_4_LOSSES)[: -(-config.steps // FIGURE_4_EVERY)]
+def _losses(losses: np.ndarray) -> Claim:
+    recorded = np.array(FIGURE_4_LOSSES)[: -(-losses.shape[1] // FIGURE_4_EVERY)]
     # Losses of a batch are skewed, and the record is of one run: geometric means over the seeds.
-    ratio = np.exp(np.mean(np.log(losses[:, ::FIGURE_4_EVERY][:, : len(recorded)]), axis=0)) / recorded
+    ratio = np.log(losses[:, ::FIGURE_4_EVERY][:, : len(recorded)]).mean(axis=0) - np.log(recorded)
     iterations = FIGURE_4_EVERY * np.arange(len(recorded))
-    early, late = np.abs(ratio[iterations <= 10] - 1), np.log(ratio[iterations > 10])
-    near = np.abs(late) < np.log(1.3)
-    return Claim(
-        "scan_snap.tokens/losses",
+    early, late = np.abs(np.expm1(ratio[iterations <= 10])), ratio[iterations > 10]
+    near, mean = np.abs(late) < np.log(1.3), np.exp(late.mean())
+    return stated(
+        "losses",
         "The recorded losses of 100 steps with momentum, from ln 34 down by five orders of magnitude",
         "luckmatters, figure_4.log (tian2023scan, Figure 4)",
-        "stated",
-        [
-            Check(
-                "loss before the first step over ln 34",
-                "equals",
-                1.0,
-                float(losses[0, 0]) / np.log(34),
-                1e-12,
-            ),
-            # Batches of 128: the recorded run's own deviation grows to 6 % at iteration 10.
-            Check("largest relative difference to iteration 10", "at most", 0.1, early.max()),
-            # A late loss is a rare event's: single runs, as the recorded one, deviate by 20 to 25 %.
-            all_of("later records within a factor 1.3", near, 0.25 * near.size),
-            # That averages out over 44 records.
-            Check("geometric mean of trained / recorded after that", "equals", 1.0, np.exp(late.mean()), 0.1),
-        ],
+        equals("loss before the first step over ln 34", losses[0, 0] / np.log(34), 1.0, 1e-12, why=ROUNDING),
+        at_most(
+            "largest relative difference to iteration 10", early.max(), 0.1, why="6 % in the recorded run"
+        ),
+        # A late loss is a rare event's: single runs, as the recorded one, deviate by 20 to 25 %.
+        every(
+            "later records within a factor 1.3",
+            near,
+            0.25 * near.size,
+            why="rare events: a run is off by 25 %",
+        ),
+        equals("geometric mean of trained / recorded after that", mean, 1.0, 0.1, why="25 % over 44 records"),
     )
 
 
-def _common_mass(common: dict[str, np.ndarray]) -> Claim:
-    mass = np.mean(common["trained"], axis=0)
-    return Claim(
-        "scan_snap.tokens/common-mass",
+def claims(config: Config, saved: Saved) -> Iterator[Claim]:
+    """Losses, the fate of common and distinct tokens, and the flow beside small and large steps."""
+    yield _losses(saved["loss"])
+    mass = dict(zip(saved["row"].tolist(), saved["common"], strict=True))
+    golden = "golden numbers of an earlier implementation,"
+    yield stated(
+        "common-mass",
         "Common tokens are suppressed: attention on them falls from 0.645, though not to zero",
         "tian2023scan, Theorem 2 and Figure 4",
-        "stated",
-        [
-            Check("attention on common tokens at the start", "equals", 10 / 15.5, mass[0], 1e-12),
-            # From three runs of another implementation: 0.55 to 0.58, and 0.35 to 0.40.
-            Check("after 10 steps", "equals", 0.55, mass[10], 0.05),
-            Check("after all steps", "equals", 0.375, mass[-1], 0.075),
-        ],
+        equals("attention on common tokens at the start", mass[0], 10 / 15.5, 1e-12, why=ROUNDING),
+        equals("after 10 steps", mass[10], 0.55, 0.05, why=f"{golden} 0.55 to 0.58"),
+        equals("after all steps", mass[config.steps], 0.375, 0.075, why=f"{golden} 0.35 to 0.40"),
     )
-
-
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rank correlation."""
-    result: Any = spearmanr(x, y)
-    return float(result.statistic)
-
-
-def _winners(flow_Z: np.ndarray, trained_Z: np.ndarray, classes: scan_snap.SequenceClasses) -> Claim:
-    def order(Z):
-        """Smallest rank correlation of z with P over the distinct tokens of a class, for each of many Z."""
-        distinct = np.asarray(scan_snap.distinct_tokens(classes))
-        P, query = np.asarray(classes.P), np.asarray(classes.query)
-        return np.array(
-            [min(rank_correlation(z[query[n], row], P[n, row]) for n, row in enumerate(distinct)) for z in Z]
-        )
-
-    in_flow, trained = order(flow_Z), order(trained_Z)
-    return Claim(
-        "scan_snap.tokens/winners",
+    order = {"flow": saved["order/flow"].min(), "trained": saved["order/trained"].mean()}
+    yield stated(
+        "winners",
         "Among the distinct tokens, attention grows faster for those with the larger P(l | m, n)",
         "tian2023scan, Theorem 3 (winners emerge)",
-        "stated",
-        [
-            # An order is exact or it is not.
-            Check(
-                "flow: rank correlation of z with P at t = 1, 20, 140", "at least", 1.0, in_flow.min(), 1e-9
-            ),
-            # The rarest tokens occur once per sequence: their order may be noise.
-            Check("trained: rank correlation, mean over the seeds", "at least", 0.9, trained.mean()),
-        ],
+        at_least(
+            "flow: rank correlation of z with P at t = 1, 20, 140",
+            order["flow"],
+            1.0,
+            1e-9,
+            why="an order is exact or it is not",
+        ),
+        at_least(
+            "trained: rank correlation, mean over the seeds",
+            order["trained"],
+            0.9,
+            why="the rarest tokens, once per sequence, may be noise",
+        ),
     )
-
-
-def _small_steps(small: Trajectory, flow: Trajectory, sampled: Trajectory, flow_large: Trajectory) -> Claim:
-    def error(theory, trained):
-        Z = (Trajectory(path.ts, path.ys.Z, path.ok) for path in (theory, trained))
-        return float(compare(*Z).relative_l2[-1])
-
-    mean = Trajectory(
-        sampled.ts[0], Weights(sampled.ys.Y.mean(axis=0), sampled.ys.Z.mean(axis=0)), np.all(sampled.ok)
-    )
-    return Claim(
-        "scan_snap.tokens/small-steps",
+    small, large = saved["error/small"], saved["error/large"]
+    first, overshoots = "first order in the rate, at most 0.1", "momentum overshoots within its ten steps"
+    yield qualified(
+        "small-steps",
         "The population flow is what training does to attention",
         "tian2023scan, Lemma 2",
-        "qualified",
-        [
-            # Of first order in the learning rate, which is 0.1 at most.
-            Check("relative L2 error of Z at the end, small steps", "at most", 0.01, error(flow, small)),
-            # The heavy ball overshoots while the decoder learns within its memory of ten steps.
-            Check("the same at the figure's own steps", "at least", 0.1, error(flow_large, mean)),
-        ],
         condition="steps are small and contexts long; with the figure's own steps attention moves further",
+        inside=[at_most("relative L2 error of Z at the end, small steps", small, 0.01, why=first)],
+        outside=[at_least("the same at the figure's own steps", large, 0.1, why=overshoots)],
     )
 
 
-def figure(saved: Saved) -> Figure:
+def figure(config: Config, saved: Saved) -> Figure:
     """Attention over tokens as in Figure 4, trained and theory; losses; logits under small steps."""
     drawn, axes = plotting.new_figure(2, 2, width=5.0, height=3.6)
-    (trained, theory), (loss, logits) = axes
-    config = saved.config
-    rows = [row for row in ROWS if row < config["steps"]] + [config["steps"]]
-    shown = COMMON + DISTINCT
-    top = max(saved[f"c/{name}"][rows, 0, :shown].max() for name in ("trained", "flow"))
-    image = None
-    for ax, name, title in (
-        (trained, "trained", "trained, mean over seeds"),
-        (theory, "flow", "population flow"),
-    ):
-        image = ax.imshow(
-            saved[f"c/{name}"][rows, 0, :shown], aspect="auto", cmap="viridis", vmin=0, vmax=top
-        )
+    loss, logits = axes[1]
+    rows, attention = saved["row"], saved["attention"]
+    top, image = max(c.max() for c in attention.values()), None
+    titles = {"trained": "trained, mean over seeds", "flow": "population flow"}
+    for ax, (name, title) in zip(axes[0], titles.items(), strict=True):
+        image = ax.imshow(attention[name], aspect="auto", cmap="viridis", vmin=0, vmax=top)
         ax.axvline(COMMON - 0.5, color="white", linestyle="--", linewidth=1)
         ax.set_xticks([(COMMON - 1) / 2, COMMON + (DISTINCT - 1) / 2], ["common tokens", "distinct tokens"])
         ax.set_yticks(range(len(rows)), [f"step {row}" for row in rows[:-1]] + [f"last: {rows[-1]}"])
         ax.tick_params(length=0)
         ax.grid(visible=False)
-        ax.set_title(f"Attention in one class: {title}")
+        ax.set(title=f"Attention in one class: {title}", xlabel="token", ylabel="training")
     drawn.colorbar(image, ax=axes[0].tolist(), label="attention on the token", fraction=0.04, pad=0.02)
 
-    steps = np.arange(config["steps"])
-    low, high = np.quantile(saved["losses"], [0.1, 0.9], axis=0)
+    steps, losses = np.arange(config.steps), saved["loss"]
+    low, high = np.quantile(losses, [0.1, 0.9], axis=0)
     loss.fill_between(steps, low, high, color="C0", alpha=0.3, linewidth=0, label="80 % of the runs")
-    loss.plot(
-        steps, np.exp(np.log(saved["losses"]).mean(axis=0)), color="C0", label="trained", **plotting.TRAINED
-    )
-    recorded = np.asarray(FIGURE_4_LOSSES)
-    iterations = FIGURE_4_EVERY * np.arange(len(recorded))
-    loss.plot(iterations, recorded, "o", ms=3, mfc="white", color="black", label="recorded, one run")
+    mean = np.exp(np.log(losses).mean(axis=0))
+    loss.plot(steps, mean, color="C0", label="trained", **plotting.TRAINED)
+    iterations = FIGURE_4_EVERY * np.arange(len(FIGURE_4_LOSSES))
+    loss.plot(iterations, FIGURE_4_LOSSES, "o", ms=3, mfc="white", color="black", label="recorded, one run")
     loss.set(yscale="log", xlabel="step", ylabel="cross-entropy of a batch [nats]")
     loss.set_title("Loss at the figure's own steps")
     loss.legend()
 
-    ts = saved["small/ts"]
-    tokens = [*range(shown - 1, COMMON - 1, -3), 0]
-    names = [f"distinct, P = {p:.3f}" for p in np.linspace(1, 0.1, DISTINCT)[::3] / 15.5] + [
-        "common, P = 0.065"
-    ]
-    z, flow = saved["small/z"][:, 0, tokens], saved["flow/z"][:, 0, tokens]
-    plotting.theory_and_trained(logits, ts, flow, z, names)
-    logits.plot(ts, saved["reduced/z"][:, 0, tokens], **plotting.PRINTED)
+    *distinct, common = saved["P"]
+    labels = [f"distinct, P = {p:.3f}" for p in distinct] + [f"common, P = {common:.3f}"]
+    ts, z = saved["time"], saved["z"]
+    plotting.theory_and_trained(logits, ts, z["flow"], z["trained"], labels)
+    logits.plot(ts, z["reduced"], **plotting.PRINTED)
     logits.plot([], [], label="fast decoder", **plotting.PRINTED)
-    logits.lines[len(tokens)].set_label("population flow")
+    logits.lines[len(labels)].set_label("population flow")
+    rate = config.horizon / (config.points * config.substeps)
     logits.set(xlabel="time = learning rate × step", ylabel="attention logit z")
-    logits.set_title(f"Logits with small steps ({saved['rate']:.2g})")
+    logits.set_title(f"Logits with small steps ({rate:.2g})")
     logits.set_ylim(top=logits.get_ylim()[1] * 1.5)
     logits.legend(loc="upper left", fontsize=7, ncols=2)
     return drawn
