@@ -164,8 +164,8 @@ def raw_flow(
         atol: absolute tolerance; it must be far below the start.
         max_steps: the most steps the solver may take.
         throw: raise when the solve fails; with False it is `ok=False`.
-            adjoint: how the solve is differentiated, as for `dynamics.flow.integrate`.
-    
+        adjoint: how the solve is differentiated, as for `dynamics.flow.integrate`.
+
     Returns:
         A `Trajectory` whose `ys` are `Products`, (T, p) each.
 
@@ -239,8 +239,8 @@ def log_flow(
         atol: absolute tolerance; 1e-9 where None, 1e-6 in 32-bit.
         max_steps: the most steps the solver may take.
         throw: raise when the solve fails; with False it is `ok=False`, per lane under `vmap`.
-            adjoint: how the solve is differentiated, as for `dynamics.flow.integrate`.
-    
+        adjoint: how the solve is differentiated, as for `dynamics.flow.integrate`.
+
     Returns:
         A `Trajectory` with `ts` = taus whose `ys` are `LogProducts`, (T, p) each.
 
