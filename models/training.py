@@ -379,8 +379,8 @@ class Descent:
     """Steps between two records, one per learning rate: the rate is horizon / (points * substeps)."""
 
     def __post_init__(self):
-        if len(self.substeps) == 0 or min(self.substeps) < 1:
-            raise ValueError(f"substeps must be positive integers, at least one, got {self.substeps}")
+        if len(self.substeps) < 2 or min(self.substeps) < 1:
+            raise ValueError(f"substeps must be positive integers, at least two, got {self.substeps}")
         if self.points < 1:
             raise ValueError(f"points must be a positive integer, got {self.points}")
         if not 0 < self.horizon < np.inf:
@@ -448,23 +448,3 @@ def _train_lanes(loss, params, counts, rates, points, observe, precondition):
         return Trajectory(ts, ys, all_finite(ys) & all_finite(last))
 
     return jax.vmap(lane)(counts, rates)
-
-
-def train_at_rates(
-    loss: Callable[..., Array],
-    params: PyTree,
-    substeps: tuple[int, ...],
-    *,
-    horizon: float,
-    points: int,
-    observe: Observe | None = None,
-    precondition: optax.GradientTransformation | None = None,
-) -> tuple[Array, Trajectory]:
-    """`Descent(horizon, points, substeps).train(loss, params, observe, precondition)`.
-
-    Example:
-        >>> rates, path = train_at_rates(lambda p: p**2, jnp.array(1.0), (1, 10), horizon=1.0, points=5)
-        >>> path.ys.shape
-        (2, 6)
-    """
-    return Descent(horizon, points, substeps).train(loss, params, observe, precondition)

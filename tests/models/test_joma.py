@@ -12,7 +12,7 @@ from dynamics.flow import gradient_flow, integrate
 from models.attention import JomaBlock, JomaInputs, joma_observer
 from models.functional import as_function
 from models.losses import bind, cross_entropy, upstream_product
-from models.training import scale_by_name, train, train_at_rates
+from models.training import Descent, scale_by_name, train
 from sims.compare import convergence_order
 
 KEY = jax.random.key(0)
@@ -68,12 +68,9 @@ def test_drift_of_the_invariant_is_of_first_order_in_the_learning_rate(kind):
     inputs = JomaInputs(inputs.x, jnp.zeros_like(inputs.query))
     predict, params = as_function(block)
     rate_w, rate_z = 1.0, 0.3
-    rates, path = train_at_rates(
+    rates, path = Descent(horizon=4.0, points=1, substeps=(10, 30, 100)).train(
         bind(cross_entropy, (predict, inputs, labels)),
         params,
-        (10, 30, 100),
-        horizon=4.0,
-        points=1,
         observe=joma_observer(block),
         precondition=scale_by_name(W=rate_w, z=rate_z, head=1.0),
     )

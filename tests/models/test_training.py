@@ -13,7 +13,6 @@ from models.training import (
     record_steps,
     sgd_until,
     train,
-    train_at_rates,
     train_in_chunks,
 )
 from sims.compare import convergence_order
@@ -290,8 +289,8 @@ def test_a_diverging_rate_fails_alone():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"substeps": ()}, r"^substeps must be positive integers, at least one, got \(\)$"),
-        ({"substeps": (0, 4)}, r"^substeps must be positive integers, at least one, got \(0, 4\)$"),
+        ({"substeps": ()}, r"^substeps must be positive integers, at least two, got \(\)$"),
+        ({"substeps": (0, 4)}, r"^substeps must be positive integers, at least two, got \(0, 4\)$"),
         ({"points": 0}, r"^points must be a positive integer, got 0$"),
         ({"horizon": -1.0}, r"^horizon must be positive and finite, got -1\.0$"),
         ({"horizon": np.inf}, r"^horizon must be positive and finite, got inf$"),
@@ -339,7 +338,7 @@ def test_memory_is_that_of_the_records_whatever_the_steps():
 def test_a_descent_is_a_static_argument():
     run = jax.jit(lambda y0, descent: descent.train(quadratic, y0), static_argnums=1)
     rates, path = run(jnp.ones(2), Descent(2.0, 4, (1, 2)))
-    again, same = train_at_rates(quadratic, np.ones(2), (1, 2), horizon=2.0, points=4)
+    again, same = Descent(2.0, 4, (1, 2)).train(quadratic, np.ones(2))
     assert_trees_equal((rates, path.ts), (again, same.ts))
     np.testing.assert_allclose(path.ys, same.ys, rtol=1e-14)
 

@@ -9,7 +9,7 @@ from dynamics.flow import Trajectory
 from models.attention import observe_weights, population_loss
 from models.data.recorded import FIGURE_4_LOSSES, figure_6
 from models.data.tokens import synthetic_classes
-from models.training import scale_by_name, train_at_rates
+from models.training import Descent, scale_by_name
 from sims.compare import convergence_order, lane_gaps
 from sims.ranges import check_ranges
 from sims.results import Context
@@ -25,15 +25,8 @@ def test_network_approaches_the_flow_at_first_order_and_a_wrong_factor_does_not(
 ):
     classes = synthetic_classes(1, 2, num_common=1, num_distinct=1)
     loss, params = population_loss(classes)
-    rates, trained = train_at_rates(
-        loss,
-        params,
-        (10, 30, 100, 300, 1000),
-        horizon=20.0,
-        points=4,
-        observe=observe_weights,
-        precondition=scale_by_name(Y=1.0, Z=2.0),
-    )
+    descent = Descent(horizon=20.0, points=4, substeps=(10, 30, 100, 300, 1000))
+    rates, trained = descent.train(loss, params, observe_weights, scale_by_name(Y=1.0, Z=2.0))
     theory = scan_snap.population_flow(
         classes, trained.ts[0], learning_rate_Y=factor_Y, learning_rate_Z=2.0 * factor_Z
     )
