@@ -190,16 +190,18 @@ def _backend() -> str:
 
 def _work(name: str, options: Options) -> Saved:
     try:
-        return _execute_one(name, options, None, _console())
+        return _execute_one(name, options, None, _console(options.format))
     except Exception as error:  # those of compiled programs cannot be sent to another process
         if os.environ.get("DYNASCOPE_TRACEBACK"):
             traceback.print_exc()
         raise RuntimeError(f"{name}: {_first_line(error)}") from None
 
 
-def _console() -> Console:
+def _console(form: str = "table") -> Console:
+    # Claims as JSON have the standard output to themselves.
+    stream = sys.stderr if form == "json" else sys.stdout
     # A file has no width: room for the statements of the claims.
-    return Console(width=None if sys.stdout.isatty() else 120)
+    return Console(file=stream, width=None if stream.isatty() else 120)
 
 
 def claims_table(done: Sequence[Saved]) -> Table:
@@ -314,10 +316,9 @@ def _run(command: str, names: list[str], options: Options, config: Any) -> int:
     out = options.out
     if out is None and command == "run":
         out = Path("figures") / options.preset
-    as_json = options.format == "json"
-    console = Console(stderr=True) if as_json else _console()
+    console = _console(options.format)
     done = execute(names, options, config, out=out, console=console)
-    _print_claims(done, as_json)
+    _print_claims(done, options.format == "json")
     if out is not None:
         from sims.ledger import write_page
 

@@ -388,6 +388,8 @@ def test_simulations_of_ones_own_run_by_path_in_two_processes(own, capfd):
     for name in ("mine", "yours"):
         assert f"{name}.py: 0.0 s, 1 claims, none fails" in out
         assert load(own / "figures" / "quick", f"{name}@seed=1")["path"].tolist() == [1, 2, 3]
+    assert cli.main(["verify", "mine.py", "yours.py", "--jobs", "2", "--format", "json"]) == 0
+    assert list(json.loads(capfd.readouterr().out)) == ["mine", "yours"]
     assert cli.main(["draw", "mine.py", "--format", "svg"]) == 2
     assert "unknown simulation 'mine'; did you mean 'mine@seed=1'?" in capfd.readouterr().err
     assert cli.main(["draw", "mine@seed=1", "--format", "svg"]) == 0
