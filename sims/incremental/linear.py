@@ -187,7 +187,6 @@ def _greedy(name: str, data: tuple[np.ndarray, np.ndarray]) -> tuple[GreedyPath,
     return path, {
         "beta": (f"stage_{name} product", path.beta),
         "loss": (f"stage_{name}", losses),
-        "time": (f"jump_{name}", path.times),
         "tied": (f"jump_{name}", path.tied),
         "converged": (f"jump_{name}", path.converged),
         "complete": path.complete,
@@ -282,6 +281,7 @@ def run(config: Config, context: Context) -> dict:
         "rescaled_time": ("rescaled_time", taus),
         "record": ("record", taus[at_records]),
         "rate": ("rate", rates),
+        **{f"jump_{name}": (f"jump_{name}", path.times) for name, path in paths.items()},
         "path": saved,
         "gradient_at_zero": ("product", X.T @ y / len(y)),
         "ok": ("flow", np.concatenate([flow.ok for flow in flows.values()])),
@@ -323,7 +323,7 @@ def _staircase(config: Config, saved: Saved) -> Claim:
     ratios = np.array([distance[2 * power] / distance[power] for power in distance if 2 * power in distance])
     order = convergence_order(saved["power"] * LOG10, saved["distance"]).slope
     taus, gap = saved["rescaled_time"], np.abs(saved["flow/last"] - saved["staircase"])
-    jumps = np.append(saved["path/correlated/time"], taus[-1])
+    jumps = np.append(saved["jump_correlated"], taus[-1])
     middles = np.searchsorted(taus, np.sqrt(jumps[1:] * jumps[:-1])[jumps[1:] > 1.1 * jumps[:-1]])
     missing = gap.max() / largest(np.diff(saved["path/correlated/beta"], axis=0))
     at_all_times = "smallest alpha, at all times: largest gap, over the largest jump"
@@ -353,8 +353,8 @@ def _first_activation(config: Config, saved: Saved) -> Claim:
     at = config.alone.index(KEPT)
     # The solver's error in the logits is multiplied by 2 log(1/alpha) |s| = 74.
     gap = largest(saved["alone"] - s * expit(2 * size * lams[at] * saved["even_time"][:, None] - odds[at]))
-    first = saved["path/correlated/time"][0] * largest(saved["gradient_at_zero"])
-    waits = largest(saved["path/orthogonal/time"] - np.sort(1 / size))
+    first = saved["jump_correlated"][0] * largest(saved["gradient_at_zero"])
+    waits = largest(saved["jump_orthogonal"] - np.sort(1 / size))
     order = convergence_order(lams[:, 0], np.abs(half[:, 0] - 1 / size[0])).slope
     not_interacting = "coordinates that do not interact: largest difference of T_k to 1 / |s_k|"
     return stated(
@@ -401,7 +401,7 @@ def _stages(paths: dict[str, dict[str, np.ndarray]]) -> Iterator[Claim]:
         ],
     )
     losses = {name: path["loss"] for name, path in paths.items()}
-    rise = max(np.diff(values).max() / values[0] for values in losses.values())
+    rise = np.max([np.diff(values).max() / values[0] for values in losses.values()])
     rest = losses["correlated"][-1] / losses["correlated"][0]
     yield stated(
         "losses",
@@ -447,7 +447,7 @@ def figure(config: Config, saved: Saved) -> Figure:
         ax.lines[SIZE].set_label("greedy path")
         ax.set(xscale="log", xlabel="rescaled time t / log(1/α)", ylabel="product u v")
         # Room for the legend before the first jump.
-        ax.set_xlim(saved["path/correlated/time"][0] / 8, taus[-1])
+        ax.set_xlim(saved["jump_correlated"][0] / 8, taus[-1])
         ax.set_title(f"Flow from α = 1e-{power}")
     moderate.legend(loc="upper left", fontsize=7.5)
 

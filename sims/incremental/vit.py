@@ -463,7 +463,7 @@ def _init_scale(config: Config, saved: Saved) -> Claim:
 def _gradual(saved: Saved) -> Claim:
     below = saved["scale"] < 1
     number = {name: saved[f"number/{name}"][:, below] for name in PRODUCTS}
-    back = max(np.max(np.maximum.accumulate(one) - one) / np.max(one) for one in number.values())
+    back = np.max([np.max(np.maximum.accumulate(one) - one) / np.max(one) for one in number.values()])
     # The first record is of no change at all.
     KQ, VO = (saved[f"mean/{name}"][1:, below] for name in PRODUCTS)
     fall, growth, flat = (np.mean(one) for one in (VO[0] - VO.min(0), VO[-1] - VO.min(0), KQ[-1] - KQ.min(0)))
