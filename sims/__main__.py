@@ -5,26 +5,21 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
 import sys
 import textwrap
-import traceback
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sims import progress, simulations, startup
+from sims import simulations, startup
 from sims.claims import Preset
+from sims.execution import Options, UsageError, execute, first_line, open_console, usage
 
 if TYPE_CHECKING:
     from sims.results import Saved
@@ -44,41 +39,6 @@ of a file with a simulation of your own. `python -m sims COMMAND --help` shows t
 `python -m sims run NAME --help` also those of a simulation; `python -m sims --version` shows the version.
 """
 COMMANDS = ("list", "run", "verify", "draw", "judge")
-
-
-class UsageError(ValueError):
-    """A mistake in the command, told in one line."""
-
-
-@contextmanager
-def _usage() -> Iterator[None]:
-    """Turn a `ValueError` of what was asked for into a mistake in the command."""
-    try:
-        yield
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options of every simulation."""
-
-    preset: Preset = "quick"
-    """Size of the run: `quick` takes seconds, `standard` minutes, `paper` is the document's own setting."""
-    seed: int = 0
-    """Seed of everything random."""
-    out: Path | None = None
-    """Folder for the results. Default: figures/<preset>; `verify` saves only where this is given."""
-    x64: bool = True
-    """Compute in 64-bit floats."""
-    data_dir: Path | None = None
-    """Folder of real data sets. Default: the environment variable DYNASCOPE_DATA."""
-    jobs: int | None = None
-    """Simulations at a time. Default: two where there are two cores and no accelerator."""
-    cache: str | None = None
-    """Folder of compiled programs, or `off`. Default: DYNASCOPE_CACHE, else the user's cache folder."""
-    format: Literal["table", "json"] = "table"
-    """How the claims are printed."""
 
 
 @dataclass(frozen=True)
@@ -115,95 +75,6 @@ def parse(command: str, names: list[str], arguments: list[str]) -> tuple[Options
     return tyro.cli(both, args=arguments, prog=prog, description=description)
 
 
-def execute(
-    names: Sequence[str], options: Options, config: Any = None, *, out: Path | None, console: Console
-) -> list[Saved]:
-    """Run simulations, several at a time where asked for; with a folder, save and draw each at once."""
-    from sims.ranges import check_ranges
-
-    with _usage():
-        if out is not None:
-            progress.require_writable(out)
-        options = replace(options, out=out, data_dir=progress.require_data(options.data_dir))
-        if config is not None:
-            check_ranges(config)
-    jobs = min(len(names), _default_jobs() if options.jobs is None else options.jobs)
-    if jobs <= 1:
-        return [_execute_one(name, options, config, console) for name in names]
-    done = list(_in_workers(names, options, jobs))
-    return sorted(done, key=lambda saved: names.index(saved.record["file"] or saved.record["name"]))
-
-
-def _execute_one(name: str, options: Options, config: Any, console: Console) -> Saved:
-    from sims import results
-
-    with progress.shown(name, console) as report:
-        context = results.Context(options.seed, options.preset, options.data_dir, report)
-        if config is None:
-            config = simulations.preset_config(simulations.load_simulation(name), options.preset)
-        saved = simulations.measure(name, config, context)
-        if options.out is not None:
-            report("saving and drawing", 1.0)
-            # An older figure must not stand beside new numbers, should drawing fail.
-            simulations.figure_path(saved, options.out).unlink(missing_ok=True)
-            results.save(saved, options.out)
-            simulations.save_figure(saved, options.out)
-    failing = saved.verdicts.count("fails")
-    state = f"[red]{failing} fail[/red]" if failing else "none fails"
-    seconds = saved.record["seconds"]
-    console.print(f"{name}: {seconds:.1f} s, {len(saved.verdicts)} claims, {state}", highlight=False)
-    return saved
-
-
-def _default_jobs() -> int:
-    return 2 if (os.cpu_count() or 1) >= 2 else 1
-
-
-def _in_workers(names: Sequence[str], options: Options, jobs: int) -> Iterator[Saved]:
-    """Results in the order of their ends, from processes of their own; one at a time on an accelerator."""
-    with ProcessPoolExecutor(jobs, get_context("spawn"), _start_worker, (options,)) as workers:
-        # This process starts no device: an accelerator's memory would be taken from the workers.
-        if options.jobs is None and workers.submit(_backend).result() != "cpu":
-            jobs = 1
-        waiting, running = list(names), set()
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    running.add(workers.submit(_work, waiting.pop(0), options))
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield future.result()
-        finally:
-            workers.shutdown(wait=False, cancel_futures=True)
-
-
-def _start_worker(options: Options) -> None:
-    startup.prepare_environment()
-    startup.configure_jax(options.x64, options.cache)
-
-
-def _backend() -> str:
-    import jax
-
-    return jax.default_backend()
-
-
-def _work(name: str, options: Options) -> Saved:
-    try:
-        return _execute_one(name, options, None, _console(options.format))
-    except Exception as error:  # those of compiled programs cannot be sent to another process
-        if os.environ.get("DYNASCOPE_TRACEBACK"):
-            traceback.print_exc()
-        raise RuntimeError(f"{name}: {_first_line(error)}") from None
-
-
-def _console(form: str = "table") -> Console:
-    # Claims as JSON have the standard output to themselves.
-    stream = sys.stderr if form == "json" else sys.stdout
-    # A file has no width: room for the statements of the claims.
-    return Console(file=stream, width=None if stream.isatty() else 120)
-
-
 def claims_table(done: Sequence[Saved]) -> Table:
     """The claims with their verdicts and the numbers behind them."""
     table = Table(title="Claims", title_justify="left", box=SIMPLE_HEAD)
@@ -235,14 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, RuntimeError, ValueError) as error:
         if os.environ.get("DYNASCOPE_TRACEBACK"):
             raise
-        print(f"error: {_first_line(error)} (DYNASCOPE_TRACEBACK=1 shows where)", file=sys.stderr)
+        print(f"error: {first_line(error)} (DYNASCOPE_TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
-
-
-def _first_line(error: Exception) -> str:
-    # An error from inside a compiled program comes wrapped in pages of advice.
-    inner = re.search(r"EquinoxRuntimeError: (.+)", str(error))
-    return inner[1] if inner else str(error).strip().split("\n")[0]
 
 
 def _dispatch(command: str, rest: list[str]) -> int:
@@ -268,7 +133,7 @@ def _dispatch(command: str, rest: list[str]) -> int:
         return _view(command, names, flags)
     chosen = _resolve(names)
     startup.prepare_environment()
-    with _usage():
+    with usage():
         options, config = parse(command, chosen, flags)
     return _run(command, chosen or _resolve(["all"]), options, config)
 
@@ -286,7 +151,7 @@ def _names_and_flags(words: list[str], options: type) -> tuple[list[str], list[s
 
 
 def _resolve(names: list[str], known: list[str] | None = None) -> list[str]:
-    with _usage():
+    with usage():
         return simulations.resolve(names, known)
 
 
@@ -316,7 +181,7 @@ def _run(command: str, names: list[str], options: Options, config: Any) -> int:
     out = options.out
     if out is None and command == "run":
         out = Path("figures") / options.preset
-    console = _console(options.format)
+    console = open_console(options.format)
     done = execute(names, options, config, out=out, console=console)
     _print_claims(done, options.format == "json")
     if out is not None:
@@ -363,7 +228,7 @@ def _print_claims(done: Sequence[Saved], as_json: bool) -> None:
     if as_json:
         print(json.dumps({saved.name: saved.record["claims"] for saved in done}, indent=1))
         return
-    _console().print(claims_table(done))
+    open_console().print(claims_table(done))
     verdicts = [verdict for saved in done for verdict in saved.verdicts]
     print(f"{len(verdicts)} claims: " + ", ".join(f"{n} {v}" for v, n in _tally(verdicts)))
 

@@ -6,16 +6,18 @@ import subprocess
 import sys
 import types
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 import sims
 import sims.__main__ as cli
 from dynamics.flow import integrate
-from sims import plotting, simulations
+from sims import execution, plotting, simulations
 from sims.claims import at_most, equals, stated
 from sims.ranges import Count, Positive
 from sims.results import load
@@ -269,12 +271,12 @@ def test_help_of_each_command(sim, capsys):
 
 def test_data_folder(sim, tmp_path, monkeypatch):
     monkeypatch.setenv("DYNASCOPE_DATA", str(tmp_path))
-    (saved,) = cli.execute(["toy.one"], cli.Options(), out=None, console=cli.Console(quiet=True))
+    (saved,) = execution.execute(["toy.one"], execution.Options(), out=None, console=Console(quiet=True))
     assert str(saved["data"]) == str(tmp_path)
     other = tmp_path / "other"
     other.mkdir()
-    options = cli.Options(data_dir=other)
-    (saved,) = cli.execute(["toy.one"], options, out=None, console=cli.Console(quiet=True))
+    options = execution.Options(data_dir=other)
+    (saved,) = execution.execute(["toy.one"], options, out=None, console=Console(quiet=True))
     assert str(saved["data"]) == str(other)
 
 
@@ -381,20 +383,32 @@ def own(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_simulations_of_ones_own_run_by_path_in_two_processes(own, capfd):
-    assert cli.main(["run", "mine.py", "yours.py", "--jobs", "2", "--seed", "1"]) == 0
-    out = capfd.readouterr().out
-    assert "2 claims: 2 holds" in out
+def test_simulations_of_ones_own_run_by_path_in_two_processes(own):
+    def run(*arguments):
+        command = [sys.executable, "-m", "sims", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(Path(sims.__file__).parents[1])}
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    done = run("run", "mine.py", "yours.py", "--jobs", "2", "--seed", "1")
+    assert done.returncode == 0, done.stderr
+    assert "2 claims: 2 holds" in done.stdout
     for name in ("mine", "yours"):
-        assert f"{name}.py: 0.0 s, 1 claims, none fails" in out
+        assert f"{name}.py: 0.0 s, 1 claims, none fails" in done.stdout
         assert load(own / "figures" / "quick", f"{name}@seed=1")["path"].tolist() == [1, 2, 3]
-    assert cli.main(["verify", "mine.py", "yours.py", "--jobs", "2", "--format", "json"]) == 0
-    assert list(json.loads(capfd.readouterr().out)) == ["mine", "yours"]
+    done = run("verify", "mine.py", "yours.py", "--jobs", "2", "--format", "json")
+    assert list(json.loads(done.stdout)) == ["mine", "yours"]
+
+
+def test_views_of_ones_own(own, capsys):
+    assert cli.main(["run", "mine.py", "--seed", "1"]) == 0
+    capsys.readouterr()
     assert cli.main(["draw", "mine.py", "--format", "svg"]) == 2
-    assert "unknown simulation 'mine'; did you mean 'mine@seed=1'?" in capfd.readouterr().err
+    assert "unknown simulation 'mine'; did you mean 'mine@seed=1'?" in capsys.readouterr().err
     assert cli.main(["draw", "mine@seed=1", "--format", "svg"]) == 0
     assert cli.main(["run", "mine.py", "--preset", "paper"]) == 2
-    assert capfd.readouterr().err == "error: preset must be one of quick for this simulation, got 'paper'\n"
+    assert capsys.readouterr().err == (
+        "error: preset must be one of quick for this simulation, got 'paper'\n"
+    )
 
 
 def test_as_a_library(own):
@@ -423,8 +437,8 @@ def test_as_a_library(own):
 
 def test_a_terminal_gets_a_bar_and_keeps_no_trace_of_it(sim, tmp_path):
     with (tmp_path / "terminal").open("w+") as terminal:
-        console = cli.Console(file=terminal, force_terminal=True, width=80)
-        cli.execute(["toy.one"], cli.Options(), out=None, console=console)
+        console = Console(file=terminal, force_terminal=True, width=80)
+        execution.execute(["toy.one"], execution.Options(), out=None, console=console)
         terminal.seek(0)
         text = terminal.read()
     assert "second half" in text

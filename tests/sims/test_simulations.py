@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from sims import results, simulations
-from sims.__main__ import Options, execute
+from sims.execution import Options, execute
 from sims.results import Saved
 from tests.helpers import count_compilations
 
