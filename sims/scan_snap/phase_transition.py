@@ -344,7 +344,7 @@ def _peak_time(config: Config, saved: Saved) -> Claim:
     in_unit, in_K = fit_line(np.log(unit), slowest).slope, fit_line(np.log(K[same]), slowest[same]).slope
     in_rate_Y = 1 + np.log(weak[:, 0] / saved["peak/other_rate_Y"]) / np.log(OTHER_RATE_Y)
     worst = in_rate_Y[np.argmax(abs(in_rate_Y - 1))]
-    near, leaves = "below the crossover, above half of it", "not where the peak is inside"
+    near, leaves = "below the crossover, above half of it", "beyond the bound that holds inside"
     # The peak is at 0.93 of the unit for M = 34, at 0.86 of it for M = 102.
     by_M, in_turn = "corrections of order 1 / ln(M)", "classes learn one after the other"
     return qualified(

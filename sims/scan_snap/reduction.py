@@ -209,7 +209,7 @@ def _fate(z: np.ndarray, distinct: np.ndarray, data: dict[str, SequenceClasses],
 
 def _tokens(saved: Saved) -> Iterator[Claim]:
     """The fate of tokens, their relative gains, and the bounds on their growth."""
-    fate, rare = saved["fate"], "nearly distinct where one class is"
+    fate, rare = saved["fate"], "one class hardly uses it"
     largest = fate["unequal"]
     yield qualified(
         "fate",
