@@ -25,7 +25,7 @@ def attention_error(Z: ArrayLike, theory: ArrayLike) -> np.ndarray:
     """
     Z, theory = np.asarray(Z), np.asarray(theory)
     size = np.linalg.norm(theory, axis=(-2, -1))
-    return np.linalg.norm(Z - theory, axis=(-2, -1)) / np.where(size == 0, 1, size)
+    return np.asarray(np.linalg.norm(Z - theory, axis=(-2, -1)) / np.where(size == 0, 1, size))
 
 
 def growth_along(growth_rate: ArrayLike, ts: ArrayLike, learning_rate_Z: ArrayLike) -> np.ndarray:

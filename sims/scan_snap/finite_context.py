@@ -74,11 +74,12 @@ def _flows(config: Config) -> dict[str, Trajectory]:
     """The flow, and flows whose rate of the decoder or of attention is wrong by a factor."""
 
     def flow(rates):
-        options = {"learning_rate_Y": rates.Y, "learning_rate_Z": rates.Z, **SOLVE}
+        options = {"learning_rate_Y": rates["Y"], "learning_rate_Z": rates["Z"], **SOLVE}
         return scan_snap.population_flow(synthetic_classes(2), config.descent.times, **options)
 
-    off = {"wrong_Y": Weights(WRONG_FACTOR, 1.0), "wrong_Z": Weights(1.0, WRONG_FACTOR)}
-    return named_lanes(flow, right=Weights(1.0, 1.0), **off)
+    right = {"Y": 1.0, "Z": 1.0}
+    wrong = {f"wrong_{name}": {**right, name: WRONG_FACTOR} for name in right}
+    return named_lanes(flow, right=right, **wrong)
 
 
 @partial(jax.jit, static_argnames="config")

@@ -153,7 +153,7 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         "recorded",
         "Entropies of attention over the distinct tokens, over learning rates and vocabularies",
         "tian2023scan, Figure 6, with the recorded means and deviations of luckmatters",
-        every("cells within two combined deviations + 0.02", near, why="those of a run; digits of few seeds"),
+        every("cells within two combined deviations + 0.02", near, why="single runs differ by no more"),
         at_most("mean |difference| in combined standard deviations", size, 1.0, why="means differ by less"),
         equals("mean difference in nats", difference.mean(), 0.0, 0.05, why="means differ by less"),
     )

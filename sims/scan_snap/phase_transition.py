@@ -82,8 +82,12 @@ class Config:
     """Cosine between two classes of the full flow; they have one token in common."""
     trained_ratio: Positive = 0.3
     """Ratio learning_rate_Z / learning_rate_Y of the network."""
-    descent: Descent = Descent(horizon=4.0, points=120, substeps=(2, 4, 8, 16))
-    """Gradient descent of the network, in units of K ln(M) / learning_rate_Y; flows have as many records."""
+    horizon: Positive = 4.0
+    """Time at which training ends, in units of K ln(M) / learning_rate_Y."""
+    points: Count = 120
+    """Records along a flow, and along the network's training."""
+    substeps: Annotated[tuple[Count, ...], Length(2)] = (2, 4, 8, 16)
+    """Steps of the network between two records, one per learning rate."""
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -93,8 +97,7 @@ class Config:
 
 _QUICK = Config()
 _SHAPES = tuple((K, M) for M in (34, 102) for K in (2, 4, 8))
-_DESCENT = replace(_QUICK.descent, points=160, substeps=(2, 4, 8, 16, 32, 64))
-_FINE = replace(_QUICK, shapes=_SHAPES, descent=_DESCENT)
+_FINE = replace(_QUICK, shapes=_SHAPES, substeps=(2, 4, 8, 16, 32, 64), points=160)
 PRESETS: dict[Preset, Config] = {
     "quick": _QUICK,
     "standard": _FINE,
@@ -204,7 +207,7 @@ def _solved(flow, lanes: dict[str, tuple]) -> dict[str, dict[str, np.ndarray]]:
 
 def _peaks(config: Config, context: Context, network: tuple) -> tuple[dict, np.ndarray]:
     """When attention moves fastest along the full flow, over shapes and rates; xi in the network's lane."""
-    units = np.concatenate([[0], np.geomspace(0.1, 5, config.descent.points)])
+    units = np.concatenate([[0], np.geomspace(0.1, 5, config.points)])
     slowest = config.ratios[0]
     weak = {f"ratio {ratio}": (config.overlap, 1.0, ratio) for ratio in config.ratios}
     settings = {
@@ -241,7 +244,7 @@ def _network(config: Config, lane: tuple, full: np.ndarray) -> dict:
     classes, _, ts = lane
     reduced = {name: _solved(FLOWS[name], {"network": lane})["network"] for name in ("fast", "weak")}
     rate = {"full": full, **{name: path["growth_rate"] for name, path in reduced.items()}}
-    descent = replace(config.descent, horizon=float(ts[-1]))
+    descent = Descent(float(ts[-1]), config.points, config.substeps)
     loss, params = population_loss(classes)
     scale = scale_by_name(Y=1.0, Z=config.trained_ratio)
     _, trained = descent.train(loss, params, observe=Partial(_observe, classes), precondition=scale)
@@ -265,7 +268,8 @@ def run(config: Config, context: Context) -> dict:
     """Check the closed forms, find the peak of the full flow, and train the network."""
     context.progress("integrating the theorem's hypothesis", 0.0)
     closed_form = _closed_form(config)
-    lane = _lane(config.shapes[0], config.descent.times, STRONG_OVERLAP, 1.0, config.trained_ratio)
+    units = np.linspace(0, config.horizon, config.points + 1)
+    lane = _lane(config.shapes[0], units, STRONG_OVERLAP, 1.0, config.trained_ratio)
     peaks, full = _peaks(config, context, lane)
     context.progress("training the network", 0.7)
     return {**closed_form, **peaks, **_network(config, lane, full)}
@@ -340,7 +344,7 @@ def _peak_time(config: Config, saved: Saved) -> Claim:
     in_unit, in_K = fit_line(np.log(unit), slowest).slope, fit_line(np.log(K[same]), slowest[same]).slope
     in_rate_Y = 1 + np.log(weak[:, 0] / saved["peak/other_rate_Y"]) / np.log(OTHER_RATE_Y)
     worst = in_rate_Y[np.argmax(abs(in_rate_Y - 1))]
-    near, leaves = "below the crossover, above half of it", "not where the peak is inside"
+    near, leaves = "below the crossover, above half of it", "beyond the bound that holds inside"
     # The peak is at 0.93 of the unit for M = 34, at 0.86 of it for M = 102.
     by_M, in_turn = "corrections of order 1 / ln(M)", "classes learn one after the other"
     return qualified(
@@ -368,12 +372,12 @@ def figure(config: Config, saved: Saved) -> Figure:
     (over_time, over_rates), (peaks, network) = axes
     _draw_growth(over_time, config, saved)
     units, K, M = saved["unit"], config.num_classes[-1], config.vocab_sizes[-1]
-    ts, over_Z = units * (K * np.log(M)), saved["over_Z"]
+    ts = units * (K * np.log(M))
     for index, rate in enumerate(saved["rate_Z"]):
         label = f"rate_Z = {rate:g} rate_Y"
-        over_rates.plot(ts, over_Z["closed"][index], color=f"C{index}", label=label)
+        over_rates.plot(ts, saved["over_Z/closed"][index], color=f"C{index}", label=label)
         late = ts >= saved["crossover/over_Z"][index]
-        over_rates.plot(ts[late], over_Z["printed"][index][late], **plotting.PRINTED)
+        over_rates.plot(ts[late], saved["over_Z/printed"][index][late], **plotting.PRINTED)
     over_rates.plot([], [], label="printed", **plotting.PRINTED)
     over_rates.set(xscale="log", xlabel="time × learning_rate_Y", ylabel="growth B", ylim=(-0.5, 16))
     over_rates.set_title("Larger learning_rate_Z, more growth and earlier")
@@ -392,12 +396,14 @@ def figure(config: Config, saved: Saved) -> Figure:
     peaks.set_title("When attention moves fastest, full flow")
     peaks.legend(loc="upper left", ncols=2)
 
-    ts, B = saved["time"], saved["B"]
+    ts = saved["time"]
     for color, name, rate in (("C0", "coarsest", saved["rate"][0]), ("C1", "finest", saved["rate"][-1])):
-        network.plot(ts, B[name], color=color, label=f"network, rate {rate:.2g}", **plotting.TRAINED)
-    network.plot(ts, B["full"], label="full flow", **plotting.THEORY)
-    network.plot(ts, B["fast"], color="0.45", linestyle="--", label="fast-decoder flow")
-    network.plot(ts, B["weak"], label="weak-correlation flow", **plotting.PRINTED)
+        network.plot(
+            ts, saved[f"B/{name}"], color=color, label=f"network, rate {rate:.2g}", **plotting.TRAINED
+        )
+    network.plot(ts, saved["B/full"], label="full flow", **plotting.THEORY)
+    network.plot(ts, saved["B/fast"], color="0.45", linestyle="--", label="fast-decoder flow")
+    network.plot(ts, saved["B/weak"], label="weak-correlation flow", **plotting.PRINTED)
     network.set(xlabel="time = learning rate × step", ylabel="growth B")
     network.set_title(f"Trained network, ratio {config.trained_ratio:g}, and the flows")
     network.legend(loc="upper left")

@@ -209,7 +209,7 @@ def _fate(z: np.ndarray, distinct: np.ndarray, data: dict[str, SequenceClasses],
 
 def _tokens(saved: Saved) -> Iterator[Claim]:
     """The fate of tokens, their relative gains, and the bounds on their growth."""
-    fate, rare = saved["fate"], "nearly distinct where one class is"
+    fate, rare = saved["fate"], "one class hardly uses it"
     largest = fate["unequal"]
     yield qualified(
         "fate",
@@ -288,7 +288,7 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         slope("order, one common token, cosine 0.72, ratios <= 0.01", strongly, 1.0, 0.1, why=bends),
     )
     error = saved["error/weak"][:, slow]
-    hardly = max(error[data[str(cosine)]] for cosine in saved["overlap"] if cosine <= 1e-3)
+    hardly = np.max([error[data[str(cosine)]] for cosine in saved["overlap"] if cosine <= 1e-3])
     few, wrong = "a few cosines, and the fast decoder's error", "an error of the size of z"
     yield qualified(
         "weak-correlation",
@@ -303,8 +303,8 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         ],
     )
     size, one_law = saved["size"], data["one law"]
-    apart = max(each[data["no common"]].max() for each in size.values())
-    alike, grown = max(each[one_law, slow] for each in size.values()), size["full"][one_law, -1]
+    apart = np.max([each[data["no common"]] for each in size.values()])
+    alike, grown = np.max([each[one_law, slow] for each in size.values()]), size["full"][one_law, -1]
     yield qualified(
         "still",
         "Attention does not move where no token is common, nor where all classes have one law",
@@ -327,16 +327,15 @@ def figure(config: Config, saved: Saved) -> Figure:
     """Logits over time, errors over the ratio and over the cosine, and the bounds on the growth."""
     drawn, axes = plotting.new_figure(2, 2, width=4.8, height=3.6)
     (over_time, over_ratio), (over_overlap, bounds) = axes
-    ts, ratios, overlaps, z = saved["time"], saved["ratio"], saved["overlap"], saved["z"]
+    ts, ratios, overlaps, full = saved["time"], saved["ratio"], saved["overlap"], saved["z/full"]
 
     for index, label in enumerate(saved["token"]):
-        full = z["full"][:, index]
-        over_time.plot(ts, full, color=f"C{index}", label=f"full: {label}", **plotting.TRAINED)
+        over_time.plot(ts, full[:, index], color=f"C{index}", label=f"full: {label}", **plotting.TRAINED)
     for flow, style in (("fast", plotting.THEORY), ("weak", plotting.PRINTED)):
-        over_time.plot(ts, z[flow], **style)
+        over_time.plot(ts, saved[f"z/{flow}"], **style)
         over_time.plot([], [], label=NAMES[flow], **style)
     over_time.set(xlabel="time × learning_rate_Y", ylabel="attention logit z")
-    over_time.set_ylim(top=1.8 * z["full"].max())  # room for the legend
+    over_time.set_ylim(top=1.8 * full.max())  # room for the legend
     over_time.set_title("Ten common tokens, ratio 0.1")
     over_time.legend(loc="upper left", ncols=2)
 

@@ -431,9 +431,9 @@ def figure(config: Config, saved: Saved) -> Figure:
     control.set_title("Shuffled windows, same queries")
     _bars(bars, saved)
 
-    ts, z, labels = saved["time"], saved["z"], saved["shown_word"].tolist()
-    plotting.theory_and_trained(over_time, ts, z["theory"], z["trained"], labels)
-    over_time.plot(ts, z["fast"], **plotting.PRINTED)
+    ts, labels = saved["time"], saved["shown_word"].tolist()
+    plotting.theory_and_trained(over_time, ts, saved["z/theory"], saved["z/trained"], labels)
+    over_time.plot(ts, saved["z/fast"], **plotting.PRINTED)
     over_time.plot([], [], label="fast decoder", **plotting.PRINTED)
     low, high = over_time.get_ylim()
     over_time.set(xlabel="time = learning rate × step", ylabel="attention logit z")
