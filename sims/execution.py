@@ -144,13 +144,13 @@ def _work(name: str, options: Options) -> Saved:
 
 
 def open_console(form: str = "table") -> Console:
-    # Claims as JSON have the standard output to themselves.
+    """Where progress goes: to the standard output, which claims as JSON have to themselves."""
     stream = sys.stderr if form == "json" else sys.stdout
     # A file has no width: room for the statements of the claims.
     return Console(file=stream, width=None if stream.isatty() else 120)
 
 
 def first_line(error: Exception) -> str:
-    # An error from inside a compiled program comes wrapped in pages of advice.
+    """An error in one line: one from inside a compiled program comes wrapped in pages of advice."""
     inner = re.search(r"EquinoxRuntimeError: (.+)", str(error))
     return inner[1] if inner else str(error).strip().split("\n")[0]
