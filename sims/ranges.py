@@ -3,8 +3,9 @@
     tokens: Annotated[int, Range(at_least=2)] = 4
     rates: Annotated[tuple[Positive, ...], Length(2)] = (0.1, 0.01)
 
-An annotation of a tuple's entries is of each of them. Every number must be finite; so that nothing compiles
-for a value that cannot be meant, `check_ranges` is called before a simulation runs.
+An annotation of a tuple's entries is of each of them. Every number must be finite. So that nothing compiles
+for a value that cannot be meant, `check_ranges` is called before a simulation runs, and at the start of a
+`__post_init__` that looks at relations between fields.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from models.memory import full_rank_memory, galore_memory, lora_memory, nbytes
 from models.training import record_steps, train
 from sims import plotting
 from sims.claims import Claim, Preset, at_least, at_most, equals, qualified, stated
-from sims.ranges import Count, Length, Positive, Range
+from sims.ranges import Count, Length, Positive, Range, check_ranges
 from sims.results import Context, Saved
 
 Method = Literal["adam", "split_adam", "galore", "galore_8bit", "lora", "relora", "low_rank"]
@@ -102,6 +102,7 @@ class Config:
     """Floating dtype of the network."""
 
     def __post_init__(self):
+        check_ranges(self)
         missing = {"adam", "split_adam", *SWEPT} - set(self.methods)
         if missing:
             raise ValueError(f"methods must have {sorted(missing)} among them, got {self.methods}")

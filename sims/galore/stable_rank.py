@@ -37,7 +37,7 @@ from models.training import record_steps, train
 from sims import plotting
 from sims.claims import Claim, Preset, at_least, at_most, corrected, equals, every, qualified, slope, stated
 from sims.compare import convergence_order
-from sims.ranges import Count, Length, Positive, Range
+from sims.ranges import Count, Length, Positive, Range, check_ranges
 from sims.results import Context, Saved
 
 EARLY = 400  # steps after which few random instances have left the printed bound
@@ -73,6 +73,7 @@ class Config:
     """Factors on the logits of the softmax."""
 
     def __post_init__(self):
+        check_ranges(self)
         if max(self.scales, default=0) != 1 or sum(scale <= SMALL for scale in self.scales) < 2:
             raise ValueError(f"scales must hold 1 and two that are at most {SMALL}, got {self.scales}")
         if self.m < self.n or self.samples < self.n + 6:

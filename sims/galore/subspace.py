@@ -27,7 +27,7 @@ from models.losses import cross_entropy, on_batches
 from models.training import train
 from sims import plotting
 from sims.claims import Claim, Preset, at_least, at_most, every, qualified, stated
-from sims.ranges import Count, Length, Positive, Range
+from sims.ranges import Count, Length, Positive, Range, check_ranges
 from sims.results import Context, Saved
 
 PIXELS, CLASSES = 64, 10
@@ -58,6 +58,7 @@ class Config:
     """Floating dtype of the network."""
 
     def __post_init__(self):
+        check_ranges(self)
         for name in ("starts", "offsets"):
             steps = getattr(self, name)
             if list(steps) != sorted({0, *(step for step in steps if step > 0)}):

@@ -43,7 +43,7 @@ from sims.compare import (
     percent,
     require_ok,
 )
-from sims.ranges import Count, Length, Positive, Range, Share
+from sims.ranges import Count, Length, Positive, Range, Share, check_ranges
 from sims.results import Context, Saved
 
 # Factors over alpha, equal in all coordinates: what the flows differ in is alpha alone.
@@ -83,6 +83,7 @@ class Config:
     """Steps between two records, one per learning rate."""
 
     def __post_init__(self):
+        check_ranges(self)
         if self.shown > self.stages:
             raise ValueError(f"stages must be at least shown = {self.shown}, got {self.stages}")
 

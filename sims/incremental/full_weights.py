@@ -38,7 +38,7 @@ from sims.compare import (
     require_ok,
     right_and_wrong,
 )
-from sims.ranges import Count, Length, Positive, Share
+from sims.ranges import Count, Length, Positive, Share, check_ranges
 from sims.results import Context, Saved
 
 PRODUCTS = ("KQ", "VO")
@@ -68,6 +68,7 @@ class Config:
     """Gradient descent in rescaled time t / log(1 / alpha); ten must divide the number of records."""
 
     def __post_init__(self):
+        check_ranges(self)
         if not self.alphas[0] >= 0.1 or not max(self.alphas[1:]) <= SMALL:
             raise ValueError(f"alphas must be one of 0.1 or more, then some to {SMALL}, got {self.alphas}")
         if not len(self.kq) == len(self.vo) <= self.dim:

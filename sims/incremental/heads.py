@@ -49,7 +49,7 @@ from sims.claims import (
     stated,
 )
 from sims.compare import SOLVE, WRONG_FACTOR, first_order, lane_gaps, largest, named_lanes, require_ok
-from sims.ranges import Count, Length, NonNegative, Positive, Range
+from sims.ranges import Count, Length, NonNegative, Positive, Range, check_ranges
 from sims.results import Context, Saved
 
 HEADS = 2
@@ -97,6 +97,7 @@ class Config:
     """Steps between two records, one per learning rate."""
 
     def __post_init__(self):
+        check_ranges(self)
         if not np.allclose(np.diff(np.log2(self.decades)), 1):
             raise ValueError(f"decades must double from one to the next, got {self.decades}")
         if not np.isclose(self.shares[-1], 2 * self.shares[-2]):

@@ -43,7 +43,7 @@ from sims.claims import (
     stated,
 )
 from sims.compare import SOLVE, WRONG_FACTOR, convergence_order, first_order, lane, lane_gaps, largest
-from sims.ranges import Count, Length, Positive, Range
+from sims.ranges import Count, Length, Positive, Range, check_ranges
 from sims.results import Context, Saved
 
 LOG10 = float(np.log(10))
@@ -82,6 +82,7 @@ class Config:
     """Steps between two records, one per learning rate."""
 
     def __post_init__(self):
+        check_ranges(self)
         if not {KEPT, LOST} < set(self.powers) or sorted(set(self.powers)) != list(self.powers):
             raise ValueError(f"powers must increase and hold {KEPT}, {LOST} and others, got {self.powers}")
 

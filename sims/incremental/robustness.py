@@ -32,7 +32,7 @@ from models.training import Descent
 from sims import plotting
 from sims.claims import SOLVER, Claim, Preset, at_least, at_most, corrected, stated
 from sims.compare import SOLVE, WRONG_FACTOR, first_order, lane, lane_gaps, largest, require_ok
-from sims.ranges import Count, Length
+from sims.ranges import Count, Length, check_ranges
 from sims.results import Context, Saved
 
 ENTRY = 0.05  # both factors of the coordinate that is next
@@ -75,6 +75,7 @@ class Config:
     """Gradient descent until all has relaxed; the substeps double from one to the next."""
 
     def __post_init__(self):
+        check_ranges(self)
         substeps = self.descent.substeps
         if any(2 * few != many for few, many in pairwise(substeps)):
             raise ValueError(f"substeps must double from one to the next, got {substeps}")

@@ -35,7 +35,7 @@ from models.training import train_in_chunks
 from models.vit import VisionTransformer, head_weights, scale_initial
 from sims import plotting
 from sims.claims import Claim, Preset, at_least, at_most, every, qualified, quoted, stated
-from sims.ranges import Count, Length, Positive, Range
+from sims.ranges import Count, Length, Positive, Range, check_ranges
 from sims.results import Context, Saved
 
 PRODUCTS = ("KQ", "VO")
@@ -111,6 +111,7 @@ class Config:
     """Floating dtype of the network."""
 
     def __post_init__(self):
+        check_ranges(self)
         if self.scales[0] != 1 or self.scales[-1] > SMALL or np.any(np.diff(self.scales) >= 0):
             raise ValueError(f"scales must fall from 1 to {SMALL} or below, got {self.scales}")
         if self.steps % (self.every * self.calls):

@@ -32,7 +32,7 @@ from models.training import Descent, train
 from sims import plotting
 from sims.claims import Claim, Preset, at_least, at_most, corrected, equals, qualified, slope, stated
 from sims.compare import convergence_order, lane, lane_gaps, percent
-from sims.ranges import Length, Positive, Range
+from sims.ranges import Length, Positive, Range, check_ranges
 from sims.results import Context, Saved
 
 # The targets of the source's Figure 4: ten draws of 3 U(0, 1) + 1, sorted.
@@ -70,6 +70,7 @@ class Config:
     """Largest targets at which the reduced flow is integrated besides 20; the least is 5 at most."""
 
     def __post_init__(self):
+        check_ranges(self)
         if all(target > 5 for target in self.largest):
             raise ValueError(f"largest must hold a number of 5 at most, got {self.largest}")
 

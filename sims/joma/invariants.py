@@ -30,7 +30,7 @@ from models.training import Descent, scale_by_name
 from sims import plotting
 from sims.claims import ROUNDING, Check, Claim, Preset, at_least, at_most, corrected, every, qualified, slope
 from sims.compare import convergence_order, largest
-from sims.ranges import Count, Length, Positive
+from sims.ranges import Count, Length, Positive, check_ranges
 from sims.results import Context, Saved
 
 ACTIVATIONS = {"ReLU": jax.nn.relu, "identity": lambda h: h, "square": lambda h: h**2 / 2}
@@ -63,6 +63,7 @@ class Config:
     """Deviation of the embeddings' Gram matrix from the identity, in spectral norm."""
 
     def __post_init__(self):
+        check_ranges(self)
         if self.ratios[:1] != (1,) or 1 in self.ratios[1:]:
             raise ValueError(f"ratios must start with 1 and go on with others, got {self.ratios}")
 

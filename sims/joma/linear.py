@@ -42,7 +42,7 @@ from sims.compare import (
     require_ok,
     right_and_wrong,
 )
-from sims.ranges import Count, Length, Range
+from sims.ranges import Count, Length, Range, check_ranges
 from sims.results import Context, Saved
 
 COMMON = 8
@@ -72,6 +72,7 @@ class Config:
     """Rates with at least so many steps between two records are small: the order is fitted there."""
 
     def __post_init__(self):
+        check_ranges(self)
         if sum(count >= self.small for count in self.substeps) < 2:
             raise ValueError(f"small must leave at least two of the substeps, got {self.small}")
 

@@ -28,7 +28,7 @@ from models.training import Descent, train
 from sims import plotting
 from sims.claims import SECOND_ORDER, Claim, Preset, at_least, at_most, equals, qualified, slope, stated
 from sims.compare import compare, convergence_order, named_lanes, require_ok
-from sims.ranges import Count, Positive
+from sims.ranges import Count, Positive, check_ranges
 from sims.results import Context, Saved
 
 COMMON, DISTINCT, CLASSES, DIM = 10, 10, 20, 30
@@ -64,6 +64,7 @@ class Config:
     """Gradient descent on one context at several learning rates."""
 
     def __post_init__(self):
+        check_ranges(self)
         if self.steps < EARLY or (self.every > 0 and EARLY % self.every):
             raise ValueError(
                 f"every must divide {EARLY} and steps be at least that, got {self.every}, {self.steps}"

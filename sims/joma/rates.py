@@ -19,7 +19,7 @@ from dynamics import joma
 from sims import plotting
 from sims.claims import ROUNDING, Claim, Preset, at_least, at_most, every, qualified, slope, stated
 from sims.compare import WRONG_FACTOR, convergence_order, largest, percent
-from sims.ranges import NonNegative, Range
+from sims.ranges import NonNegative, Range, check_ranges
 from sims.results import Context, Saved
 
 REFERENCE = 1.0  # the component that the others are measured against
@@ -37,6 +37,7 @@ class Config:
     """Times from 0.01 to 1000, equally spaced in their logarithm."""
 
     def __post_init__(self):
+        check_ranges(self)
         if not {0.0, REFERENCE} < set(self.mu):
             raise ValueError(f"mu must hold 0, {REFERENCE:g} and other numbers, got {self.mu}")
 

@@ -26,7 +26,7 @@ from models.training import record_steps
 from sims import plotting
 from sims.claims import Claim, Preset, at_least, at_most, corrected, qualified, quoted, slope, stated
 from sims.compare import Fit, convergence_order, fit_line, largest
-from sims.ranges import Count, Length, Positive, Range, Share
+from sims.ranges import Count, Length, Positive, Range, Share, check_ranges
 from sims.results import Context, Saved
 
 Ratio = Annotated[float, Range(above=1)]
@@ -96,6 +96,7 @@ class Config:
     """Steps of the runs on them."""
 
     def __post_init__(self):
+        check_ranges(self)
         if len(set(self.sign_rates)) < 2:
             raise ValueError(f"sign_rates must be at least two different rates, got {self.sign_rates}")
         if len(self.wide_rates) != len(self.wide_dims):

@@ -34,7 +34,7 @@ from models.losses import cross_entropy, gauss_newton_spectrum
 from models.training import record_steps, train
 from sims import plotting
 from sims.claims import Claim, Preset, at_least, at_most, every, qualified, stated
-from sims.ranges import Count, Length, Positive
+from sims.ranges import Count, Length, Positive, check_ranges
 from sims.results import Context, Saved
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {"GD": optax.sgd, "Adam": optax.adam}
@@ -74,6 +74,7 @@ class Config:
     """Floating dtype of the network."""
 
     def __post_init__(self):
+        check_ranges(self)
         images = self.train_images + self.test_images
         if images > 1797:
             raise ValueError(f"train_images and test_images must be at most 1797 in all, got {images}")
