@@ -26,7 +26,7 @@ from sims.compare import SOLVE, convergence_order, largest, require_ok
 from sims.ranges import Count, NonNegative, Positive, Range
 from sims.results import Context, Saved
 
-Exponent = Annotated[float, Range(at_most=-1)]
+Exponent = Annotated[float, Range(at_least=-300, at_most=-1)]
 
 
 @dataclass(frozen=True)
