@@ -70,8 +70,7 @@ def run(
         context = results.Context(seed, preset, bars.require_data(data_dir), report)
         saved = simulations.measure(chosen, config, context)
     if folder is not None:
-        results.save(saved, folder)
-        simulations.save_figure(saved, folder)
+        simulations.save_with_figure(saved, folder)
     return saved
 
 

@@ -90,10 +90,7 @@ def _execute_one(name: str, options: Options, config: Any, console: Console) -> 
         saved = simulations.measure(name, config, context)
         if options.out is not None:
             report("saving and drawing", 1.0)
-            # An older figure must not stand beside new numbers, should drawing fail.
-            simulations.figure_path(saved, options.out).unlink(missing_ok=True)
-            results.save(saved, options.out)
-            simulations.save_figure(saved, options.out)
+            simulations.save_with_figure(saved, options.out)
     failing = saved.verdicts.count("fails")
     state = f"[red]{failing} fail[/red]" if failing else "none fails"
     seconds = saved.record["seconds"]

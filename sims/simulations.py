@@ -193,18 +193,23 @@ def draw(saved: Saved) -> Figure:
         return sim.figure(config, saved)
 
 
-def figure_path(saved: Saved, out: Path, kind: str = "png") -> Path:
-    """Where the figure of a result lies in a folder."""
-    return out / f"{saved.name}.{kind}"
-
-
 def save_figure(saved: Saved, out: Path, kind: str = "png") -> Path:
     """Draw the figure of a result into a folder, whole or not at all, and return its path."""
     from sims import plotting
     from sims.results import write_whole
 
-    path = figure_path(saved, out, kind)
+    path = out / f"{saved.name}.{kind}"
     figure = draw(saved)
     with plotting.style():
         write_whole(path, figure.savefig)
     return path
+
+
+def save_with_figure(saved: Saved, out: Path) -> None:
+    """Save a result and its figure in a folder."""
+    from sims.results import save
+
+    # An older figure must not stand beside new numbers, should drawing fail.
+    (out / f"{saved.name}.png").unlink(missing_ok=True)
+    save(saved, out)
+    save_figure(saved, out)
