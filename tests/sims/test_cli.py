@@ -167,6 +167,15 @@ def test_the_figure_is_missing_when_it_cannot_be_drawn(sim, tmp_path, capsys):
     assert capsys.readouterr().err == "error: no ink (DYNASCOPE_TRACEBACK=1 shows where)\n"
 
 
+def test_an_older_figure_does_not_stand_beside_new_numbers(sim, tmp_path, monkeypatch):
+    assert cli.main(["run", "toy.one", "--out", "a"]) == 0
+    assert (tmp_path / "a" / "toy.one.png").exists()
+    monkeypatch.setattr(sim, "figure", lambda config, saved: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["run", "toy.one", "--out", "a"])
+    assert not (tmp_path / "a" / "toy.one.png").exists()
+
+
 def test_errors_of_a_simulation_are_one_line_or_a_traceback(sim, capsys, monkeypatch):
     assert cli.main(["verify", "toy.one", "--trouble", "value"]) == 2
     err = capsys.readouterr().err
