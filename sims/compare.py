@@ -217,6 +217,11 @@ def convergence_order(scales: ArrayLike, errors: ArrayLike) -> Fit:
     return fit_line(np.log(x), np.log(y))
 
 
+def orders(scales: ArrayLike, errors: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The order in the scale of several errors, by their names."""
+    return {name: convergence_order(scales, error).slope for name, error in errors.items()}
+
+
 def percent(factor: float) -> str:
     """How far a factor is from one, in words.
 
@@ -241,18 +246,9 @@ def first_order(
             `right_and_wrong` gives it; shape (L,) each.
         wrong: label of the second check.
     """
+    order = orders(rates, gaps)
+    stays = "a gap that does not close has order 0, but for the largest rates"
     return (
-        slope(
-            "order of the gap in the learning rate",
-            convergence_order(rates, gaps["right"]).slope,
-            1.0,
-            0.1,
-            why=SECOND_ORDER,
-        ),
-        at_most(
-            wrong,
-            convergence_order(rates, gaps["wrong"]).slope,
-            0.6,
-            why="a gap that does not close has order 0, but for the largest rates",
-        ),
+        slope("order of the gap in the learning rate", order["right"], 1.0, 0.1, why=SECOND_ORDER),
+        at_most(wrong, order["wrong"], 0.6, why=stays),
     )

@@ -5,7 +5,7 @@ Functions draw on an Axes and return it. Nothing here opens a window or keeps gl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
 
 # Theory lies over the trained curve as thin black dashes: where the two agree, both can be seen.
 THEORY: dict[str, Any] = {"color": "black", "linestyle": (0, (4, 3)), "linewidth": 1.1, "zorder": 5}
@@ -49,8 +50,7 @@ def gap_panel(ax: Axes, scales: np.ndarray, gaps: Mapping[str, np.ndarray], xlab
         ax.loglog(scales, gap, markers[index], color=color, label=label)
     reference_slope(ax, scales, next(iter(gaps.values())), 1, "slope 1")
     ax.set(xlabel=xlabel, ylabel=ylabel)
-    low, high = ax.get_ylim()
-    ax.set_ylim(low, high * (high / low) ** 0.5)  # room for the legend
+    make_room(ax, above=0.5)
     ax.legend(loc="upper left")
     return ax
 
@@ -61,12 +61,35 @@ def reference_slope(ax: Axes, x: np.ndarray, y: np.ndarray, slope: float, label:
     return ax
 
 
+def make_room(ax: Axes, above: float = 0.0, below: float = 0.0) -> Axes:
+    """Leave room for a legend above the data, or below, in heights of the panel so far."""
+    low, high = ax.get_ylim()
+    if ax.get_yscale() == "log":
+        ax.set_ylim(low * (low / high) ** below, high * (high / low) ** above)
+    else:
+        ax.set_ylim(low - below * (high - low), high + above * (high - low))
+    return ax
+
+
+def label_ticks(ax: Axes, places: ArrayLike, labels: str | Sequence[str] = "{:g}") -> Axes:
+    """Draw ticks of the horizontal axis at these places alone; labels may be the format of all."""
+    places = np.asarray(places)
+    ax.set_xticks(places, [labels.format(x) for x in places] if isinstance(labels, str) else labels)
+    ax.set_xticks([], minor=True)
+    return ax
+
+
 def theory_and_trained(
-    ax: Axes, ts: np.ndarray, theory: np.ndarray, trained: np.ndarray, labels: list[str]
+    ax: Axes,
+    ts: np.ndarray,
+    theory: np.ndarray,
+    trained: np.ndarray,
+    labels: Sequence[str],
+    name: str = "theory",
 ) -> Axes:
-    """Draw coordinates over time, (T, n) each: trained in colour, theory dashed over it."""
+    """Draw coordinates over time, (T, n) each: trained in colour, theory, under its name, dashed over it."""
     for index, label in enumerate(labels):
         ax.plot(ts, trained[:, index], color=f"C{index}", label=label, **TRAINED)
     lines = ax.plot(ts, theory, **THEORY)
-    lines[0].set_label("theory")
+    lines[0].set_label(name)
     return ax
