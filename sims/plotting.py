@@ -39,7 +39,24 @@ def new_figure(
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def gap_panel(ax: Axes, scales: np.ndarray, gaps: Mapping[str, np.ndarray], xlabel: str, ylabel: str) -> Axes:
+def finish(
+    ax: Axes, title: str, xlabel: str, ylabel: str, legend: str | Mapping[str, Any] = "", **settings: Any
+) -> Axes:
+    """Set title, labels and other properties of a panel, and draw its legend: a place, or its options."""
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel, **settings)
+    if legend:
+        ax.legend(**({"loc": legend} if isinstance(legend, str) else legend))
+    return ax
+
+
+def gap_panel(
+    ax: Axes,
+    scales: np.ndarray,
+    gaps: Mapping[str, np.ndarray],
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+) -> Axes:
     """Draw gaps to a theory over a scale, such as the learning rate, beside the line of slope one.
 
     The first of the gaps is the one that the line goes through; the last is drawn in grey.
@@ -49,10 +66,8 @@ def gap_panel(ax: Axes, scales: np.ndarray, gaps: Mapping[str, np.ndarray], xlab
         color = "0.45" if index == last > 1 else f"C{2 * index}"
         ax.loglog(scales, gap, markers[index], color=color, label=label)
     reference_slope(ax, scales, next(iter(gaps.values())), 1, "slope 1")
-    ax.set(xlabel=xlabel, ylabel=ylabel)
     make_room(ax, above=0.5)
-    ax.legend(loc="upper left")
-    return ax
+    return finish(ax, title, xlabel, ylabel, "upper left")
 
 
 def reference_slope(ax: Axes, x: np.ndarray, y: np.ndarray, slope: float, label: str) -> Axes:
