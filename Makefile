@@ -13,7 +13,7 @@ help:
 	@echo "make lint      the first three of these"
 	@echo "make lock      resolve requirements.lock anew, keeping versions; LOCK=--upgrade takes the latest"
 	@echo "make clean     remove all that was made here, .venv and figures/quick included"
-	@echo "The first run makes .venv. PYTHON=... chooses its interpreter, 3.11 or later (default: python3)."
+	@echo "The first run makes .venv. PYTHON=... chooses its interpreter (default: the newest that is tested)."
 
 figures: environment
 	@$(RUN) sims run all --preset quick --out figures/quick

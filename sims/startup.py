@@ -10,17 +10,10 @@ import shutil
 import sys
 import tempfile
 import warnings
-from importlib.metadata import version
 from pathlib import Path
 
-# Older versions fuse small products on CPU with what follows into kernels that compute wrong rows
-# (tests/test_canary.py). Products alone are right.
-_FUSION = "--xla_cpu_experimental_ynn_fusion_type="
-_SAFE_FUSION = f"{_FUSION}LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
-# A batch of decompositions is split over XLA's pool of threads by a kernel that waits in one of them: as many
-# of these at once as there are threads wait for ever, which has been seen on two cores. With more than four,
-# networks of small matrices train a fifth slower there.
-_THREADS = 4
+from dynamics import workarounds
+
 # Bytes of compiled programs that are kept; one program takes some ten to some hundred thousand.
 _CACHE_BOUND = 10**9
 # Bytes that must be free: on a full disk half of a program may be written, which cannot be loaded.
@@ -33,28 +26,13 @@ def prepare_environment() -> None:
 
     What the environment says already is left as it is.
     """
-    set_xla_flags()
+    workarounds.apply()
     # Diffrax checks its own input inside compiled programs by calls to the host, and a program that calls the
     # host is never cached. `dynamics.flow.integrate` has looked at all of that, and raises by itself.
     os.environ.setdefault("EQX_ON_ERROR", "nan")
     # XLA takes preferences of its own compiler for features that the machine lacks, and complains in pages at
     # each program it loads. They are errors to it; nothing but a crash is above them.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
-
-def set_xla_flags() -> None:
-    """Work around two faults of XLA on CPU. Must run before JAX starts a backend.
-
-    A fusion that computes wrong numbers is turned off in jaxlib below 0.11. Small pools of threads, in which
-    batches of decompositions can wait for each other for ever, get more threads. What the environment says
-    about either is left as it is.
-    """
-    release = tuple(int(part) for part in version("jaxlib").split(".")[:2])
-    flags = os.environ.get("XLA_FLAGS", "")
-    if release < (0, 11) and _FUSION not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {_SAFE_FUSION}".strip()
-    if "NPROC" not in os.environ:
-        os.environ.setdefault("PJRT_NPROC", str(max(_THREADS, os.cpu_count() or 1)))
 
 
 def configure_jax(x64: bool, cache: Path | str | None = None) -> None:

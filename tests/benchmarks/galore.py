@@ -28,7 +28,7 @@ import tyro
 
 from models.galore import galore, state_bytes
 from models.galore.labels import is_hidden_kernel
-from sims.startup import configure_jax, set_xla_flags
+from sims.startup import configure_jax
 
 RATE = 1e-3
 HIDDEN, INNER = 512, 1376
@@ -225,6 +225,5 @@ def _energies(
 
 
 if __name__ == "__main__":
-    set_xla_flags()
     configure_jax(x64=False)
     main(tyro.cli(Options, description=__doc__))

@@ -25,7 +25,7 @@ from jaxtyping import Array
 from scipy.integrate import solve_ivp
 
 from dynamics.replicator.population import simulate
-from sims.startup import configure_jax, set_xla_flags
+from sims.startup import configure_jax
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,5 @@ def scipy_path(payoff: np.ndarray, x0: np.ndarray, ts: np.ndarray) -> np.ndarray
 
 
 if __name__ == "__main__":
-    set_xla_flags()
     configure_jax(x64=True)
     main(tyro.cli(Options, description=__doc__))
