@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, PyTree
+
+from dynamics.arguments import ArrayLike as ArrayLike
+from dynamics.arguments import as_real, brief, nan_unless, require_finite, require_sizes, require_times
+from dynamics.arguments import is_traced as is_traced
+from dynamics.arguments import require_number as require_number
 
 VectorField = Callable[[Any, Any, Any], Any]
-# What public functions take for an array: they convert and validate it themselves.
-ArrayLike = jax.typing.ArrayLike | Sequence[Any]
 
 
 @jax.tree_util.register_dataclass
@@ -38,11 +40,6 @@ class Trajectory:
     ok: Array | Any
 
 
-def is_traced(*trees: PyTree) -> bool:
-    """Whether any leaf is a JAX tracer, whose value cannot be looked at."""
-    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(trees))
-
-
 @jax.jit
 def all_finite(tree: PyTree) -> Bool[Array, ""]:
     """Whether every number in a pytree is finite."""
@@ -54,43 +51,6 @@ def as_inexact(x: ArrayLike) -> Array:
     """An array of floating (or complex) numbers; floating dtypes are kept."""
     x = jnp.asarray(x)
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.result_type(float))
-
-
-def require_times(ts: ArrayLike, dtype: Any) -> Float[Array, " T"]:
-    """Times as an array of the given dtype, or `ValueError` unless they are finite and increase strictly."""
-    shape = np.shape(ts)
-    if len(shape) != 1 or shape[0] == 0:
-        raise ValueError(f"ts must have shape (T,) with T >= 1, got shape {shape}")
-    times = jnp.asarray(ts).astype(dtype)
-    if not is_traced(times):
-        values = np.asarray(times, dtype=float)
-        if not np.all(np.isfinite(values)):
-            raise ValueError("ts must be finite, got NaN or infinity")
-        if np.any(np.diff(values) <= 0):
-            raise ValueError(f"ts must increase strictly (in {times.dtype}), got {_brief(values)}")
-    return times
-
-
-def require_number(name: str, value: Any, dtype: Any, *, at_least: int | float | None = None) -> Array:
-    """One finite number as an array of the given dtype, or `ValueError`; a bound is checked as well.
-
-    A traced value cannot be looked at: the caller sees to it that a bad one gives `ok=False` or NaN.
-    """
-    bound = "" if at_least is None else f" >= {at_least:g}"
-    real = isinstance(value, (int, float, np.ndarray, np.generic, jax.Array, Sequence))
-    if not real or jnp.iscomplexobj(value) or isinstance(value, str):
-        raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
-    number = jnp.asarray(value, dtype)
-    bad = number.ndim != 0
-    if not bad and not is_traced(number):
-        bad = not np.isfinite(float(number)) or (at_least is not None and float(number) < at_least)
-    if bad:
-        raise ValueError(f"{name} must be a finite number{bound}, got {value}")
-    return number
-
-
-def _brief(values: np.ndarray) -> str:
-    return np.array2string(values, threshold=6, edgeitems=3, precision=4)
 
 
 def integrate(
@@ -116,7 +76,9 @@ def integrate(
 
     Args:
         field: function `(t, y, args) -> dy/dt` on pytrees: diffrax's own convention.
-        y0: state at ts[0], a pytree of numbers or arrays. Its floating dtype is kept.
+        y0: state at ts[0], a pytree of numbers or arrays, float32 or float64, which is kept. What is complex
+            is integrated as its real and its imaginary part: the solver's support of complex numbers is
+            unfinished.
         ts: times that increase strictly, shape (T,).
         args: pytree handed to `field`; may hold functions.
         solver: a diffrax solver; `diffrax.Dopri8()` where None. Stiff flows want `diffrax.Kvaerno5()`.
@@ -130,7 +92,8 @@ def integrate(
         adjoint: how diffrax differentiates through the solve; its default where None.
 
     Returns:
-        A `Trajectory`; `ys` is NaN at the times that were not reached.
+        A `Trajectory`; `ys` is NaN at the times that were not reached, and everything is where a traced
+        argument is bad. Where the solve failed, all derivatives of `ys` are NaN.
 
     Raises:
         ValueError: `ts`, `y0` or a tolerance is bad and can be looked at (is not traced).
@@ -142,28 +105,27 @@ def integrate(
         >>> float(integrate(decay, 1.0, [0.0, 1.0], 2.0).ys[-1])  # doctest: +ELLIPSIS
         0.1353...
     """
-    y0 = jax.tree.map(as_inexact, y0)
+    y0 = jax.tree.map(lambda leaf: as_real("y0", leaf), y0)
     leaves = jax.tree.leaves(y0)
     if not any(leaf.size for leaf in leaves):
         raise ValueError("y0 must hold at least one number, got none")
     dtype = jnp.finfo(jnp.result_type(*leaves)).dtype
     ts = require_times(ts, dtype)
-    if not is_traced(y0) and not all(np.all(np.isfinite(np.asarray(leaf))) for leaf in leaves):
-        raise ValueError("y0 must be finite, got NaN or infinity")
-    for name, tolerance in (("rtol", rtol), ("atol", atol)):
-        if np.shape(tolerance) or not (is_traced(tolerance) or float(np.asarray(tolerance)) >= 0):
-            raise ValueError(f"{name} must be a number >= 0, got {tolerance}")
+    y0 = jax.tree.map(lambda leaf: require_finite("y0", leaf), y0)
+    # A tolerance that is not finite accepts any step.
+    rtol, atol = (
+        require_number(name, tolerance, dtype, at_least=0)
+        for name, tolerance in (("rtol", rtol), ("atol", atol))
+    )
     if not (solver is None or isinstance(solver, diffrax.AbstractSolver)):
         raise ValueError(f"solver must be a diffrax solver, such as diffrax.Kvaerno5(), got {solver!r}")
-    if not isinstance(max_steps, (int, np.integer)) or max_steps < 1:
-        raise ValueError(f"max_steps must be a positive integer, got {max_steps!r}")
+    (max_steps,) = require_sizes(max_steps=max_steps)
 
     args = jax.tree.map(_trace_number, args)
-    rtol, atol = (jnp.asarray(tolerance, dtype) for tolerance in (rtol, atol))
     solver = diffrax.Dopri8() if solver is None else solver
     adjoint = diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint
     trajectory, ended, reached, exhausted = _solve(
-        field, y0, ts, args, solver, rtol, atol, int(max_steps), adjoint
+        field, y0, ts, args, solver, rtol, atol, max_steps, adjoint
     )
 
     if not throw:
@@ -174,7 +136,7 @@ def integrate(
         # Raising is asked for by name: EQX_ON_ERROR may tell other checks to be silent.
         ok = eqx.error_if(trajectory.ok, ~trajectory.ok, message, on_error="raise")
         # Derivatives need the states no more, but this choice, so that their failure is told too.
-        ys = jax.tree.map(lambda leaf: jnp.where(ok, leaf, jnp.nan), trajectory.ys)
+        ys = jax.tree.map(lambda leaf: nan_unless(ok, leaf), trajectory.ys)
         return Trajectory(trajectory.ts, ys, ok)
     if not bool(trajectory.ok):
         last = float(ts[max(int(reached) - 1, 0)])
@@ -192,12 +154,15 @@ def integrate(
 
 def _trace_number(leaf: Any) -> Any:
     """Python numbers become arrays, so that their values are not compiled into the program."""
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise ValueError("args must hold arrays without a mask, got a masked array")
     is_number = isinstance(leaf, (int, float, complex, np.ndarray, np.generic)) and not isinstance(leaf, bool)
     return jnp.asarray(leaf) if is_number else leaf
 
 
 @eqx.filter_jit
 def _solve(field, y0, ts, args, solver, rtol, atol, max_steps, adjoint):
+    _require_field(field, y0, ts, args)
     # A start with NaN would be retried with ever smaller steps: such a lane starts from zero and is
     # flagged afterwards, so that it does not hold up the others. So do bad times and tolerances.
     good = all_finite(y0) & all_finite(ts) & jnp.all(jnp.diff(ts) > 0) & (rtol >= 0) & (atol >= 0)
@@ -233,7 +198,58 @@ def _solve(field, y0, ts, args, solver, rtol, atol, max_steps, adjoint):
         lambda leaf: jnp.where(jnp.expand_dims(saved, range(1, leaf.ndim)), leaf, jnp.nan), solution.ys
     )
     exhausted = solution.result == diffrax.RESULTS.max_steps_reached
-    return Trajectory(ts, ys, ended & all_finite(ys)), ended, jnp.sum(saved), exhausted
+    ok = ended & all_finite(ys)
+    return Trajectory(ts, nan_derivatives(~ok, ys, (y0, ts, args)), ok), ended, jnp.sum(saved), exhausted
+
+
+def _require_field(field, y0, ts, args):
+    """`ValueError` unless the field has the structure, the shapes and the precision of the state."""
+    if not callable(field):
+        raise ValueError(f"field must be a function of t, y and args, got {brief(field)}")
+    speed = eqx.filter_eval_shape(field, ts[0], y0, args)
+    if jax.tree.structure(speed) != jax.tree.structure(y0):
+        raise ValueError(
+            f"field must return a pytree like y0, {jax.tree.structure(y0)}, got {jax.tree.structure(speed)}"
+        )
+    for leaf, state in zip(jax.tree.leaves(speed), jax.tree.leaves(y0), strict=True):
+        leaf = jax.eval_shape(jnp.asarray, leaf)
+        if leaf.shape not in ((), state.shape):
+            raise ValueError(f"field must return the shape of y0, {state.shape}, got {leaf.shape}")
+        # Diffrax casts: a speed in half precision would be taken for an exact one.
+        if leaf.dtype != state.dtype and not jnp.issubdtype(leaf.dtype, jnp.integer):
+            raise ValueError(f"field must return the dtype of y0, {state.dtype}, got {leaf.dtype}")
+
+
+def nan_derivatives(failed: Array, ys: PyTree, inputs: PyTree) -> PyTree:
+    """The states of a solve, all of whose derivatives in the inputs are NaN where it failed.
+
+    Those of the states that were reached would be taken for the solution's, and those of the others are zero,
+    as if the solve had converged.
+    """
+    return _nan_derivatives(
+        failed, ys, [leaf for leaf in jax.tree.leaves(inputs) if eqx.is_inexact_array(leaf)]
+    )
+
+
+@jax.custom_jvp
+def _nan_derivatives(failed, ys, inputs):
+    return ys
+
+
+@_nan_derivatives.defjvp
+def _(primals, tangents):
+    (failed, ys, _), (_, ys_dot, inputs_dot) = primals, tangents
+    moved = [jnp.sum(jnp.real(leaf)) for leaf in inputs_dot]
+    return ys, jax.tree.map(
+        # Zero times whatever the inputs do, where nothing failed; NaN times that, where it did.
+        lambda leaf: (
+            leaf
+            + sum(
+                move.astype(leaf.dtype) * jnp.where(failed, jnp.nan, 0).astype(leaf.dtype) for move in moved
+            )
+        ),
+        ys_dot,
+    )
 
 
 def integrate_until(

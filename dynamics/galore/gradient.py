@@ -197,7 +197,7 @@ def over_steps(values: Array, steps: Array) -> Array:
 
 def is_linear(G0: Array, S: Array, learning_rate: Array) -> Array:
     """Whether the traced inputs of linear dynamics are as `require_linear` wants them."""
-    return all_finite((G0, S, learning_rate)) & is_symmetric(S) & (learning_rate >= 0)
+    return all_finite((G0, S, learning_rate)) & jnp.all(is_symmetric(S)) & (learning_rate >= 0)
 
 
 def require_linear(

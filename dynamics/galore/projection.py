@@ -139,7 +139,7 @@ def _contraction(B, C, numbers, form):
     else:
         values = jnp.linalg.eigvalsh(kronecker_mean(B, C))
         q = jnp.max(jnp.abs(1 - eta * values)) + eta * (L_A + D * (L_B * sup_C + L_C * sup_B))
-    good = all_finite((B, C, numbers)) & is_symmetric(B) & is_symmetric(C)
+    good = all_finite((B, C, numbers)) & jnp.all(is_symmetric(B)) & jnp.all(is_symmetric(C))
     good = good & jnp.all(jnp.stack(numbers) >= 0)
     return jnp.where(good, q, jnp.nan)
 

@@ -316,7 +316,7 @@ def _require_setting(
     t: ArrayLike, learning_rate_Y: ArrayLike, num_classes: ArrayLike, vocab_size: ArrayLike
 ) -> tuple[Array, Array, Array, Array]:
     t = as_inexact(t)
-    require_every("t", t, lambda t: (t >= 0) & np.isfinite(t), "finite and >= 0")
+    require_every("t", t, lambda t: (t >= 0) & (t < np.inf), "finite and >= 0")
     rate = require_number("learning_rate_Y", learning_rate_Y, t.dtype, at_least=0)
     K = require_number("num_classes", num_classes, t.dtype, at_least=1)
     return t, rate, K, require_number("vocab_size", vocab_size, t.dtype, at_least=2)
