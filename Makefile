@@ -4,12 +4,13 @@ PYTHON ?=
 export PYTHON
 RUN = .venv/bin/python -m
 
-.PHONY: help figures ledger test lint environment lock clean
+.PHONY: help figures ledger test lint environment lock clean accelerator
 
 help:
 	@echo "make figures   regenerate every figure in figures/quick (minutes), print the claims"
 	@echo "make ledger    the same at the standard preset, in figures (longer)"
 	@echo "make test      style, types, import contract and tests"
+	@echo "make accelerator   what a GPU or TPU does: tests, benchmarks, paper presets; five minutes"
 	@echo "make lint      the first three of these"
 	@echo "make lock      resolve requirements.lock anew, keeping versions; LOCK=--upgrade takes the latest"
 	@echo "make clean     remove all that was made here, .venv and figures/quick included"
@@ -31,6 +32,10 @@ lint: environment
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(RUN) pyright
 	@.venv/bin/lint-imports --no-logo
 
+# An interpreter that is named has all that is needed: nothing is installed.
+accelerator: $(if $(PYTHON),,environment)
+	@$(or $(PYTHON),.venv/bin/python) -m tests.benchmarks.accelerator
+
 environment:
 	@sh .ci/environment
 
@@ -41,5 +46,5 @@ lock:
 		--output-file requirements.lock pyproject.toml
 
 clean:
-	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis figures/quick
+	@rm -rf accelerator.json .venv build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis figures/quick
 	@find dynamics models sims tests -name __pycache__ -prune -exec rm -rf {} +

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -31,7 +32,6 @@ from models.galore.labels import is_hidden_kernel
 from sims.startup import configure_jax
 
 RATE = 1e-3
-HIDDEN, INNER = 512, 1376
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,10 @@ class Options:
     """Layers."""
     vocab: int = 32_000
     """Words, of an embedding and a head that are not projected."""
+    width: int = 512
+    """Width of the hidden states."""
+    inner: int = 1376
+    """Width inside of an MLP."""
     rank: int = 128
     """Rank."""
     gap: int = 4
@@ -53,9 +57,15 @@ class Options:
 
 
 def main(options: Options) -> None:
-    shapes = {f"layer{i}/{name}": shape for i in range(options.layers) for name, shape in _layer().items()}
+    show(measure(options))
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Times in seconds, energies and bytes of state of each optimizer, as numbers and words alone."""
+    layer = _layer(options)
+    shapes = {f"layer{i}/{name}": layer[name] for i in range(options.layers) for name in layer}
     hidden = list(shapes)
-    shapes |= {"embed": (options.vocab, HIDDEN), "lm_head": (HIDDEN, options.vocab)}
+    shapes |= {"embed": (options.vocab, options.width), "lm_head": (options.width, options.vocab)}
     rng = np.random.default_rng(options.seed)
     base = {name: _gradient(rng, shape) for name, shape in shapes.items()}
     noise = {name: 0.3 * np.std(G) * rng.standard_normal(G.shape, np.float32) for name, G in base.items()}
@@ -64,14 +74,30 @@ def main(options: Options) -> None:
     runs = {name: _optax_run(optimizer, gradients) for name, optimizer in _optimizers(options).items()}
     if all(importlib.util.find_spec(name) for name in ("torch", "galore_torch")):
         runs |= {name: _torch_run(name, gradients, options) for name in ("torch AdamW", "torch GaLoreAdamW")}
-
     runs["products alone"] = _products_run(options.rank, {name: base[name] for name in hidden})
 
+    seconds, energies = _take_turns(options, runs, gradients, hidden[:7])
+    matrices = {name: jax.ShapeDtypeStruct(shapes[name], jnp.float32) for name in hidden}
+    numbers = sum(options.rank * (min(shapes[name]) + 2 * max(shapes[name])) for name in hidden)
+    return {
+        "options": asdict(options),
+        "device": jax.devices()[0].device_kind,
+        "rows": _rows(options, runs, seconds, energies),
+        "matrices": len(hidden),
+        "state bytes of the matrices": state_bytes(matrices, options.rank),
+        "bytes of m r + 2 n r numbers": 4 * numbers,
+    }
+
+
+def _take_turns(
+    options: Options, runs: dict[str, Any], gradients: list[dict[str, np.ndarray]], looked_at: list[str]
+) -> tuple[dict[str, np.ndarray], dict[str, list[float]]]:
+    """Seconds of each step, and the energy captured at each refresh, of every run."""
     steps = options.gap * (options.rounds + 1)
     seconds = {name: np.zeros(steps) for name in runs}
     energies: dict[str, list[float]] = {name: [] for name in runs}
     best = [
-        {name: np.linalg.svd(np.asarray(G[name], float), compute_uv=False) for name in hidden[:7]}
+        {name: np.linalg.svd(np.asarray(G[name], float), compute_uv=False) for name in looked_at}
         for G in gradients
     ]
     for step in range(steps):
@@ -82,35 +108,66 @@ def main(options: Options) -> None:
             seconds[name][step] = time.perf_counter() - started
             if step % options.gap == 0 and "galore," in name:
                 energies[name] += _energies(look()[0], gradients[which], best[which])
+    return seconds, energies
 
-    late = np.arange(steps) >= options.gap
-    refresh = late & (np.arange(steps) % options.gap == 0)
-    print(f"{options.layers} layers, {options.vocab} words, rank {options.rank}, float32; ", end="")
-    print(f"{jax.devices()[0].device_kind}; medians of {options.rounds} refreshes")
-    print("| | ordinary step | over AdamW | refresh | over optax's | energy captured | state |")
-    print("|---|---|---|---|---|---|---|")
-    adamw, theirs = seconds["optax.adamw"], seconds["optax.contrib.galore"]
+
+def _rows(
+    options: Options,
+    runs: dict[str, Any],
+    seconds: dict[str, np.ndarray],
+    energies: dict[str, list[float]],
+) -> dict[str, dict[str, float]]:
+    """Medians after the first refresh, and of ratios taken step by step."""
+    step = np.arange(options.gap * (options.rounds + 1))
+    ordinary = (step >= options.gap) & (step % options.gap != 0)
+    refresh = (step >= options.gap) & (step % options.gap == 0)
+    rows = {}
     for name, (_, look) in runs.items():
-        ordinary, slow = seconds[name][late & ~refresh], seconds[name][refresh]
-        over = np.median(ordinary / adamw[late & ~refresh])
-        row = [name, f"{1e3 * np.median(ordinary):.0f} ms", f"{over:.2f}"]
-        if "galore" not in name.lower():
-            row += ["", "", ""]
-        else:
-            row += [f"{1e3 * np.median(slow):.0f} ms", f"{np.median(slow / theirs[refresh]):.2f}"]
-            row += [f"{min(energies[name]):.5f}" if energies[name] else ""]
-        state = look()[1]
-        print("| " + " | ".join([*row, f"{state / 1e6:.2f} MB" if state else ""]) + " |")
+        own, adamw, theirs = seconds[name], seconds["optax.adamw"], seconds["optax.contrib.galore"]
+        row = {
+            "ordinary step": float(np.median(own[ordinary])),
+            "over AdamW": float(np.median(own[ordinary] / adamw[ordinary])),
+        }
+        if "galore" in name.lower():
+            row["refresh"] = float(np.median(own[refresh]))
+            row["over optax's"] = float(np.median(own[refresh] / theirs[refresh]))
+        if energies[name]:
+            row["energy captured"] = min(energies[name])
+        if state := look()[1]:
+            row["state"] = state
+        rows[name] = row
+    return rows
 
-    matrices = {name: jax.ShapeDtypeStruct(shapes[name], jnp.float32) for name in hidden}
-    numbers = sum(options.rank * (min(shapes[name]) + 2 * max(shapes[name])) for name in hidden)
-    print(f"state of the {len(hidden)} matrices: {state_bytes(matrices, options.rank)} bytes; ", end="")
-    print(f"m r + 2 n r numbers: {4 * numbers} bytes (two step counts are the difference)")
+
+def show(measured: dict[str, Any]) -> None:
+    """Print the table."""
+    options = Options(**measured["options"])
+    print(f"{options.layers} layers, {options.vocab} words, rank {options.rank}, float32; ", end="")
+    print(f"{measured['device']}; medians of {options.rounds} refreshes")
+    columns: dict[str, Callable[[float], str]] = {
+        "ordinary step": lambda s: f"{1e3 * s:.3g} ms",
+        "over AdamW": "{:.2f}".format,
+        "refresh": lambda s: f"{1e3 * s:.3g} ms",
+        "over optax's": "{:.2f}".format,
+        "energy captured": "{:.5f}".format,
+        "state": lambda size: f"{size / 1e6:.2f} MB",
+    }
+    print("| | " + " | ".join(columns) + " |")
+    print("|" + "---|" * (len(columns) + 1))
+    for name, row in measured["rows"].items():
+        cells = [form(row[column]) if column in row else "" for column, form in columns.items()]
+        print("| " + " | ".join([name, *cells]) + " |")
+    print(
+        f"state of the {measured['matrices']} matrices: {measured['state bytes of the matrices']} bytes; "
+        f"m r + 2 n r numbers: {measured['bytes of m r + 2 n r numbers']} bytes "
+        "(two step counts are the difference)"
+    )
 
 
-def _layer() -> dict[str, tuple[int, int]]:
-    kernels = dict.fromkeys(("query", "key", "value", "output"), (HIDDEN, HIDDEN))
-    return kernels | dict.fromkeys(("gate", "up"), (HIDDEN, INNER)) | {"down": (INNER, HIDDEN)}
+def _layer(options: Options) -> dict[str, tuple[int, int]]:
+    d, inner = options.width, options.inner
+    kernels = dict.fromkeys(("query", "key", "value", "output"), (d, d))
+    return kernels | dict.fromkeys(("gate", "up"), (d, inner)) | {"down": (inner, d)}
 
 
 def _gradient(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:

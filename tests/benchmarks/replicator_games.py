@@ -13,6 +13,7 @@ needs Nashpy (`pip install dynascope[peers]`).
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -55,26 +56,8 @@ class Options:
 def main(options: Options) -> None:
     from nashpy.learning.replicator_dynamics import replicator_dynamics
 
-    rng = np.random.default_rng(options.seed)
-    payoffs = rng.standard_normal((options.games, options.strategies, options.strategies))
-    starts = rng.dirichlet(np.ones(options.strategies), options.games)
-    ts = np.linspace(0.0, options.horizon, options.points)
-    solvers = {"dopri5": diffrax.Dopri5(), "tsit5": diffrax.Tsit5(), "dopri8": diffrax.Dopri8()}
-    solver = solvers[options.solver]
-
-    @jax.jit
-    def simulate_all(payoffs: Array, starts: Array, rtol: float, atol: float) -> tuple[Array, Array]:
-        def one(payoff, x0):
-            return simulate(payoff, x0, ts, rtol=rtol, atol=atol, solver=solver, throw=False)
-
-        path = jax.vmap(one)(payoffs, starts)
-        return jnp.exp(path.ys), jnp.all(path.ok)
-
-    def ours(tolerance: float) -> np.ndarray:
-        x, ok = simulate_all(payoffs, starts, tolerance, tolerance)
-        if not ok:
-            raise RuntimeError("a solve failed")
-        return np.asarray(x)
+    payoffs, starts, ts = draw_games(options)
+    ours = batched(payoffs, starts, ts, options.solver)
 
     def theirs() -> np.ndarray:
         return np.stack([replicator_dynamics(A, x0, ts) for A, x0 in zip(payoffs, starts, strict=True)])
@@ -113,6 +96,37 @@ def main(options: Options) -> None:
         print(f"  ratio {np.median(ratios):.1f} (from {np.min(ratios):.1f} to {np.max(ratios):.1f})")
         print("  error of ours: median {:.1e}, largest {:.1e}".format(*errors(x)))
         print(f"  largest difference of the trajectories: {np.max(np.abs(x - their_x)):.1e}")
+
+
+def draw_games(options: Options) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Payoffs, starts and save points."""
+    rng = np.random.default_rng(options.seed)
+    payoffs = rng.standard_normal((options.games, options.strategies, options.strategies))
+    starts = rng.dirichlet(np.ones(options.strategies), options.games)
+    return payoffs, starts, np.linspace(0.0, options.horizon, options.points)
+
+
+def batched(
+    payoffs: np.ndarray, starts: np.ndarray, ts: np.ndarray, solver: str = "dopri5"
+) -> Callable[[float], np.ndarray]:
+    """A function of the tolerance that gives the shares of all games at all times, in one program."""
+    chosen = {"dopri5": diffrax.Dopri5(), "tsit5": diffrax.Tsit5(), "dopri8": diffrax.Dopri8()}[solver]
+
+    @jax.jit
+    def simulate_all(payoffs: Array, starts: Array, rtol: float, atol: float) -> tuple[Array, Array]:
+        def one(payoff, x0):
+            return simulate(payoff, x0, ts, rtol=rtol, atol=atol, solver=chosen, throw=False)
+
+        path = jax.vmap(one)(payoffs, starts)
+        return jnp.exp(path.ys), jnp.all(path.ok)
+
+    def ours(tolerance: float) -> np.ndarray:
+        x, ok = simulate_all(payoffs, starts, tolerance, tolerance)
+        if not ok:
+            raise RuntimeError("a solve failed")
+        return np.asarray(x)
+
+    return ours
 
 
 def timed(call):
