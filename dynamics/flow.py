@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from dynamics.arguments import is_traced as is_traced
 from dynamics.arguments import require_number as require_number
 
 VectorField = Callable[[Any, Any, Any], Any]
+_DERIVED: Any = object()  # JAX makes trajectories of None and other things that stand for arrays
 
 
 @jax.tree_util.register_dataclass
@@ -29,15 +31,33 @@ class Trajectory:
     Attributes:
         ts: times, shape (T,). For trained networks the time is learning_rate * step.
         ys: the states: a pytree whose leaves have a leading axis T. NaN from where a solver gave up.
-        ok: boolean scalar: the end was reached and everything that must be finite is finite.
+        ok: boolean scalar: the end was reached and everything that must be finite is finite. Where it is not
+            given, such as for a recording of one's own, it says that all times and states are finite.
 
     Under `vmap` all three carry the mapped axes in front.
+
+    Example:
+        >>> bool(Trajectory(np.arange(2.0), {"w": np.ones((2, 3))}).ok)
+        True
     """
 
     # Arrays, except while JAX takes the pytree apart: a shape annotation would be checked then too.
     ts: Array | Any
     ys: PyTree
-    ok: Array | Any
+    ok: Array | Any = _DERIVED
+
+    def __post_init__(self):
+        if self.ok is _DERIVED:
+            lanes = max(np.ndim(self.ts) - 1, 0)
+            object.__setattr__(self, "ok", _finite_lanes((self.ts, self.ys), lanes))
+
+
+def _finite_lanes(tree: PyTree, lanes: int) -> Any:
+    """Whether all numbers are finite, for each lane of as many leading axes."""
+    leaves = jax.tree.leaves(tree)
+    xp: Any = jnp if is_traced(leaves) else np  # what is concrete stays so within a program
+    finite = [xp.isfinite(xp.asarray(leaf)) for leaf in leaves]
+    return functools.reduce(xp.logical_and, [xp.all(f, axis=tuple(range(lanes, f.ndim))) for f in finite])
 
 
 @jax.jit

@@ -1,15 +1,17 @@
 """Errors between trajectories in cases known by hand, and slopes of exact powers."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamics.flow import Trajectory
+from models.training import train
 from sims.compare import (
     WRONG_FACTOR,
     compare,
@@ -24,8 +26,35 @@ from sims.compare import (
     right_and_wrong,
 )
 
+CURVATURES = np.array([0.5, 1.0])
+
+
+def bowl(w):
+    """A parabola around (1, -2)."""
+    ends = jnp.asarray([1.0, -2.0], w.dtype)
+    return jnp.sum(jnp.asarray(CURVATURES, w.dtype) * (w - ends) ** 2) / 2
+
+
 TS = np.array([0.0, 1.0, 2.0])
 YS = {"a": np.array([[3.0], [1.0], [2.0]]), "b": np.array([[4.0, 0.0], [2.0, 3.0], [2.0, 2.0]])}
+
+
+class Weights(NamedTuple):
+    Y: Any
+    Z: Any
+
+
+@jax.tree_util.register_pytree_node_class
+class Nameless:
+    def __init__(self, *parts):
+        self.parts = parts
+
+    def tree_flatten(self):
+        return self.parts, None
+
+    @classmethod
+    def tree_unflatten(cls, _, parts):
+        return cls(*parts)
 
 
 def path(ts, ys, ok: Any = True):
@@ -90,13 +119,44 @@ def test_what_does_not_vary_has_no_correlation():
         (
             path(TS, YS),
             path(TS, {"a": YS["b"], "b": YS["a"]}),
-            r"^trained must have the coordinates of theory, got \[\(3, 2\), \(3, 1\)\]",
+            r"^trained must have the coordinates of theory, by name and shape, "
+            r"got \{a: \(3, 2\), b: \(3, 1\)\} and \{a: \(3, 1\), b: \(3, 2\)\}$",
         ),
+        (
+            path(TS, Weights(TS, 2 * TS)),
+            path(TS, {"decoder": TS, "attention": 2 * TS}),
+            r"got \{attention: \(3,\), decoder: \(3,\)\} and \{Y: \(3,\), Z: \(3,\)\}$",
+        ),
+        (path(TS, Weights(TS, TS)), path(TS, (TS, TS)), r"got \{0: \(3,\), 1: \(3,\)\} and \{Y: "),
+        (path(TS, {"a/b": TS}), path(TS, {"a": {"b": TS}}), r"got \{a\.b: \(3,\)\} and \{a/b: \(3,\)\}$"),
+        (path(TS, {0: TS, 1: TS}), path(TS, Nameless(TS, TS)), r"^trained must have the coordinates"),
     ],
 )
 def test_trajectories_that_cannot_be_compared(theory, trained, message):
     with pytest.raises(ValueError, match=message):
         compare(theory, trained)
+
+
+def test_coordinates_go_by_their_names_whatever_holds_them():
+    theory, other = path(TS, Weights(TS, 2 * TS)), {"Z": 2 * TS, "Y": TS}
+    for ys in (other, Weights(**other)):
+        assert compare(theory, path(TS, ys)).gap == 0
+    swapped = compare(theory, path(TS, {"Z": TS, "Y": 2 * TS}))
+    np.testing.assert_array_equal(swapped.max_abs, TS)
+    assert compare(path(TS, [TS, 3 * TS]), path(TS, (TS, 3 * TS))).gap == 0
+    assert compare(path(TS, Nameless(TS, TS)), path(TS, Nameless(TS, TS + 1))).gap == 1
+
+
+def test_a_recording_is_a_trajectory_that_knows_whether_it_is_finite():
+    recorded = Trajectory(TS, YS)
+    assert compare(path(TS, YS), recorded).gap == 0
+    lost = {**YS, "a": np.array([[1.0], [np.inf], [2.0]])}
+    assert not Trajectory(TS, lost).ok
+    assert not Trajectory(np.array([0.0, np.nan]), TS[:2]).ok
+    lanes = Trajectory(np.stack([TS, TS]), jax.tree.map(lambda one, other: np.stack([one, other]), YS, lost))
+    np.testing.assert_array_equal(lanes.ok, [True, False])
+    np.testing.assert_array_equal(jax.vmap(Trajectory)(lanes.ts, lanes.ys).ok, [True, False])
+    assert jax.tree.map(lambda leaf: None, recorded).ok is None
 
 
 def test_lanes():
@@ -151,6 +211,40 @@ def test_order_hands_nan_on():
     assert np.isnan(convergence_order([0.1, 0.2], [1.0, np.nan])).all()
 
 
+@pytest.mark.parametrize("floor", [1e-3, [1e-9, 1e-9, 1e-3], np.array([0.0, 0.0, 2e-3])])
+def test_what_lies_at_the_floor_is_left_out_and_told(floor):
+    scales, errors = [0.1, 0.05, 0.001], [0.1, 0.05, 0.001]
+    with pytest.warns(
+        UserWarning, match=r"^convergence_order leaves out the scales \[0\.001\], whose errors"
+    ):
+        fit = convergence_order(scales, errors, floor=floor)
+    assert fit.slope == pytest.approx(1)
+    with pytest.warns(UserWarning, match="noise floor"):
+        assert np.isnan(convergence_order(scales, errors, floor=0.07)).all()  # undecided, and not refuted
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("factor", "order"), [(1.0, 1.0), (1.02, 0.0)])
+def test_rounding_does_not_refute_a_right_flow_nor_excuse_a_wrong_one(dtype, factor, order):
+    """A network in 32-bit stands still where its updates are smaller than the spacing of its weights."""
+    rates, time, ends = [1e-2, 1e-3, 1e-4], 8.0, jnp.asarray([1.0, -2.0], dtype)
+    gaps = []
+    for rate in rates:
+        steps = round(time / rate)
+        _, trained = train(bowl, ends - 1.3, optax.sgd(rate), steps=steps, every=steps // 40, time_step=rate)
+        flow = np.asarray(ends) - 1.3 * np.exp(-factor * CURVATURES * np.asarray(trained.ts)[:, None])
+        gaps.append(compare(Trajectory(np.asarray(trained.ts), flow), trained))
+    if dtype == "float64":
+        found = convergence_order(rates, gaps)
+    elif factor == 1:
+        assert convergence_order(rates, [gap.gap for gap in gaps]).slope < 0.7  # what the numbers alone say
+        with pytest.warns(UserWarning, match=r"leaves out the scales \[0\.0001\]"):
+            found = convergence_order(rates, gaps)
+    else:
+        found = convergence_order(rates[::-1], gaps[::-1])
+    assert found.slope == pytest.approx(order, abs=0.1)
+
+
 def test_order_of_a_plateau():
     scales = np.array([1e-1, 1e-2, 1e-3])
     assert convergence_order(scales, 0.5 + scales).slope < 0.05
@@ -171,6 +265,12 @@ def test_order_of_a_plateau():
 def test_bad_points_are_named(scales, errors, message):
     with pytest.raises(ValueError, match=message):
         convergence_order(scales, errors)
+
+
+@pytest.mark.parametrize("floor", [-1.0, [0.1], np.nan])
+def test_a_bad_floor_is_named(floor):
+    with pytest.raises(ValueError, match=r"^floor must be one number >= 0, or one per scale, got"):
+        convergence_order([0.1, 0.2], [1.0, 2.0], floor=floor)
 
 
 def test_line_fit_against_the_normal_equations():
