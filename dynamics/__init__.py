@@ -1,4 +1,13 @@
-"""Theories of training dynamics: pure functions that integrate them. Imports nothing of models or sims."""
+"""Theories of training dynamics: pure functions that integrate them. Imports nothing of models or sims.
+
+flow          trajectories, and the integration of any field (t, y, args) -> dy/dt
+replicator    attention with a learned prompt as replicator dynamics; evolutionary games; conditioning
+scan_snap     one-layer transformers on classes of sequences: attention scans, and then snaps
+joma          the joint dynamics of an MLP and the attention below it: invariants, fields, rates
+incremental   products of weights that learn one by one: greedy path, staircase, flows from tiny starts
+galore        low-rank gradients: their form, the fall of their stable rank, descent in a fixed subspace
+spectra       what is measured on weight matrices, attention rows and subspaces
+"""
 
 from dynamics import workarounds
 

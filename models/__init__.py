@@ -1,3 +1,12 @@
-"""The actual networks: Flax modules, their data and their training."""
+"""The actual networks: Flax modules, their data and their training. Imports nothing of sims.
+
+training      train(loss, params, optimizer, ...): gradient descent as one compiled program, recorded
+attention     prompts, heads, products of weights, and the attention of each theory
+galore        GaLore for Optax: scale_by_galore, galore, 8-bit moments, layer by layer
+lowrank       LoRA, ReLoRA and W = A B
+vit, llama    a vision transformer, and the shapes of LLaMA
+layer, losses, optimizers, memory, functional    pieces that several networks share
+data          teachers, token sequences, text, images, and runs recorded by others
+"""
 
 import dynamics  # noqa: F401  its workarounds must come before JAX starts
