@@ -178,6 +178,25 @@ def named_lanes(f: Callable[[Any], PyTree], /, **lanes: PyTree) -> dict[str, Any
     return {name: jax.tree.map(lambda leaf, i=i: leaf[i], results) for i, name in enumerate(lanes)}
 
 
+def named_groups(f: Callable[[Any], PyTree], groups: Mapping[str, Sequence[PyTree]]) -> dict[str, Any]:
+    """`f` of the lanes of several groups, stacked into one batch, with its results by the groups' names.
+
+    Args:
+        f: function of a batch, such as a compiled `vmap`; what it gives has the lanes in front.
+        groups: lanes by group, all of the same structure and shapes.
+
+    Example:
+        >>> found = named_groups(jnp.square, {"odd": [1.0, 3.0], "even": [2.0]})
+        >>> {name: values.tolist() for name, values in found.items()}
+        {'odd': [1.0, 9.0], 'even': [4.0]}
+    """
+    lanes = [lane for group in groups.values() for lane in group]
+    results = jax.device_get(f(jax.tree.map(lambda *leaves: np.stack(leaves), *lanes)))
+    ends = np.cumsum([len(group) for group in groups.values()])
+    parts = {name: slice(end - len(groups[name]), end) for name, end in zip(groups, ends, strict=True)}
+    return {name: jax.tree.map(lambda leaf, part=part: leaf[part], results) for name, part in parts.items()}
+
+
 def right_and_wrong(flow: Callable[[Any], PyTree], factor: float = WRONG_FACTOR) -> dict[str, Any]:
     """A flow of the gradient as it is, and of one that is `factor` times too large, from one solve.
 

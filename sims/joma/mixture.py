@@ -22,23 +22,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.optimize import brentq
 from scipy.special import ndtr
-from scipy.stats import norm
 
+from dynamics import joma
 from dynamics.flow import Trajectory, integrate
-from dynamics.joma import Moments, gaussian_moments, isotropic_mixture_field, isotropic_moments
 from models.losses import bind
-from models.training import Descent, train
+from models.training import Descent, map_lanes, train
 from sims import plotting
 from sims.claims import SECOND_ORDER, Claim, Preset, at_least, at_most, equals, qualified, slope, stated
-from sims.compare import (
-    SOLVE,
-    convergence_order,
-    lane_gaps,
-    named_lanes,
-    percent,
-    require_ok,
-    right_and_wrong,
-)
+from sims.compare import SOLVE, lane_gaps, named_groups, named_lanes, orders, percent, require_ok
 from sims.ranges import Count, Length, Range
 from sims.results import Context, Saved
 
@@ -49,13 +40,16 @@ ACTIVATIONS = {
     "tanh": jnp.tanh,
     "GELU": jax.nn.gelu,
 }
-# Shares of ReLU, identity and GELU in an activation.
+# The activations that are mixed, and the shares of one alone.
+BLENDED = (ACTIVATIONS["ReLU"], ACTIVATIONS["identity"], ACTIVATIONS["GELU"])
 RELU, LINEAR, GELU = np.eye(3)
 PROBES = 4  # hidden weights at which the field is compared with samples
 NORM, SCALE = 1.3, 0.8  # |v| and width of the clusters where moments are compared and drawn
 WRONG_FACTOR = 1.2
 DIM = 4  # of the clusters at right angles, one per dimension
 SEPARATION, CLOSE = 8.0, 2.0  # norms of their centers, in widths
+START = np.array([0.3, 0.6])  # of the nodes in the plane
+FINE = 3  # times of a flow per record of training
 # What the nodes are called that are trained to the end.
 ENDS = {"relu": "ReLU, one pulls", "linear": "linear, one pulls", "two_pull": "ReLU, two pull"}
 TOO_WIDE = f"clusters {percent(WRONG_FACTOR)} too wide"
@@ -93,112 +87,106 @@ _STANDARD = replace(
 PRESETS: dict[Preset, Config] = {"quick": _QUICK, "standard": _STANDARD, "paper": _STANDARD}
 
 
-class Mixture(NamedTuple):
-    """A Gaussian mixture: centers (C, d), weights a_c and biases (C,), one width."""
+class Node(NamedTuple):
+    """A hidden node on a Gaussian mixture: centers (C, d), weights a_c and biases (C,), width, activation."""
 
     centers: Array | Any
     weights: Array | Any
     bias: Array | Any
     scale: Array | Any = SCALE
+    mix: Array | Any = RELU
 
 
-def _plane() -> Mixture:
+def _plane(mix: Any) -> Node:
     """Three clusters in the plane, of both signs, near enough to overlap."""
     centers = np.array([[2.0, 0.0], [-1.0, 1.5], [-0.5, -1.8]])
-    return Mixture(centers, np.array([0.5, -0.35, -0.15]), np.array([0.3, 0.2, 0.4]))
+    return Node(centers, np.array([0.5, -0.35, -0.15]), np.array([0.3, 0.2, 0.4]), mix=mix)
 
 
-def _solid() -> Mixture:
+def _solid() -> Node:
     """Three clusters in three dimensions, of both signs."""
     centers = np.array([[1.0, 0.5, -0.5], [-1.0, 0.8, 0.2], [0.3, -1.2, 0.9]])
-    return Mixture(centers, np.array([0.5, -0.3, 0.2]), np.array([0.2, -0.4, 0.6]))
+    return Node(centers, np.array([0.5, -0.3, 0.2]), np.array([0.2, -0.4, 0.6]))
 
 
-def _at_right_angles() -> dict[str, tuple[Mixture, np.ndarray]]:
-    """Clusters of width one along the axes, one or two of which pull, and the activation of a node there."""
+def _at_right_angles() -> dict[str, Node]:
+    """Nodes on clusters of width one along the axes, one or two of which pull."""
 
     def node(mix, separation=SEPARATION, pulling=1):
         weights = np.where(np.arange(DIM) < pulling, 1.0, -1.0) / DIM
-        return Mixture(separation * np.eye(DIM), weights, np.zeros(DIM), 1.0), mix
+        return Node(separation * np.eye(DIM), weights, np.zeros(DIM), 1.0, mix)
 
-    return {
-        "relu": node(RELU),
-        "linear": node(LINEAR),
-        "two_pull": node(RELU, pulling=2),
-        "close": node(RELU, separation=CLOSE),
-    }
-
-
-def _plane_quadrature():
-    """The clusters of the plane as data of `_node_loss`: Gauss-Hermite nodes around every center."""
-    nodes, mass = np.polynomial.hermite_e.hermegauss(64)
-    grid = np.stack(np.meshgrid(nodes, nodes), axis=-1).reshape(-1, 2)
-    mixture = _plane()
-    share = np.outer(mass, mass).reshape(-1) / mass.sum() ** 2
-    return mixture.centers[:, None, :] + SCALE * grid[None], share, mixture, GELU
+    ends = {"relu": node(RELU), "linear": node(LINEAR), "two_pull": node(RELU, pulling=2)}
+    return {**ends, "close": node(RELU, separation=CLOSE)}
 
 
 def _blend(mix: Array, s: Array) -> Array:
-    """ReLU, identity and GELU mixed: the activation as a number, so that all are one compiled program."""
-    return mix[0] * jax.nn.relu(s) + mix[1] * s + mix[2] * jax.nn.gelu(s)
+    """ReLU, identity and GELU mixed: the activation as a number, so that all are one compiled program.
+
+    What is at the end of a shorter mix has no share, and takes no time.
+    """
+    parts = [share * phi(s) for share, phi in zip(mix, BLENDED, strict=False)]
+    return sum(parts[1:], start=parts[0])
 
 
 def _node_loss(v: Array, data) -> Array:
     """-sum_c a_c E_c[h]: its negative gradient by h is a_c. Samples are (C, n, d), their shares (n,)."""
-    x, share, mixture, mix = data
-    hidden = _blend(mix, x @ v + mixture.bias[:, None])
-    return -jnp.sum(mixture.weights * (hidden @ share))
+    x, share, node = data
+    hidden = _blend(node.mix, x @ v + node.bias[:, None])
+    return -jnp.sum(node.weights * (hidden @ share))
 
 
-def _field(t, v, args) -> Array:
-    (centers, weights, bias, scale), mix = args
-    return isotropic_mixture_field(v, centers, weights, bias, Partial(_blend, mix), scale)
-
-
-@jax.jit
-def _flows(nodes: dict[str, Any], starts: Array, ts: Array) -> dict[str, Trajectory]:
-    """The averaged flow of every node, that is mixture and activation, from every start, (S, T, d)."""
-
-    def flow(node):
-        return jax.vmap(lambda v0: integrate(_field, v0, ts, node, solver=diffrax.Tsit5(), **SOLVE))(starts)
-
-    return named_lanes(flow, **nodes)
+def _field(t, v, node: Node) -> Array:
+    activation = Partial(_blend, node.mix)
+    return joma.isotropic_mixture_field(v, node.centers, node.weights, node.bias, activation, node.scale)
 
 
 @jax.jit
-def _plane_flows(v0: Array, ts: Array) -> dict[str, dict[str, Trajectory]]:
-    """Flows of a GELU node and of a ReLU one in the plane: right, and wrong where clusters are too wide."""
+def _flows(lanes: tuple[Node, Array, Array]) -> Trajectory:
+    """The averaged flows of nodes from starts (L, d) at times (L, T)."""
+    options: dict[str, Any] = {"solver": diffrax.Tsit5(), **SOLVE}
+    return map_lanes(lambda lane: integrate(_field, lane[1], lane[2], lane[0], **options), lanes)
 
-    def flows(factor):
-        mixture = _plane()._replace(scale=factor * SCALE)
-        return _flows({"gelu": (mixture, GELU), "relu": (mixture, RELU)}, v0[None], ts)
 
-    paths = right_and_wrong(flows, factor=WRONG_FACTOR)
-    return jax.tree.map(lambda leaf: leaf[0], paths)
+def _averaged_flows(config: Config, starts: np.ndarray) -> dict[str, Trajectory]:
+    """Flows from all starts at right angles, and those in the plane: right, and wrong of wider clusters."""
+    count = FINE * config.descent.points
+    ts = np.append(0.0, np.geomspace(1e-3, config.end, count))
+    lanes = {name: [(node, v0, ts) for v0 in starts] for name, node in _at_right_angles().items()}
+    ts = np.linspace(0.0, config.descent.horizon, count + 1)
+    for name, node in {"gelu": _plane(GELU), "relu": _plane(RELU)}.items():
+        # With zeros for more dimensions and one cluster more, they share the program.
+        *law, v0 = (np.pad(x, [(0, DIM - size) for size in x.shape]) for x in (*node[:3], START))
+        for of, factor in {"right": 1.0, "wrong": WRONG_FACTOR}.items():
+            lanes[f"{name}/{of}"] = [(Node(*law, scale=factor * SCALE, mix=node.mix), v0, ts)]
+    paths = named_groups(_flows, lanes)
+    require_ok("an averaged flow", *paths.values())
+    return paths
 
 
 def _by_activation(f: Callable[[Callable], PyTree]) -> PyTree:
     """`f` of every activation, along a leading axis."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(f, ACTIVATIONS.values()))
+    every = list(ACTIVATIONS.values())
+    return jax.lax.map(lambda i: f(lambda s: jax.lax.switch(i, every, s)), jnp.arange(len(every)))
 
 
 @partial(jax.jit, static_argnames="samples")
 def _monte_carlo(key: Array, vs: Array, r: Array, samples: int):
     """Averages over samples: fields with their standard errors on Gaussians and spheres, and moments."""
-    mixture = _solid()
-    noise = jax.random.normal(key, (samples, *mixture.centers.shape))
+    node = _solid()
+    noise = jax.random.normal(key, (samples, *node.centers.shape))
     laws = {"gaussian": SCALE * noise, "sphere": noise / jnp.linalg.norm(noise, axis=-1, keepdims=True)}
     u = laws["gaussian"][:, 0, 0]
 
     def field(slope, centred, v):
-        x = mixture.centers[None] + centred
-        pull = mixture.weights[None, :, None] * slope(x @ v + mixture.bias[None])[..., None] * x
+        x = node.centers[None] + centred
+        pull = node.weights[None, :, None] * slope(x @ v + node.bias[None])[..., None] * x
         error = jnp.sqrt(jnp.sum(jnp.var(pull, axis=0), axis=0) / samples)
         return jnp.sum(jnp.mean(pull, axis=0), axis=0), error
 
     def moments(slope, r):
         slopes = slope(r + NORM * u)
-        return Moments(jnp.mean(slopes), jnp.mean(u * slopes) / NORM)
+        return joma.Moments(jnp.mean(slopes), jnp.mean(u * slopes) / NORM)
 
     def of(phi):
         slope = jnp.vectorize(jax.grad(phi))
@@ -211,20 +199,20 @@ def _monte_carlo(key: Array, vs: Array, r: Array, samples: int):
 @jax.jit
 def _quadrature(vs: Array, r: Array):
     """What theory says to `_monte_carlo`, and the moments over r."""
-    centers, weights, bias, scale = _solid()
+    centers, weights, bias, scale, _ = _solid()
 
     def gaussian(phi, v):
-        return isotropic_mixture_field(v, centers, weights, bias, phi, scale)
+        return joma.isotropic_mixture_field(v, centers, weights, bias, phi, scale)
 
     def sphere(phi, v):
         # In three dimensions the projection of a sphere on a line is flat.
-        law = {"norm": jnp.linalg.norm(v), "density": lambda u: jnp.full_like(u, 0.5), "width": 1.0}
-        gain, stretch = jax.vmap(lambda r: isotropic_moments(r, activation=phi, **law))(centers @ v + bias)
+        law = (jnp.linalg.norm(v), phi, lambda u: jnp.full_like(u, 0.5), 1.0)
+        gain, stretch = jax.vmap(lambda r: joma.isotropic_moments(r, *law))(centers @ v + bias)
         return (weights * gain) @ centers + jnp.sum(weights * stretch) * v
 
     def of(phi):
         fields = {field.__name__: jax.vmap(partial(field, phi))(vs) for field in (gaussian, sphere)}
-        return fields, jax.vmap(lambda r: gaussian_moments(r, NORM, phi, SCALE))(r)
+        return fields, jax.vmap(lambda r: joma.gaussian_moments(r, NORM, phi, SCALE))(r)
 
     return _by_activation(of)
 
@@ -246,67 +234,70 @@ def _sampled_field(key: Array, vs: Array, samples: int) -> dict:
 
 
 @partial(jax.jit, static_argnames="config")
-def _train_on_samples(key: Array, v0: Array, config: Config) -> Trajectory:
-    """A ReLU node trained on samples: every size in turn, every draw of it."""
-    mixture, count, every = _plane(), max(config.sizes), config.size_substeps
+def _train_on_samples(key: Array, config: Config) -> Trajectory:
+    """A ReLU node trained in the plane on samples: every draw of one size after the other."""
+    node, count, every = _plane(RELU[:1]), max(config.sizes), config.size_substeps
     steps = config.descent.points * every
     rate = config.descent.horizon / steps
 
     def one(size, key):
-        x = mixture.centers[:, None, :] + SCALE * jax.random.normal(key, (3, count, 2))
-        share = jnp.where(jnp.arange(count) < size, 1 / size, 0)
-        loss = bind(_node_loss, (x, share, mixture, RELU))
-        return train(loss, v0, optax.sgd(rate), steps=steps, every=every, time_step=rate)[1]
+        x = node.centers[:, None, :] + SCALE * jax.random.normal(key, (3, count, 2))
+        loss = bind(_node_loss, (x, jnp.where(jnp.arange(count) < size, 1 / size, 0), node))
+        return train(loss, START, optax.sgd(rate), steps=steps, every=every, time_step=rate)[1]
 
-    keys = jax.random.split(key, config.seeds)
-    paths = jax.vmap(lambda size: jax.vmap(partial(one, size))(keys))(jnp.asarray(config.sizes))
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), paths)
+    keys = jnp.tile(jax.random.split(key, config.seeds), len(config.sizes))
+    return jax.vmap(one)(jnp.repeat(jnp.asarray(config.sizes), config.seeds), keys)
 
 
-def _trained_node(key: Array, config: Config) -> dict:
-    """Gaps of a node trained in the plane to the averaged flow, over the learning rate and the samples."""
-    descent, v0 = config.descent, np.array([0.3, 0.6])
-    flows = jax.device_get(_plane_flows(v0, descent.times))
-    at_rates = jax.device_get(descent.train(bind(_node_loss, _plane_quadrature()), v0)[1])
-    on_samples = jax.device_get(_train_on_samples(key, v0, config))
+def _trained_in_the_plane(key: Array, config: Config, flows: dict[str, Trajectory]) -> dict:
+    """Gaps of a trained node to the averaged flow, over the learning rate and over the samples."""
+    descent, node = config.descent, _plane(GELU)
+    # Infinitely many samples are Gauss-Hermite nodes around every center.
+    nodes, mass = np.polynomial.hermite_e.hermegauss(64)
+    grid = np.stack(np.meshgrid(nodes, nodes), axis=-1).reshape(-1, 2)
+    share = np.outer(mass, mass).reshape(-1) / mass.sum() ** 2
+    loss = bind(_node_loss, (node.centers[:, None, :] + SCALE * grid[None], share, node))
+    trained = {"gelu": descent.train(loss, START)[1], "relu": _train_on_samples(key, config)}
+
+    def gaps(name):
+        paths = {of: flows[f"{name}/{of}"].ys[0, ::FINE, :2] for of in ("right", "wrong")}
+        return {
+            of: lane_gaps(Trajectory(descent.times, path, True), trained[name]) for of, path in paths.items()
+        }
+
     shape = (len(config.sizes), config.seeds)
-    of_size = {
-        name: lane_gaps(flow["relu"], on_samples).reshape(shape).mean(axis=1) for name, flow in flows.items()
-    }
     return {
         "rate": ("rate", descent.rates),
-        "rate_gap": ("rate", {name: lane_gaps(flow["gelu"], at_rates) for name, flow in flows.items()}),
+        "rate_gap": ("rate", gaps("gelu")),
         "size": ("size", np.array(config.sizes)),
-        "size_gap": ("size", of_size),
+        "size_gap": ("size", {of: gap.reshape(shape).mean(axis=1) for of, gap in gaps("relu").items()}),
     }
 
 
 @jax.jit
-def _train_to_the_end(key: Array, nodes: dict[str, Any], starts: Array) -> dict[str, Array]:
+def _train_to_the_end(key: Array, nodes: dict[str, Node], starts: Array) -> dict[str, Array]:
     """Last weights of nodes trained on 500 samples per cluster with 1000 large steps."""
     noise = jax.random.normal(key, (DIM, 500, DIM))
 
     def end(node):
-        loss = bind(_node_loss, (node[0].centers[:, None, :] + noise, jnp.full(500, 1 / 500), *node))
+        loss = bind(_node_loss, (node.centers[:, None, :] + noise, jnp.full(500, 1 / 500), node))
         return jax.vmap(lambda v0: train(loss, v0, optax.sgd(1.0), steps=1000, every=1000)[0])(starts)
 
     return named_lanes(end, **nodes)
 
 
-def _followed_to_the_end(key: Array, starts: Array, end: float) -> dict:
+def _followed_to_the_end(key: Array, starts: np.ndarray, flows: dict[str, Trajectory]) -> dict:
     """Cosines to the nearest center along the averaged flows and at the end of training, from many starts."""
     nodes = _at_right_angles()
-    ts = np.append(0.0, np.geomspace(1e-3, end, 60))
-    paths = jax.device_get(_flows(nodes, starts, ts))
-    require_ok("a flow to the end", *paths.values())
-    trained = jax.device_get(_train_to_the_end(key, {name: nodes[name] for name in ENDS}, starts))
+    by_two = {name: nodes[name]._replace(mix=nodes[name].mix[:2]) for name in ENDS}  # none of them is a GELU
+    trained = jax.device_get(_train_to_the_end(key, by_two, starts))
 
     def cosine(v):  # the centers lie on the axes
         return np.max(v, axis=-1) / np.linalg.norm(v, axis=-1)
 
     return {
-        "time": ("time", ts),
-        "cosine": ("start time", {name: cosine(path.ys) for name, path in paths.items()}),
+        "time": ("time", flows["relu"].ts[0]),
+        "cosine": ("start time", {name: cosine(flows[name].ys) for name in nodes}),
         "trained_cosine": ("start", {name: cosine(v) for name, v in trained.items()}),
     }
 
@@ -314,14 +305,15 @@ def _followed_to_the_end(key: Array, starts: Array, end: float) -> dict:
 def run(config: Config, context: Context) -> dict:
     """Compare the field with samples, train a node, and follow many starts to where they end."""
     keys = jax.random.split(jax.random.key(context.seed), 5)
-    starts = jax.random.normal(keys[3], (config.starts, DIM))
-    starts = 0.1 * starts / jnp.linalg.norm(starts, axis=1, keepdims=True)
+    starts = np.asarray(jax.random.normal(keys[3], (config.starts, DIM)))
+    starts = 0.1 * starts / np.linalg.norm(starts, axis=1, keepdims=True)
     context.progress("sampling the field", 0.0)
     measured = _sampled_field(keys[1], jax.random.normal(keys[0], (PROBES, 3)), config.samples)
-    context.progress("training on the mixture", 0.3)
-    measured |= _trained_node(keys[2], config)
-    context.progress("following many starts to the end", 0.6)
-    return measured | _followed_to_the_end(keys[4], starts, config.end)
+    context.progress("integrating the averaged flows", 0.2)
+    flows = _averaged_flows(config, starts)
+    context.progress("training nodes", 0.7)
+    measured |= _trained_in_the_plane(keys[2], config, flows)
+    return measured | _followed_to_the_end(keys[4], starts, flows)
 
 
 def _final_cosine(separation: float) -> float:
@@ -344,14 +336,16 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
     r, names = saved["r"], saved["activation"]
     at = r / (SCALE * NORM)
     closed = {
-        "ReLU": (norm.cdf(at), SCALE * norm.pdf(at) / NORM),
+        "ReLU": (ndtr(at), SCALE * np.exp(-(at**2) / 2) / (2 * np.pi) ** 0.5 / NORM),
         "square / 2": (r, np.full_like(r, SCALE**2)),
     }
     moments = {name: (saved["moment/gain"][i], saved["moment/stretch"][i]) for i, name in enumerate(names)}
     errors = {name: np.max(np.abs(np.subtract(moments[name], form))) for name, form in closed.items()}
     gaussian, sphere = (saved[f"deviation/{law}"].max() for law in ("gaussian", "sphere"))
-    rare = "of 60 components one is so far off in 30,000 runs"
-    order_one = "quadrature of numbers of order one"
+    rare, order_one = (
+        "of 60 components one is so far off in 30,000 runs",
+        "quadrature of numbers of order one",
+    )
     yield stated(
         "field",
         "Averaged over isotropic clusters, training pulls a hidden weight along their centers and itself",
@@ -363,10 +357,8 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
             for name, error in errors.items()
         ),
     )
-    over_rate, over_size = (
-        {name: convergence_order(scale, gap).slope for name, gap in saved[gaps].items()}
-        for scale, gaps in ((saved["rate"], "rate_gap"), (1 / saved["size"], "size_gap"))
-    )
+    over_rate = orders(saved["rate"], saved["rate_gap"])
+    over_size = orders(1 / saved["size"], saved["size_gap"])
     scatter = "means over 16 draws scatter by an eighth, and the rate adds its own gap"
     closes_not = "a gap that does not close has order 0"
     yield stated(
@@ -411,34 +403,30 @@ def figure(config: Config, saved: Saved) -> Figure:
     """Moments over r, gaps over learning rate and samples, and cosines to the nearest center."""
     drawn, axes = plotting.new_figure(2, 3, width=4.2, height=3.5)
     (gain, stretch, over_rate), (paths, ends, over_size) = axes
-    _draw_moment(gain, "gain", saved)
-    gain.set_title("Pull along a center: E[φ′(r + |v| u)]")
-    _draw_moment(stretch, "stretch", saved)
-    stretch.set_title("Pull along v: E[u φ′(r + |v| u)] / |v|")
+    _draw_moment(gain, "gain", "Pull along a center: E[φ′(r + |v| u)]", saved)
+    _draw_moment(stretch, "stretch", "Pull along v: E[u φ′(r + |v| u)] / |v|", saved)
     _draw_ends(paths, ends, saved)
 
     gaps = {"averaged field": saved["rate_gap/right"], TOO_WIDE: saved["rate_gap/wrong"]}
-    plotting.gap_panel(over_rate, saved["rate"], gaps, "learning rate", "largest gap of v")
-    over_rate.set_title("A GELU node, infinitely many samples")
+    title = "A GELU node, infinitely many samples"
+    plotting.gap_panel(over_rate, saved["rate"], gaps, "learning rate", "largest gap of v", title)
 
     sizes, right = saved["size"], saved["size_gap/right"]
     over_size.loglog(sizes, right, "o", color="C0", label="averaged field")
     over_size.loglog(sizes, saved["size_gap/wrong"], "s", color="C2", label=TOO_WIDE)
     plotting.reference_slope(over_size, sizes, right, -0.5, "slope −1/2")
-    over_size.set(xlabel="samples per cluster", ylabel="largest gap of v, mean over draws")
-    over_size.set_title("A ReLU node trained on samples")
-    over_size.legend()
+    labels = ("A ReLU node trained on samples", "samples per cluster", "largest gap of v, mean over draws")
+    plotting.finish(over_size, *labels, legend="best")
     return drawn
 
 
-def _draw_moment(ax: Axes, moment: str, saved: Saved) -> None:
+def _draw_moment(ax: Axes, moment: str, title: str, saved: Saved) -> None:
     circles: Any = {"marker": "o", "linestyle": "", "ms": 4, "mfc": "white"}
     for index, name in enumerate(saved["activation"]):
         ax.plot(saved["r"], saved[f"moment/{moment}"][index], color=f"C{index}", label=name)
         ax.plot(saved["sampled_r"], saved[f"sampled/{moment}"][index], color=f"C{index}", **circles)
     ax.plot([], [], color="0.3", label="samples", **circles)
-    ax.set(xlabel="mean pre-activation r", ylabel=moment)
-    ax.legend(fontsize=7)
+    plotting.finish(ax, title, "mean pre-activation r", moment, {"fontsize": 7})
 
 
 def _draw_ends(paths: Axes, ends: Axes, saved: Saved) -> None:
@@ -450,9 +438,7 @@ def _draw_ends(paths: Axes, ends: Axes, saved: Saved) -> None:
         paths.plot([], [], color=color, label=label)
         ends.hist(cosine[:, -1], bins, color=color, alpha=0.8, label=label)
         ends.hist(trained, bins, color="black", histtype="step", label=once)
-    paths.set(xscale="log", xlabel="time", ylabel="cosine of v to the nearest center", ylim=(-1.05, 1.05))
-    paths.set_title("From many starts")
-    paths.legend(loc="lower right", fontsize=7)
+    angle, legend = "cosine of v to the nearest center", {"loc": "lower right", "fontsize": 7}
+    plotting.finish(paths, "From many starts", "time", angle, legend, xscale="log", ylim=(-1.05, 1.05))
     ends.set_xticks([-1, -0.5, 0, 0.5, 1])
-    ends.set(xlabel="cosine of v to the nearest center", ylabel="starts", title="Where they end")
-    ends.legend(loc="upper left", fontsize=7)
+    plotting.finish(ends, "Where they end", angle, "starts", {"loc": "upper left", "fontsize": 7})
