@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import os
 import sys
 import textwrap
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from rich.table import Table
 
 from sims import simulations, startup
 from sims.claims import Preset
-from sims.execution import Options, UsageError, execute, first_line, open_console, usage
+from sims.execution import Options, UsageError, execute, first_line, open_console, own_process, usage
 
 if TYPE_CHECKING:
     from sims.results import Saved
@@ -37,6 +39,7 @@ Theories of training dynamics beside the networks they describe.
 NAME is a name from `list`, a theory (all of its simulations), a pattern such as 'joma.*', `all`, or the path
 of a file with a simulation of your own. `python -m sims COMMAND --help` shows the options of a command,
 `python -m sims run NAME --help` also those of a simulation; `python -m sims --version` shows the version.
+Exit codes: 0, done; 1, a claim fails; 2, a mistake or an error, told in one line; 130, interrupted.
 """
 COMMANDS = ("list", "run", "verify", "draw", "judge")
 
@@ -75,25 +78,29 @@ def parse(command: str, names: list[str], arguments: list[str]) -> tuple[Options
     return tyro.cli(both, args=arguments, prog=prog, description=description)
 
 
-def claims_table(done: Sequence[Saved]) -> Table:
-    """The claims with their verdicts and the numbers behind them."""
+def claims_table(done: Sequence[Saved], marks: str = "✓✗") -> Table:
+    """The claims with their verdicts and the numbers behind them, marked by whether each check holds."""
     table = Table(title="Claims", title_justify="left", box=SIMPLE_HEAD)
     for heading in ("claim", "verdict", "statement and checks"):
         table.add_column(heading, overflow="fold")
     for saved in done:
         for claim, verdict in zip(saved.claims, saved.verdicts, strict=True):
             colour = "red" if verdict == "fails" else "yellow" if verdict.startswith("needs") else "green"
-            marks = (f"  {'✓' if check.holds else '✗'} {check}" for check in claim.checks)
-            text = "\n".join([claim.statement, *marks])
+            checks = (f"  {marks[0] if check.holds else marks[1]} {check}" for check in claim.checks)
+            text = "\n".join([claim.statement, *checks])
             table.add_row(escape(claim.id), f"[{colour}]{escape(verdict)}[/]", escape(text))
     return table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 1 when a claim fails, 2 for a mistake."""
+    """Run the command line; returns the exit code, which `HELP` explains."""
+    if arguments is None:
+        own_process()
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        return _dispatch(command, rest)
+        code = _dispatch(command, rest)
+        sys.stdout.flush()
+        return code
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -101,13 +108,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 0
-    except (OSError, RuntimeError, ValueError) as error:
-        if os.environ.get("DYNASCOPE_TRACEBACK"):
-            raise
-        print(f"error: {first_line(error)} (DYNASCOPE_TRACEBACK=1 shows where)", file=sys.stderr)
+    except Exception as error:
+        told = isinstance(error, (MemoryError, OSError, OverflowError, RuntimeError, ValueError))
+        if os.environ.get("DYNASCOPE_TRACEBACK") or not told:
+            traceback.print_exc()
+            return 2
+        _drop_output()
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None
+        where = ": standard output, or a file of the simulation's own" if full else ""
+        print(f"error: {first_line(error)}{where} (DYNASCOPE_TRACEBACK=1 shows where)", file=sys.stderr)
         return 2
+
+
+def _drop_output() -> None:
+    """Where the standard output takes no more, keep Python from trying once more at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(command: str, rest: list[str]) -> int:
@@ -228,7 +248,8 @@ def _print_claims(done: Sequence[Saved], as_json: bool) -> None:
     if as_json:
         print(json.dumps({saved.name: saved.record["claims"] for saved in done}, indent=1))
         return
-    open_console().print(claims_table(done))
+    console = open_console()
+    console.print(claims_table(done, "✓✗" if console.encoding.startswith("utf") else "+-"))
     verdicts = [verdict for saved in done for verdict in saved.verdicts]
     print(f"{len(verdicts)} claims: " + ", ".join(f"{n} {v}" for v, n in _tally(verdicts)))
 

@@ -46,6 +46,15 @@ class Context:
     data_dir: Path | None = None
     progress: Callable[[str, float], None] = _silent
 
+    def __post_init__(self):
+        require_seed(self.seed)
+
+
+def require_seed(seed: Any) -> None:
+    """Raise `ValueError` unless every generator of random numbers takes this seed, in 32-bit too."""
+    if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**31:
+        raise ValueError(f"seed must be an integer >= 0 and < 2**31, got {seed!r}")
+
 
 @dataclass(frozen=True)
 class Saved:

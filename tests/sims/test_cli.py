@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import types
@@ -49,6 +51,10 @@ def run(config, context):
         raise ValueError("rates must be positive, got -1\nand more")
     if config.trouble == "interrupt":
         raise KeyboardInterrupt
+    if config.trouble == "memory":
+        np.empty(2**60, np.uint8)
+    if config.trouble == "bug":
+        raise ZeroDivisionError
     if config.trouble == "solver":
         import equinox as eqx
 
@@ -171,8 +177,7 @@ def test_an_older_figure_does_not_stand_beside_new_numbers(sim, tmp_path, monkey
     assert cli.main(["run", "toy.one", "--out", "a"]) == 0
     assert (tmp_path / "a" / "toy.one.png").exists()
     monkeypatch.setattr(sim, "figure", lambda config, saved: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        cli.main(["run", "toy.one", "--out", "a"])
+    assert cli.main(["run", "toy.one", "--out", "a"]) == 2
     assert not (tmp_path / "a" / "toy.one.png").exists()
 
 
@@ -184,9 +189,14 @@ def test_errors_of_a_simulation_are_one_line_or_a_traceback(sim, capsys, monkeyp
     assert "error: integrate: a bad start, or the solver gave up" in capsys.readouterr().err.splitlines()[-1]
     assert cli.main(["verify", "toy.one", "--trouble", "interrupt"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+    assert cli.main(["verify", "toy.one", "--trouble", "memory"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: toy.one: memory ran out (Unable to allocate 1.00 EiB")
+    assert cli.main(["verify", "toy.one", "--trouble", "bug"]) == 2  # 1 is for claims
+    assert capsys.readouterr().err.startswith("Traceback (most recent call last):")
     monkeypatch.setenv("DYNASCOPE_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="rates must be positive"):
-        cli.main(["verify", "toy.one", "--trouble", "value"])
+    assert cli.main(["verify", "toy.one", "--trouble", "value"]) == 2
+    assert "ValueError: rates must be positive, got -1\nand more\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -198,6 +208,10 @@ def test_errors_of_a_simulation_are_one_line_or_a_traceback(sim, capsys, monkeyp
         (["run"], "run needs a name (`python -m sims list` shows all; `all` means all)"),
         (["run", "--seed", "1"], "run needs a name (`python -m sims list` shows all; `all` means all)"),
         (["draw"], "draw needs a name (`python -m sims list` shows all; `all` means all)"),
+        *(
+            (["run", "toy.one", "--seed", seed], f"seed must be an integer >= 0 and < 2**31, got {seed}")
+            for seed in ("12345678901234567890", "-1", str(2**31))
+        ),
         (["run", "nowhere.py"], "a simulation's file must exist, got nowhere.py"),
         (["run", "toy.one", "--steps", "-3"], "steps must be an integer >= 1, got -3"),
         (["run", "toy.one", "--rates", "0.1", "nan"], "rates must be a finite number > 0, got (0.1, nan)"),
@@ -350,8 +364,12 @@ def test_verify_prints_json_alone(sim, capsys):
 
 
 OWN = """
+import os
+import signal
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sims import plotting
@@ -369,11 +387,17 @@ PRESETS = {"quick": Config()}
 def run(config, context):
     if config.steps == 13:
         raise ValueError("steps must not be 13\\nfor luck")
+    if context.seed == 13:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if context.seed == 14:
+        context.progress("for hours", 0.5)
+        jax.lax.fori_loop(0, 10**12, lambda i, x: jnp.sin(x @ x), jnp.eye(9)).block_until_ready()
     return {"path": ("time", np.arange(config.steps) + context.seed)}
 
 
 def claims(config, saved):
-    yield stated("end", "It ends", "own", at_most("end", saved["path"][-1], 5, why="so few steps"))
+    end = at_most("end", saved["path"][-1], 5, why="so few steps")
+    yield stated("end", "It ends \N{EM DASH} soon", "own", end)
 
 
 def figure(config, saved):
@@ -388,15 +412,70 @@ def own(tmp_path, monkeypatch):
     """Files with simulations of a user's own, `mine.py` and `yours.py`, in the working folder."""
     monkeypatch.chdir(tmp_path)
     for name in ("mine.py", "yours.py"):
-        (tmp_path / name).write_text(OWN)
+        (tmp_path / name).write_text(OWN, encoding="utf-8")
     return tmp_path
+
+
+def start(*arguments, **environment):
+    """The command line as a process, in a group of its own as under a terminal."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "sims", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(sims.__file__).parents[1]), **environment},
+        start_new_session=True,
+    )
+
+
+def run_command(*arguments, **environment):
+    """Exit code, standard output and standard error of the command line."""
+    process = start(*arguments, **environment)
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("files", [["mine.py"], ["mine.py", "yours.py"]], ids=["alone", "workers"])
+def test_an_interrupt_ends_all_processes_at_once_with_one_line(own, files):
+    """Though a compiled program is running, which Python cannot interrupt, and in workers too."""
+    process = start("run", *files, "--jobs", str(len(files)), "--seed", "14")
+    assert process.stdout is not None
+    for _ in files:
+        assert "for hours" in process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=30)  # until the last process has closed its output
+    assert (process.returncode, out, err) == (130, "", "interrupted\n")
+
+
+def test_a_worker_that_is_killed_is_told(own):
+    code, _, err = run_command("run", "mine.py", "yours.py", "--jobs", "2", "--seed", "13")
+    assert code == 2
+    assert re.search(
+        r"^error: (mine|yours)\.py: its process was ended, maybe for want of memory \(code -9\)", err
+    )
+    assert err.count("\n") == 1
+
+
+def test_a_locale_without_signs_loses_no_result(own):
+    code, out, err = run_command("verify", "mine.py", "--out", "a", PYTHONIOENCODING="ascii:strict")
+    assert (code, err) == (0, "")
+    assert "It ends ? soon" in out
+    assert "+ end: 2 (at most 5)" in out
+    assert "\N{EM DASH}" in (own / "a" / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_output_on_a_full_disk_is_told():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "sims", "list"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: [Errno 28] No space left on device: standard output, or a file of ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_simulations_of_ones_own_run_by_path_in_two_processes(own):
     def run(*arguments):
-        command = [sys.executable, "-m", "sims", *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(Path(sims.__file__).parents[1])}
-        return subprocess.run(command, capture_output=True, text=True, env=environment)
+        return subprocess.CompletedProcess("sims", *run_command(*arguments))
 
     done = run("run", "mine.py", "yours.py", "--jobs", "2", "--seed", "1")
     assert done.returncode == 0, done.stderr
@@ -430,7 +509,7 @@ def test_as_a_library(own):
     assert saved.claims[0].id == "mine/end"
     assert len(saved.figure().axes) == 1
     html = saved._repr_html_()
-    assert "<b>holds</b>: It ends (own)" in html
+    assert "<b>holds</b>: It ends \N{EM DASH} soon (own)" in html
     assert "data:image/png;base64," in html
     assert sims.load(own / "a", saved.name).record == saved.record
     bad: list[tuple[dict[str, Any], str]] = [
