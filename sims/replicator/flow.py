@@ -8,7 +8,7 @@ up to eps linearly with eps; the coupled flow follows the network whatever the k
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, NamedTuple
 
@@ -39,7 +39,7 @@ from sims.claims import (
     slope,
     stated,
 )
-from sims.compare import SOLVE, compare, convergence_order, lane, lane_gaps, largest, named_lanes, require_ok
+from sims.compare import SOLVE, compare, lane, lane_gaps, largest, named_lanes, orders, require_ok
 from sims.ranges import Count, Length, Positive, Range
 from sims.results import Context, Saved
 
@@ -62,13 +62,13 @@ class Config:
     """Relative deviations of the keys' Gram matrix from k I."""
 
 
-_QUICK = Config()
-_DESCENT = replace(_QUICK.descent, substeps=(2, 4, 10, 20, 40, 100, 200, 400))
+_DESCENT = Descent(horizon=20.0, points=40, substeps=(2, 4, 10, 20, 40, 100, 200, 400))
 PRESETS: dict[Preset, Config] = {
-    "quick": _QUICK,
-    "standard": replace(_QUICK, samples=5, tokens=8, dim=60, descent=_DESCENT),
-    "paper": replace(_QUICK, samples=20, tokens=20, dim=400, descent=_DESCENT),
+    "quick": Config(),
+    "standard": Config(samples=5, tokens=8, dim=60, descent=_DESCENT),
+    "paper": Config(samples=20, tokens=20, dim=400, descent=_DESCENT),
 }
+VERTEX_TIMES = np.append(0.0, np.logspace(-2, 6, 81))
 # Gradient descent of the network tends to this flow as the learning rate goes to zero.
 _network_field = gradient_flow(squared_error)
 
@@ -109,8 +109,11 @@ def _draw(key: jax.Array, config: Config) -> Task:
 
 
 @partial(jax.jit, static_argnames="config")
-def _flows(task: Task, config: Config) -> dict[str, Trajectory]:
-    """Attention along separate and coupled flows in every lane; with one Jacobian, and in the shares."""
+def _theory(task: Task, config: Config) -> tuple[dict[str, Trajectory], jax.Array]:
+    """Attention along separate and coupled flows in every lane; with one Jacobian, and in the shares.
+
+    With them go two logits along a flow to a vertex, and the closed form of their difference.
+    """
     ts, tokens = config.descent.times, task.tokens
 
     def separate_flows(tokens, flow=replicator.softmax_flow):
@@ -136,17 +139,24 @@ def _flows(task: Task, config: Config) -> dict[str, Trajectory]:
 
     separate = jax.vmap(separate_flows)(tokens)
     shares = jax.vmap(in_shares)(tokens[0] @ task.value, task.targets, separate.ys[0, 0])
-    return {
+    constant = jnp.array([0.0, 1.0])
+    flows = {
         "separate": separate,
         "coupled": jax.vmap(coupled_flow)(tokens),
         "single": separate_flows(tokens[0], flow=replicator.natural_gradient_flow),
         "shares": Trajectory(ts, jnp.moveaxis(shares.ys, 0, 1), jnp.all(shares.ok)),
+        "vertex": replicator.softmax_flow(lambda x: constant, np.zeros(2), VERTEX_TIMES, **SOLVE),
     }
+    return flows, replicator.two_token_solution(VERTEX_TIMES, gap=1.0)
 
 
 @partial(jax.jit, static_argnames="config")
-def _network_flows(task: Task, config: Config) -> Trajectory:
-    """The network's attention along its own gradient flow, in every lane."""
+def _network(task: Task, config: Config) -> tuple[Trajectory, dict[str, Trajectory], dict[str, jax.Array]]:
+    """The network's attention along its own gradient flow in every lane, and along gradient descent.
+
+    It descends at every learning rate, on orthogonal and on Gaussian keys. With both goes dL/dt at the start
+    on orthogonal keys, by autodiff and by the theory's formula.
+    """
     predict, params, attention = task.network()
     ts = config.descent.times
 
@@ -155,64 +165,34 @@ def _network_flows(task: Task, config: Config) -> Trajectory:
         path = integrate(_network_field, params, ts, data, rtol=1e-10, atol=1e-12, **SOLVE)
         return Trajectory(ts, jax.vmap(attention, in_axes=(0, None))(path.ys, tokens), path.ok)
 
-    return jax.vmap(flow)(task.tokens)
-
-
-@partial(jax.jit, static_argnames="config")
-def _train(task: Task, config: Config) -> dict[str, Trajectory]:
-    """Attention along gradient descent at every learning rate, on orthogonal and on Gaussian keys."""
-    predict, params, attention = task.network()
-
     def train(tokens):
         loss = bind(squared_error, (predict, tokens, task.targets))
         return config.descent.train(loss, params, observe=bind(attention, tokens))[1]
 
-    return named_lanes(train, orthogonal=task.tokens[0], gaussian=task.tokens[-1])
-
-
-@partial(jax.jit, static_argnames="config")
-def _loss_rates(task: Task, config: Config) -> dict[str, jax.Array]:
-    """dL/dt at the start on orthogonal keys: by autodiff, and by the theory's formula."""
-    predict, params, attention = task.network()
-    tokens = task.tokens[0]
-    gradient = jax.grad(squared_error)(params, (predict, tokens, task.targets))
-    x = attention(params, tokens)
-    pushed = replicator.softmax_jacobian_product(
-        x, replicator.squared_error_gradient(tokens @ task.value, task.targets, x)
-    )
-    return {
+    orthogonal, gaussian = task.tokens[0], task.tokens[-1]
+    x = attention(params, orthogonal)
+    g = replicator.squared_error_gradient(orthogonal @ task.value, task.targets, x)
+    pushed = replicator.softmax_jacobian_product(x, g)
+    gradient = jax.grad(squared_error)(params, (predict, orthogonal, task.targets))
+    loss_rate = {
         "network": -optax.tree.norm(gradient, squared=True),
         "formula": -config.key_scale * jnp.sum(pushed**2),
     }
-
-
-def _constant_gradient(gradient: jax.Array, x: jax.Array) -> jax.Array:
-    return gradient
-
-
-def _to_vertex() -> dict:
-    """Logit of the losing token over the other along a flow with constant gradient, and its closed form."""
-    ts = np.append(0.0, np.logspace(-2, 6, 81))
-    gradient = Partial(_constant_gradient, jnp.array([0.0, 1.0]))
-    logits = replicator.softmax_flow(gradient, np.zeros(2), ts).ys
-    closed = replicator.two_token_solution(ts, gap=1.0)
-    return {
-        "vertex_time": ("vertex_time", ts),
-        "vertex": ("vertex_time", {"flow": np.asarray(logits) @ [-1, 1], "closed": closed}),
-    }
+    return (
+        jax.vmap(flow)(task.tokens),
+        named_lanes(train, orthogonal=orthogonal, gaussian=gaussian),
+        loss_rate,
+    )
 
 
 def run(config: Config, context: Context) -> dict:
     """Integrate the theory, train the network, and measure the gap over learning rates and over eps."""
     task = _draw(jax.random.key(context.seed), config)
     context.progress("integrating the theory", 0.0)
-    flows = jax.device_get(_flows(task, config))
-    context.progress("integrating the network's gradient flow", 0.4)
-    network = jax.device_get(_network_flows(task, config))
+    flows, closed = jax.device_get(_theory(task, config))
+    context.progress("integrating and training the network", 0.5)
+    network, trained, loss_rate = jax.device_get(_network(task, config))
     require_ok("a flow of attention", *flows.values(), network)
-    context.progress("training at every learning rate", 0.6)
-    trained = jax.device_get(_train(task, config))
-    context.progress("following a flow to a vertex", 0.9)
 
     orthogonal, gaussian = lane(flows["separate"], 0), lane(flows["coupled"], -1)
     gaps = {
@@ -224,7 +204,7 @@ def run(config: Config, context: Context) -> dict:
         name: np.max(np.abs(network.ys - flows[name].ys), axis=(1, 2, 3))[1:-1]
         for name in ("separate", "coupled")
     }
-    own_flow, finest = lane(network, 0), lane(trained["orthogonal"], -1)
+    own_flow = lane(network, 0)
     return {
         "rate": ("rate", config.descent.rates),
         "time": ("time", config.descent.times),
@@ -232,22 +212,23 @@ def run(config: Config, context: Context) -> dict:
         "theory": ("time sample token", orthogonal.ys),
         "single": ("time sample token", flows["single"].ys),
         "shares": ("time sample token", flows["shares"].ys),
-        "trained": ("time sample token", finest.ys),
+        "trained": ("time sample token", lane(trained["orthogonal"], -1).ys),
         "gap": ("rate", gaps),
         "eps_gap": ("eps", over_eps),
         "flow_gap": {
             "theory": compare(orthogonal, own_flow).gap,
             "single": compare(flows["single"], own_flow).gap,
         },
-        "loss_rate": jax.device_get(_loss_rates(task, config)),
-        **_to_vertex(),
+        "loss_rate": loss_rate,
+        "vertex_time": ("vertex_time", VERTEX_TIMES),
+        "vertex": ("vertex_time", {"flow": flows["vertex"].ys @ [-1, 1], "closed": closed}),
     }
 
 
 def claims(config: Config, saved: Saved) -> Iterator[Claim]:
     """The equation and its assumption, the simplex, the loss, and the way to a vertex."""
     own, shares, loss_rate = saved["flow_gap"], saved["shares"], saved["loss_rate"]
-    order = {name: convergence_order(saved["rate"], gap).slope for name, gap in saved["gap"].items()}
+    order = orders(saved["rate"], saved["gap"])
     in_rate = "order of gradient descent's gap in the learning rate"
     to_single = "gap of the network's flow to one Jacobian"
     yield stated(
@@ -259,7 +240,7 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         at_least(to_single, own["single"], 1e-2, why="size of the attention"),
     )
     small = saved["eps"] <= 0.1
-    in_eps = convergence_order(saved["eps"][small], saved["eps_gap/separate"][small]).slope
+    in_eps = orders(saved["eps"][small], {"separate": saved["eps_gap/separate"][small]})["separate"]
     coupled, twice = largest(saved["eps_gap/coupled"]), "the second order bends it by eps, twice"
     gaussian = "coupled flow, Gaussian keys: order in the learning rate"
     yield stated(
@@ -318,30 +299,27 @@ def figure(config: Config, saved: Saved) -> Figure:
     plotting.theory_and_trained(over_time, ts, theory, trained[:, sample, tokens], labels)
     over_time.plot(ts, saved["single"][:, sample, tokens], **plotting.PRINTED)
     over_time.plot([], [], label="one Jacobian only", **plotting.PRINTED)
-    over_time.set(xlabel="time = learning rate × step", ylabel="attention", ylim=(-0.02, 1.3))
-    over_time.set_title("Attention of one sample: trained and theory")
-    over_time.legend(loc="upper center", ncols=3)
+    title, legend = "Attention of one sample: trained and theory", {"loc": "upper center", "ncols": 3}
+    time = "time = learning rate × step"
+    plotting.finish(over_time, title, time, "attention", legend, ylim=(-0.02, 1.3))
 
     gaps = {
         "orthogonal keys: two Jacobians": saved["gap/theory"],
         "Gaussian keys: coupled flow": saved["gap/coupled"],
         "orthogonal keys: one Jacobian": saved["gap/single"],
     }
-    plotting.gap_panel(over_rate, saved["rate"], gaps, "learning rate", GAP)
-    over_rate.set_title("Gap of gradient descent to the flow")
-
+    title = "Gap of gradient descent to the flow"
+    plotting.gap_panel(over_rate, saved["rate"], gaps, "learning rate", GAP, title)
     gaps = {"separate flows": saved["eps_gap/separate"], "coupled flow": saved["eps_gap/coupled"]}
-    eps = "eps: deviation of the keys' Gram matrix"
-    plotting.gap_panel(over_eps, saved["eps"], gaps, eps, GAP)
-    over_eps.set_title("Keys that are orthogonal up to eps")
+    eps, title = "eps: deviation of the keys' Gram matrix", "Keys that are orthogonal up to eps"
+    plotting.gap_panel(over_eps, saved["eps"], gaps, eps, GAP, title)
 
     ts, ratio = saved["vertex_time"][1:], saved["vertex/flow"][1:]
     log10_x2 = -np.logaddexp(0, -ratio) / np.log(10)
-    to_vertex.plot(ts, log10_x2, color="C0", label="softmax flow (two Jacobians)", **plotting.TRAINED)
+    to_vertex.semilogx(ts, log10_x2, color="C0", label="softmax flow (two Jacobians)", **plotting.TRAINED)
     to_vertex.plot(ts, -np.log10(2 * ts), label="1 / (2 k D t)", **plotting.THEORY)
     natural = -np.logaddexp(0, ts) / np.log(10)
     to_vertex.plot(ts, natural, color="C1", label="natural gradient (one): exp(-D t)")
-    to_vertex.set(xscale="log", xlabel="time", ylabel="log10 of the losing token's attention", ylim=(-8, 2.5))
-    to_vertex.set_title("To a vertex: algebraic, not exponential")
-    to_vertex.legend(loc="upper right")
+    title, ylabel = "To a vertex: algebraic, not exponential", "log10 of the losing token's attention"
+    plotting.finish(to_vertex, title, "time", ylabel, "upper right", ylim=(-8, 2.5))
     return drawn

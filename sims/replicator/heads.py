@@ -9,7 +9,7 @@ the gap grows like s. The coupled flow of all heads follows the network at any s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, NamedTuple
 
@@ -28,7 +28,7 @@ from models.losses import bind, squared_error
 from models.training import Descent
 from sims import plotting
 from sims.claims import SECOND_ORDER, SOLVER, Claim, Preset, at_least, at_most, qualified, slope
-from sims.compare import SOLVE, convergence_order, lane, lane_gaps, largest, named_lanes, require_ok
+from sims.compare import SOLVE, convergence_order, lane, lane_gaps, largest, named_lanes, orders, require_ok
 from sims.ranges import Count, Length, Positive, Range
 from sims.results import Context, Saved
 
@@ -53,24 +53,13 @@ class Config:
     """How much a sample's tokens are worth to the heads it does not belong to; 0 and 1 are always run too."""
 
 
-_QUICK = Config()
 PRESETS: dict[Preset, Config] = {
-    "quick": _QUICK,
-    "standard": replace(_QUICK, heads=3, samples=9, tokens=6, dim=60),
-    "paper": replace(_QUICK, heads=8, samples=24, tokens=16, dim=400),
+    "quick": Config(),
+    "standard": Config(heads=3, samples=9, tokens=6, dim=60),
+    "paper": Config(heads=8, samples=24, tokens=16, dim=400),
 }
 # Gradient descent of the network tends to this flow as the learning rate goes to zero.
 _network_field = gradient_flow(squared_error)
-
-
-def all_gradients(values: jax.Array, targets: jax.Array, x: jax.Array) -> jax.Array:
-    """Gradient in every attention row of (1/2) sum_i (sum_h <u_ih, x_ih> - y_i)^2.
-
-    values (N, H, n) are what the tokens are worth to each head; x and the gradient have one row for every
-    pair of a sample and a head, (N H, n).
-    """
-    outputs = jnp.sum(values * x.reshape(values.shape), axis=(1, 2))
-    return ((outputs - targets)[:, None, None] * values).reshape(x.shape)
 
 
 def own_rows(rows: jax.Array) -> jax.Array:
@@ -114,7 +103,7 @@ def _draw(key: jax.Array, config: Config) -> Task:
 
 
 @partial(jax.jit, static_argnames="config")
-def _flows(task: Task, sharing: jax.Array, config: Config) -> tuple[Trajectory, Trajectory]:
+def _theory(task: Task, sharing: jax.Array, config: Config) -> tuple[Trajectory, Trajectory]:
     """Attention of every sample's own head along the one-head flow, and along coupled flows."""
     ts = config.descent.times
     logits = jnp.einsum("ind,hqd->ihn", task.tokens, task.prompts)
@@ -126,10 +115,15 @@ def _flows(task: Task, sharing: jax.Array, config: Config) -> tuple[Trajectory, 
         path = replicator.softmax_flow(gradient, z0, ts, config.key_scale, **SOLVE)
         return jax.nn.softmax(path.ys, axis=-1), path.ok
 
+    def gradient_of_all(values, x):
+        # The heads of a sample are summed: their rows are one long row to the residual.
+        x = x.reshape(samples, heads * n)
+        return replicator.squared_error_gradient(values.reshape(x.shape), task.targets, x).reshape(rows, n)
+
     def coupled_flow(sharing):
         # Rows of different heads do not see each other's keys: their prompts are different parameters.
         gram = config.key_scale * jnp.eye(rows * n).reshape(rows, n, rows, n)
-        gradient = Partial(all_gradients, task.values_at(sharing), task.targets)
+        gradient = Partial(gradient_of_all, task.values_at(sharing))
         path = replicator.coupled_flow(gradient, logits.reshape(rows, n), gram, ts, **SOLVE)
         attention = jax.nn.softmax(path.ys, axis=-1).reshape(len(ts), samples, heads, n)
         return Trajectory(ts, own_rows(attention), path.ok)
@@ -140,8 +134,8 @@ def _flows(task: Task, sharing: jax.Array, config: Config) -> tuple[Trajectory, 
 
 
 @partial(jax.jit, static_argnames="config")
-def _network_flows(task: Task, sharing: jax.Array, config: Config) -> Trajectory:
-    """The same along the network's own gradient flow."""
+def _network(task: Task, sharing: jax.Array, config: Config) -> tuple[Trajectory, dict[str, Trajectory]]:
+    """The same along the network's own gradient flow, and, with own and shared inputs, gradient descent."""
     ts = config.descent.times
 
     def flow(sharing):
@@ -150,20 +144,13 @@ def _network_flows(task: Task, sharing: jax.Array, config: Config) -> Trajectory
         rows = jax.vmap(attention, in_axes=(0, None))(path.ys, task.tokens)
         return Trajectory(ts, own_rows(rows[..., 0, :]), path.ok)
 
-    return jax.vmap(flow)(sharing)
-
-
-@partial(jax.jit, static_argnames="config")
-def _train(task: Task, config: Config) -> dict[str, Trajectory]:
-    """The same along gradient descent at every learning rate, with inputs that are own and shared."""
-
     def train(sharing):
         data, params, attention = task.network_at(sharing, config.key_scale)
         loss, observe = bind(squared_error, data), bind(attention, task.tokens)
         _, path = config.descent.train(loss, params, observe=observe)
         return Trajectory(path.ts, own_rows(path.ys[..., 0, :]), path.ok)
 
-    return named_lanes(train, own=0.0, shared=1.0)
+    return jax.vmap(flow)(sharing), named_lanes(train, own=0.0, shared=1.0)
 
 
 def run(config: Config, context: Context) -> dict:
@@ -171,12 +158,10 @@ def run(config: Config, context: Context) -> dict:
     task = _draw(jax.random.key(context.seed), config)
     sharing = np.array([0.0, *config.sharing, 1.0])
     context.progress("integrating the theory", 0.0)
-    one_head, coupled = jax.device_get(_flows(task, sharing, config))
-    context.progress("integrating the network's gradient flow", 0.4)
-    network = jax.device_get(_network_flows(task, sharing, config))
+    one_head, coupled = jax.device_get(_theory(task, sharing, config))
+    context.progress("integrating and training the network", 0.5)
+    network, trained = jax.device_get(_network(task, sharing, config))
     require_ok("a flow of attention", one_head, coupled, network)
-    context.progress("training at every learning rate", 0.7)
-    trained = jax.device_get(_train(task, config))
     over_sharing = {
         "one_head": lane_gaps(one_head, network),
         "coupled": np.max(np.abs(network.ys - coupled.ys), axis=(1, 2, 3)),
@@ -202,10 +187,9 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
     sharing, gap = saved["sharing"], saved["sharing_gap/one_head"]
     small = (sharing > 0) & (sharing <= 0.1)
     in_sharing = convergence_order(sharing[small], gap[small]).slope
-    order = {name: convergence_order(saved["rate"], gaps).slope for name, gaps in saved["rate_gap"].items()}
-    own, shared, coupled = order["own"], order["shared"], order["coupled"]
+    order = orders(saved["rate"], saved["rate_gap"])
     coupled_gap = largest(saved["sharing_gap/coupled"])
-    twice = "the second order bends it by s, twice"
+    twice, in_rate = "the second order bends it by s, twice", "in the learning rate"
     yield qualified(
         "decoupled",
         "With several heads the results are similar",
@@ -213,16 +197,16 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         condition="the heads read inputs of their own",
         inside=[
             at_most("own inputs: gap of the network's flow to the one-head flow", gap[0], 1e-6, why=SOLVER),
-            slope("own inputs: order of the gap in the learning rate", own, 1, 0.1, why=SECOND_ORDER),
+            slope(f"own inputs: order of the gap {in_rate}", order["own"], 1, 0.1, why=SECOND_ORDER),
         ],
         outside=[
             # The talk expects "different phenomena" here: a gap that stays.
             at_least("shared inputs: gap to the one-head flow", gap[-1], 1e-2, why="size of the attention"),
-            at_most("shared inputs: its order in the learning rate", shared, 0.5, why="1 where a gap closes"),
+            at_most(f"shared inputs: its order {in_rate}", order["shared"], 0.5, why="1 where a gap closes"),
             slope("order of the gap in the sharing, s <= 0.1", in_sharing, 1, 0.2, why=twice),
             at_most("coupled flow: largest gap at any s", coupled_gap, 1e-6, why=SOLVER),
             slope(
-                "coupled flow, shared inputs: order in the learning rate", coupled, 1, 0.1, why=SECOND_ORDER
+                f"coupled flow, shared inputs: order {in_rate}", order["coupled"], 1, 0.1, why=SECOND_ORDER
             ),
         ],
     )
@@ -241,25 +225,23 @@ def figure(config: Config, saved: Saved) -> Figure:
     sample = np.argmax(np.abs(trained["shared"] - trained["own"]).max(axis=(0, 2)))
     labels = [f"token {token + 1}" for token in range(min(4, config.tokens))]
     one_head = saved["one_head"][:, sample, : len(labels)]
+    time, legend = "time = learning rate × step", {"loc": "upper center", "ncols": 3}
     titles = {"own": (own, "Own inputs (s = 0)"), "shared": (shared, "Shared inputs (s = 1)")}
     for name, (ax, title) in titles.items():
-        plotting.theory_and_trained(ax, saved["time"], one_head, trained[name][:, sample], labels)
-        ax.lines[len(labels)].set_label("one-head flow")
-        ax.set(xlabel="time = learning rate × step", ylabel="attention", ylim=(-0.02, 1.3))
-        ax.set_title(f"{title} and the one-head flow")
-        ax.legend(loc="upper center", ncols=3)
+        paths = saved["time"], one_head, trained[name][:, sample]
+        plotting.theory_and_trained(ax, *paths, labels, "one-head flow")
+        title = f"{title} and the one-head flow"
+        plotting.finish(ax, title, time, "attention", legend, ylim=(-0.02, 1.3))
 
-    flows = {"one-head flow": "one_head", "coupled flow": "coupled"}
-    gaps = {label: saved[f"sharing_gap/{name}"][1:] for label, name in flows.items()}
-    plotting.gap_panel(over_sharing, saved["sharing"][1:], gaps, "sharing s", GAP)
-    over_sharing.set_title("Gap of the network's flow over the sharing")
-
-    flows = {
-        "own: one-head flow": "own",
-        "shared: coupled flow": "coupled",
-        "shared: one-head flow": "shared",
+    one_head, coupled = (saved[f"sharing_gap/{name}"][1:] for name in ("one_head", "coupled"))
+    gaps = {"one-head flow": one_head, "coupled flow": coupled}
+    title = "Gap of the network's flow over the sharing"
+    plotting.gap_panel(over_sharing, saved["sharing"][1:], gaps, "sharing s", GAP, title)
+    gaps = {
+        "own: one-head flow": saved["rate_gap/own"],
+        "shared: coupled flow": saved["rate_gap/coupled"],
+        "shared: one-head flow": saved["rate_gap/shared"],
     }
-    gaps = {label: saved[f"rate_gap/{name}"] for label, name in flows.items()}
-    plotting.gap_panel(over_rate, saved["rate"], gaps, "learning rate", GAP)
-    over_rate.set_title("Gap of gradient descent over the learning rate")
+    title = "Gap of gradient descent over the learning rate"
+    plotting.gap_panel(over_rate, saved["rate"], gaps, "learning rate", GAP, title)
     return drawn
