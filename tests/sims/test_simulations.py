@@ -12,6 +12,7 @@ from rich.console import Console
 from sims import results, simulations
 from sims.execution import Options, execute
 from sims.results import Saved
+from tests import places
 from tests.helpers import count_compilations
 
 # Points of lines that lie under a legend at the quick preset: where a figure cannot do without, no more.
@@ -50,8 +51,20 @@ def run(name, preset, folder) -> Saved:
     failing = [str(claim) for claim in saved.claims if claim.at(preset) == "fails"]
     assert not failing, failing
     assert all(claim.id.startswith(f"{name}/") for claim in saved.claims)
+    assert_places_are_listed(name, saved.claims)
     assert 10_000 < (folder / f"{name}.png").stat().st_size < 300_000
     return saved
+
+
+def assert_places_are_listed(name, claims):
+    """The list of places has every claim where its source says, and no claim that is not there."""
+    missing = {claim.id: places.unlisted(claim.source, claim.id) for claim in claims}
+    missing = {claim: where for claim, where in missing.items() if where}
+    assert not missing, f"sims/places.toml must list these claims at these places: {missing}"
+    listed = {claim for claim in places.listed() if claim.startswith(f"{name}/")}
+    # Some claims are made at larger presets alone: the ledger has them.
+    unknown = listed - {claim.id for claim in claims} - places.in_ledger()
+    assert not unknown, f"sims/places.toml lists claims that there are not: {unknown}"
 
 
 def assert_nothing_is_lost_on_disk(saved, loaded, folder):
