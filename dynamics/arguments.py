@@ -96,6 +96,16 @@ def require_arrays(**arrays: Any) -> list[Array]:
     return [cast(array, finite[0].dtype) for array in finite]
 
 
+def require_concrete(name: str, value: Any) -> np.ndarray:
+    """The argument as finite numbers of NumPy, for what is decided on the host and cannot be traced."""
+    array = as_real(name, value)
+    numbers = as_concrete(array)
+    if numbers is None:
+        raise ValueError(f"{name} must be concrete, since it is looked at on the host, got a traced array")
+    require_finite(name, array)
+    return numbers
+
+
 def cast(array: Array, dtype: Any) -> Array:
     """The array in another dtype; a concrete one stays concrete, also under somebody's `jit`."""
     if is_traced(array) or (array.dtype == dtype and not array.weak_type):
@@ -320,10 +330,10 @@ def require_symmetric(name: str, S: Array) -> Array:
 
 def is_symmetric(S: Any) -> Any:
     """Which of the matrices (..., n, n) are symmetric up to the rounding of the largest one: (..., 1, 1)."""
-    np_or_jnp = np if isinstance(S, np.ndarray) else jnp
-    skew = np_or_jnp.abs(S - np_or_jnp.swapaxes(S, -1, -2))
-    slack = float(jnp.finfo(S.dtype).eps) ** 0.5 * np_or_jnp.max(np_or_jnp.abs(S))
-    return np_or_jnp.max(skew, axis=(-2, -1), keepdims=True) <= slack
+    numpy = np if isinstance(S, np.ndarray) else jnp
+    skew = numpy.abs(S - numpy.swapaxes(S, -1, -2))
+    slack = float(jnp.finfo(S.dtype).eps) ** 0.5 * numpy.max(numpy.abs(S))
+    return numpy.max(skew, axis=(-2, -1), keepdims=True) <= slack
 
 
 def _listed(parts: Any) -> str:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import entr
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from dynamics.arguments import require_arrays, require_shapes
-from dynamics.flow import ArrayLike, as_inexact, is_traced
+from dynamics.arguments import (
+    as_concrete,
+    as_real,
+    nan_unless,
+    require_arrays,
+    require_number,
+    require_same_shape,
+    require_shapes,
+)
+from dynamics.flow import ArrayLike
 
 
 def stable_rank(A: ArrayLike) -> Float[Array, "*batch"]:
@@ -21,27 +33,35 @@ def stable_rank(A: ArrayLike) -> Float[Array, "*batch"]:
         >>> float(stable_rank(jnp.diag(jnp.array([2.0, 1.0, 1.0]))))
         1.5
     """
-    values = jnp.linalg.svd(as_inexact(A), compute_uv=False)
-    largest = jnp.max(values, axis=-1, keepdims=True)
     # The values are scaled before they are squared: those of a collapsed matrix would underflow.
-    return jnp.sum(jnp.square(values / jnp.where(largest > 0, largest, 1)), axis=-1)
+    return jnp.sum(jnp.square(_shares(_singular_values(A), jnp.max)), axis=-1)
 
 
-def numerical_rank(A: ArrayLike, *, rtol: ArrayLike = 0.0, atol: ArrayLike = 0.0) -> Int[Array, "*batch"]:
+def numerical_rank(A: ArrayLike, *, rtol: ArrayLike = 0.0, atol: ArrayLike = 0.0) -> Float[Array, "*batch"]:
     r"""Number of singular values above max(atol, rtol * the largest one). A is (..., m, n).
+
+    It is a floating number, so that it can be NaN: for a matrix that is not finite, or a bad tolerance.
 
     Example:
         >>> A = jnp.diag(jnp.array([2.0, 0.5, 0.01]))
         >>> int(numerical_rank(A, atol=0.1)), int(numerical_rank(A, rtol=0.5))
         (2, 1)
     """
-    values = jnp.linalg.svd(as_inexact(A), compute_uv=False)
-    threshold = jnp.maximum(jnp.asarray(atol), jnp.asarray(rtol) * jnp.max(values, axis=-1, keepdims=True))
-    return jnp.sum(values > threshold, axis=-1)
+    values = _singular_values(A)
+    rtol, atol = (
+        require_number(name, tolerance, values.dtype, at_least=0)
+        for name, tolerance in (("rtol", rtol), ("atol", atol))
+    )
+    threshold = jnp.maximum(atol, rtol * jnp.max(values, axis=-1, keepdims=True))
+    count = jnp.sum(values > threshold, axis=-1).astype(values.dtype)
+    # What is not finite compares as false, and would count as nothing.
+    return nan_unless(jnp.all(jnp.isfinite(values) & jnp.isfinite(threshold), axis=-1), count)
 
 
-def effective_rank(A: Float[Array, "*batch m n"]) -> Float[Array, "*batch"]:
+def effective_rank(A: ArrayLike) -> Float[Array, "*batch"]:
     r"""Effective rank: exp of the entropy of the singular values scaled to sum to one; 0 for a zero matrix.
+
+    A is (..., m, n).
 
     Source: roy2007, section 2.
 
@@ -49,32 +69,79 @@ def effective_rank(A: Float[Array, "*batch m n"]) -> Float[Array, "*batch"]:
         >>> round(float(effective_rank(jnp.eye(3))), 6)
         3.0
     """
-    values = jnp.linalg.svd(A, compute_uv=False)
-    total = jnp.sum(values, axis=-1)
-    shares = values / jnp.where(total > 0, total, 1)[..., None]
-    return jnp.where(total == 0, 0, jnp.exp(entropy(shares)))
+    values = _shares(_singular_values(A), jnp.max)
+    zero = jnp.max(values, axis=-1) == 0
+    return jnp.where(zero, 0, jnp.exp(entropy(_shares(values, jnp.sum))))
+
+
+def _singular_values(A: ArrayLike) -> Array:
+    A = as_real("A", A)
+    require_shapes(A=(A, "... m n"))
+    if A.size == 0:
+        raise ValueError(f"A must not be empty, got shape {A.shape}")
+    return jnp.linalg.svd(A, compute_uv=False)
+
+
+def _shares(values: Array, measure: Callable[..., Array]) -> Array:
+    """Numbers >= 0 over their largest, or over their sum; zeros stay zeros."""
+    size = measure(values, axis=-1, keepdims=True)
+    return values / jnp.where(size == 0, 1, size)
 
 
 def entropy(p: ArrayLike, axis: int = -1) -> Float[Array, "..."]:
     r"""Shannon entropy -sum_i p_i log p_i in nats along an axis; 0 for a one-hot vector.
 
+    It is minus infinity where a number is negative.
+
     Example:
         >>> round(float(entropy(jnp.full(4, 0.25))), 4)  # log 4
         1.3863
     """
-    return jnp.sum(entr(as_inexact(p)), axis=axis)
+    p = as_real("p", p)
+    if p.ndim == 0 or p.size == 0:
+        raise ValueError(f"p must have an axis and not be empty, got shape {p.shape}")
+    return jnp.sum(entr(p), axis=axis)
 
 
-def alignment(A: Float[Array, "*batch m n"], B: Float[Array, "*batch m n"]) -> Float[Array, "*batch"]:
+def alignment(A: ArrayLike, B: ArrayLike) -> Float[Array, "*batch"]:
     r"""Cosine <A, B> / (|A| |B|) of two matrices under the Frobenius inner product; 0 if either is zero.
+
+    Both are (..., m, n).
 
     Example:
         >>> float(alignment(jnp.eye(2), 3 * jnp.eye(2)))
         1.0
     """
-    inner = jnp.sum(A * B, axis=(-2, -1))
-    norms = jnp.linalg.norm(A, axis=(-2, -1)) * jnp.linalg.norm(B, axis=(-2, -1))
-    return inner / jnp.where(norms > 0, norms, 1)
+    A, B = as_real("A", A), as_real("B", B)
+    require_same_shape("(..., m, n)", range(2, 1 + max(2, A.ndim)), A=A, B=B)
+    if A.size == 0:
+        raise ValueError(f"A and B must not be empty, got shape {A.shape}")
+    A, B = _scaled(A, (-2, -1))[0], _scaled(B, (-2, -1))[0]
+    inner, squares = (jnp.sum(product, axis=(-2, -1)) for product in (A * B, jnp.stack([A, B]) ** 2))
+    lengths = jnp.sqrt(squares[0] * squares[1])
+    return inner / jnp.where(lengths == 0, 1, lengths)
+
+
+def norm(x: ArrayLike, axis: int | tuple[int, ...] = -1) -> Float[Array, "..."]:
+    r"""Euclidean norm along an axis, or several, without squares that vanish or overflow.
+
+    Its gradient is zero where x is.
+
+    Example:
+        >>> float(norm(jnp.array([3e-30, 4e-30], jnp.float32)) / 1e-30).__round__(5)
+        5.0
+    """
+    x, largest = _scaled(as_real("x", x), axis)
+    square = jnp.sum(x**2, axis=axis)
+    # Where x is zero the second choice keeps the root's infinite slope out of the gradient.
+    root = jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
+    return jnp.squeeze(largest, axis=axis) * root
+
+
+def _scaled(x: Array, axis: int | tuple[int, ...]) -> tuple[Array, Array]:
+    """Numbers over the largest of them along some axes, so that their squares do not underflow; and it."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True))
+    return x / jnp.where(largest == 0, 1, largest), largest
 
 
 def captured_energy(P: ArrayLike, G: ArrayLike) -> Float[Array, "*batch"]:
@@ -98,19 +165,15 @@ def captured_energy(P: ArrayLike, G: ArrayLike) -> Float[Array, "*batch"]:
     """
     G, P = require_arrays(G=G, P=P)
     require_shapes(P=(P, "... m r"), G=(G, "... m n"))
-    require_orthonormal(P=P)
-    return _captured(P, G)
+    return _captured(require_orthonormal("P", P), G)
 
 
 @eqx.filter_jit
 def _captured(P, G):
-    # The gradient is scaled before it is squared: a tiny one would underflow.
-    peak = jnp.max(jnp.abs(G), axis=(-2, -1), keepdims=True)
-    G = G / jnp.where(peak == 0, 1, peak)
+    G, _ = _scaled(G, (-2, -1))
     whole = jnp.sum(G**2, axis=(-2, -1))
     inside = jnp.sum((P.mT @ G) ** 2, axis=(-2, -1))
-    share = jnp.minimum(inside / jnp.where(whole == 0, 1, whole), 1)
-    return jnp.where(is_orthonormal(P), share, jnp.nan)
+    return jnp.minimum(inside / jnp.where(whole == 0, 1, whole), 1)
 
 
 def principal_angles(P: ArrayLike, Q: ArrayLike) -> Float[Array, "*batch k"]:
@@ -136,7 +199,7 @@ def principal_angles(P: ArrayLike, Q: ArrayLike) -> Float[Array, "*batch k"]:
     """
     P, Q = require_arrays(P=P, Q=Q)
     require_shapes(P=(P, "... m r"), Q=(Q, "... m s"))
-    require_orthonormal(P=P, Q=Q)
+    P, Q = require_orthonormal("P", P), require_orthonormal("Q", Q)
     return _angles(P, Q) if P.shape[-1] >= Q.shape[-1] else _angles(Q, P)
 
 
@@ -144,26 +207,27 @@ def principal_angles(P: ArrayLike, Q: ArrayLike) -> Float[Array, "*batch k"]:
 def _angles(P, Q):
     cosines = jnp.linalg.svd(P.mT @ Q, compute_uv=False)
     sines = jnp.linalg.svd(Q - P @ (P.mT @ Q), compute_uv=False)
-    angles = jnp.arctan2(sines[..., ::-1], cosines)
-    return jnp.where(is_orthonormal(P) & is_orthonormal(Q), angles, jnp.nan)
+    return jnp.arctan2(sines[..., ::-1], cosines)
 
 
 # A basis that was made orthonormal in half precision still meets this.
 _ORTHONORMAL = 1e-2
 
 
-def require_orthonormal(**bases: Array) -> None:
-    """Refuse concrete bases (..., m, r) whose columns are not orthonormal."""
-    for name, P in bases.items():
-        if not is_traced(P):
-            values = np.asarray(P, float)
-            error = float(np.max(np.abs(np.swapaxes(values, -1, -2) @ values - np.eye(P.shape[-1]))))
-            if error > _ORTHONORMAL:
-                raise ValueError(f"{name} must have orthonormal columns, got P^T P - I up to {error:.3g}")
+def require_orthonormal(name: str, P: Array) -> Array:
+    """Bases (..., m, r) whose columns are orthonormal."""
+    values = as_concrete(P)
+    if values is None:
+        return nan_unless(_gram_error(P) <= _ORTHONORMAL, P)
+    error = np.max(_gram_error(values))
+    if not error <= _ORTHONORMAL:
+        raise ValueError(f"{name} must have orthonormal columns, got P^T P - I up to {error:.3g}")
+    return P
 
 
-def is_orthonormal(P: Array) -> Array:
-    """Whether bases (..., m, r), which may be traced, all have orthonormal columns."""
-    gram = P.mT @ P
-    identity = jnp.broadcast_to(jnp.eye(P.shape[-1], dtype=P.dtype), gram.shape)
-    return jnp.max(jnp.abs(gram - identity)) <= _ORTHONORMAL
+def _gram_error(P: Any) -> Any:
+    """How far bases (..., m, r) are from orthonormal, (..., 1, 1): largest entry of P^T P - I."""
+    numpy = np if isinstance(P, np.ndarray) else jnp
+    gram = numpy.swapaxes(P, -1, -2) @ P
+    identity = numpy.broadcast_to(numpy.eye(P.shape[-1], dtype=P.dtype), gram.shape)
+    return numpy.max(numpy.abs(gram - identity), axis=(-2, -1), keepdims=True)

@@ -9,8 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dynamics.arguments import is_symmetric, require_arrays, require_choice, require_shapes, require_symmetric
-from dynamics.flow import ArrayLike, all_finite, as_inexact, is_traced, require_number
+from dynamics.arguments import (
+    as_real,
+    cast,
+    nan_unless,
+    require_arrays,
+    require_choice,
+    require_every,
+    require_number,
+    require_shapes,
+    require_symmetric,
+)
+from dynamics.flow import ArrayLike
 
 Loss = Literal["squared", "softmax"]
 
@@ -171,8 +181,7 @@ def _iterates(G0, S, learning_rate, steps):
     values, vectors = jnp.linalg.eigh(S)
     decay = power(1 - learning_rate * over_steps(values, steps), steps[..., None])
     weights = vectors.T @ vec(G0)
-    path = matrices(jnp.einsum("kv,...v,v->...k", vectors, decay, weights), G0.shape)
-    return jnp.where(is_linear(G0, S, learning_rate), path, jnp.nan)
+    return matrices(jnp.einsum("kv,...v,v->...k", vectors, decay, weights), G0.shape)
 
 
 def vec(G: Array) -> Array:
@@ -186,18 +195,13 @@ def matrices(vecs: Array, shape: tuple[int, ...]) -> Array:
 
 
 def power(base: Array, t: Array) -> Array:
-    """base^t for whole t >= 0, the base of any sign; else NaN."""
-    return base ** jnp.where((t >= 0) & (t == jnp.round(t)), t, jnp.nan)
+    """base^t for whole t >= 0, the base of any sign; NaN^0 and 1^NaN are NaN."""
+    return nan_unless(~(jnp.isnan(base) | jnp.isnan(t)), base**t)
 
 
 def over_steps(values: Array, steps: Array) -> Array:
     """Values (k,) beside steps, so that both broadcast to (*steps, k)."""
     return values.reshape((1,) * steps.ndim + values.shape)
-
-
-def is_linear(G0: Array, S: Array, learning_rate: Array) -> Array:
-    """Whether the traced inputs of linear dynamics are as `require_linear` wants them."""
-    return all_finite((G0, S, learning_rate)) & jnp.all(is_symmetric(S)) & (learning_rate >= 0)
 
 
 def require_linear(
@@ -207,16 +211,13 @@ def require_linear(
     G0, S = require_arrays(G0=G0, S=S)
     if G0.ndim != 2 or S.shape != 2 * (G0.size,):
         raise ValueError(f"G0 and S must have shapes (m, n) and (mn, mn), got {G0.shape} and {S.shape}")
-    require_symmetric("S", S)
-    return G0, S, *require_descent(learning_rate, steps, G0.dtype)
+    return G0, require_symmetric("S", S), *require_descent(learning_rate, steps, G0.dtype)
 
 
 def require_descent(learning_rate: ArrayLike, steps: ArrayLike, dtype: Any) -> tuple[Array, Array]:
     """A learning rate >= 0 and whole steps >= 0 as arrays of a dtype."""
-    learning_rate = require_number("learning_rate", learning_rate, dtype, at_least=0)
-    whole = as_inexact(steps)
-    if not is_traced(whole):
-        values = np.asarray(whole)
-        if np.iscomplexobj(values) or not np.all((values >= 0) & (values == np.round(values))):
-            raise ValueError(f"steps must be integers >= 0, got {steps}")
-    return learning_rate, whole.astype(dtype)
+    learning_rate, rule = require_number("learning_rate", learning_rate, dtype, at_least=0), "integers >= 0"
+    steps = require_every(
+        "steps", cast(as_real("steps", steps), dtype), lambda t: (t >= 0) & (t < np.inf), rule
+    )
+    return learning_rate, require_every("steps", steps, lambda t: t % 1 == 0, rule)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, get_args
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dynamics.arguments import is_symmetric, require_arrays, require_choice, require_shapes, require_symmetric
-from dynamics.flow import ArrayLike, all_finite, require_number
+from dynamics.arguments import (
+    brief,
+    require_arrays,
+    require_choice,
+    require_number,
+    require_shapes,
+    require_symmetric,
+)
+from dynamics.flow import ArrayLike
 from dynamics.galore.gradient import (
-    is_linear,
     kronecker_mean,
     matrices,
     over_steps,
@@ -20,7 +27,7 @@ from dynamics.galore.gradient import (
     vec,
 )
 from dynamics.galore.stable_rank import Form
-from dynamics.spectra import is_orthonormal, require_orthonormal
+from dynamics.spectra import require_orthonormal
 
 
 class ProjectedDescent(NamedTuple):
@@ -58,13 +65,12 @@ def projected_coefficients(B: ArrayLike, P: ArrayLike) -> Float[Array, "*batch r
     """
     B, P = require_arrays(B=B, P=P)
     require_shapes(B=(B, "... m m"), P=(P, "m r"))
-    require_orthonormal(P=P)
-    return _compressed(B, P)
+    return _compressed(B, require_orthonormal("P", P))
 
 
 @eqx.filter_jit
 def _compressed(B, P):
-    return jnp.where(is_orthonormal(P), jnp.einsum("mr,...mk,ks->...rs", P, B, P), jnp.nan)
+    return jnp.einsum("mr,...mk,ks->...rs", P, B, P)
 
 
 def contraction_factor(
@@ -114,10 +120,9 @@ def contraction_factor(
     require_choice("form", form, get_args(Form))
     B, C = require_arrays(B_hat=B_hat, C_hat=C_hat)
     require_shapes(B_hat=(B, "... N r r"), C_hat=(C, "... N s s"))
-    require_symmetric("B_hat", B)
-    require_symmetric("C_hat", C)
-    if len(lipschitz) != 3:
-        raise ValueError(f"lipschitz must be three numbers L_A, L_B, L_C, got {lipschitz!r}")
+    B, C = require_symmetric("B_hat", B), require_symmetric("C_hat", C)
+    if not isinstance(lipschitz, Sequence) or len(lipschitz) != 3:
+        raise ValueError(f"lipschitz must be three numbers L_A, L_B, L_C, got {brief(lipschitz)}")
     named = {
         "learning_rate": learning_rate,
         **{f"lipschitz[{i}]": constant for i, constant in enumerate(lipschitz)},
@@ -135,13 +140,9 @@ def _contraction(B, C, numbers, form):
     if form == "printed":
         smallest = jnp.linalg.eigvalsh(B)[..., 0] * jnp.linalg.eigvalsh(C)[..., 0]
         slowest = jnp.min(smallest.reshape(-1, smallest.shape[-1]), axis=0)
-        q = 1 - eta * (jnp.mean(slowest) - L_A - L_B * L_C * D**2)
-    else:
-        values = jnp.linalg.eigvalsh(kronecker_mean(B, C))
-        q = jnp.max(jnp.abs(1 - eta * values)) + eta * (L_A + D * (L_B * sup_C + L_C * sup_B))
-    good = all_finite((B, C, numbers)) & jnp.all(is_symmetric(B)) & jnp.all(is_symmetric(C))
-    good = good & jnp.all(jnp.stack(numbers) >= 0)
-    return jnp.where(good, q, jnp.nan)
+        return 1 - eta * (jnp.mean(slowest) - L_A - L_B * L_C * D**2)
+    values = jnp.linalg.eigvalsh(kronecker_mean(B, C))
+    return jnp.max(jnp.abs(1 - eta * values)) + eta * (L_A + D * (L_B * sup_C + L_C * sup_B))
 
 
 def projected_descent(
@@ -176,7 +177,8 @@ def projected_descent(
         R_t, G_t and W_t - W_0 at these steps. NaN where a traced input is bad.
 
     Raises:
-        ValueError: the shapes do not fit, a number is out of range, or columns are not orthonormal.
+        ValueError: the shapes do not fit, a number is out of range, B or C is not symmetric, or columns are
+            not orthonormal.
 
     Example:
         >>> eye = jnp.eye(2)[None]
@@ -187,7 +189,8 @@ def projected_descent(
     G0, B, C, P, Q = require_arrays(G0=G0, B=B, C=C, P=P, Q=Q)
     axes = {"G0": (G0, "m n"), "B": (B, "N m m"), "C": (C, "N n n"), "P": (P, "m r"), "Q": (Q, "n s")}
     require_shapes(**axes)
-    require_orthonormal(P=P, Q=Q)
+    B, C = require_symmetric("B", B), require_symmetric("C", C)
+    P, Q = require_orthonormal("P", P), require_orthonormal("Q", Q)
     learning_rate, steps = require_descent(learning_rate, steps, G0.dtype)
     return _projected(G0, B, C, P, Q, learning_rate, steps)
 
@@ -211,6 +214,4 @@ def _projected(G0, B, C, P, Q, learning_rate, steps):
     change = P @ path(taken) @ Q.T
     taken_from = jnp.einsum("aik,...kl,alj->...ij", B, change, C) / len(B)
     gradient = jnp.broadcast_to(G0, taken_from.shape) - taken_from
-    good = is_linear(R0, S, learning_rate) & all_finite(G0)
-    descent = ProjectedDescent(path(power(1 - x, t)), gradient, change)
-    return ProjectedDescent(*(jnp.where(good, part, jnp.nan) for part in descent))
+    return ProjectedDescent(path(power(1 - x, t)), gradient, change)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dynamics.arguments import require_choice
-from dynamics.flow import ArrayLike
-from dynamics.galore.gradient import is_linear, matrices, power, require_linear, vec
+from dynamics.arguments import nan_unless, require_choice
+from dynamics.flow import ArrayLike, all_finite
+from dynamics.galore.gradient import matrices, power, require_linear, vec
 
 Form = Literal["printed", "valid"]
 
@@ -88,8 +88,8 @@ def _split(G0, S, learning_rate, valid):
         matrices(vectors @ jnp.where(near, peak * weights, 0), G0.shape),
         matrices(vectors @ jnp.where(above, peak * weights, 0), G0.shape),
     )
-    good = is_linear(G0, S, learning_rate) & jnp.any(excited)
-    return SlowSplit(*(jnp.where(good, part, jnp.nan) for part in split))
+    good = jnp.any(excited) & all_finite((G0, S, learning_rate))
+    return SlowSplit(*(nan_unless(good, part) for part in split))
 
 
 def stable_rank_bound(
@@ -149,9 +149,9 @@ def _bound(G0, S, learning_rate, steps, valid):
     holds = alone | (learning_rate * (split.second + split.largest) <= 2)
     room = jnp.where(valid, jnp.where(holds, jnp.maximum(a - shrink * b, 0), 0), a)
     bound = (whole + shrink**2 * rest) / room**2
-    good = is_linear(G0, S, learning_rate) & (steps >= 0) & (steps == jnp.round(steps))
-    good = good & (valid | (a > jnp.sqrt(jnp.finfo(S.dtype).eps) * jnp.linalg.norm(G0)))
-    return jnp.where(good, bound, jnp.nan)
+    good = valid | (a > jnp.sqrt(jnp.finfo(S.dtype).eps) * jnp.linalg.norm(G0))
+    good = good & all_finite((G0, S, learning_rate)) & jnp.isfinite(steps)
+    return nan_unless(good, bound)
 
 
 def bound_counterexample(dtype: Any = None) -> tuple[Array, Array, Array]:

@@ -1,0 +1,682 @@
+"""A valid call of every public function of `dynamics` and `models`, in `CALLS` or in `NO_NUMBERS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from dynamics.incremental import GreedyPath
+from dynamics.scan_snap import SequenceClasses, Weights
+from models.attention.joma import JomaInputs
+from models.data.tokens import Contexts
+
+# Half precision is no fault of networks, whose own dtype it may be.
+HALF = "float16 bfloat16"
+
+
+@dataclass(frozen=True)
+class Real:
+    """Real numbers that are an argument.
+
+    Attributes:
+        value: a valid one.
+        bad: others of its shape that are out of range.
+        fine: kinds of `tests.test_public_functions.KINDS` that this argument takes.
+    """
+
+    value: Any
+    bad: tuple[Any, ...] = ()
+    fine: str = ""
+
+
+@dataclass(frozen=True)
+class Index:
+    """Integers from 0 to size - 1 that are an argument, such as tokens."""
+
+    value: Any
+    size: int
+    fine: str = ""
+
+
+@dataclass(frozen=True)
+class Call:
+    """How to call a function.
+
+    Attributes:
+        arguments: by name; what is neither `Real` nor `Index` stays as it is.
+        through: called with the function and the arguments, where they do not go to it as they are.
+        host: the function looks at its numbers and cannot be traced, which it says.
+    """
+
+    arguments: dict[str, Any]
+    through: Callable[..., Any] | None = None
+    host: bool = False
+
+
+def call(through: Callable[..., Any] | None = None, *, host: bool = False, **arguments: Any) -> Call:
+    return Call(arguments, through, host)
+
+
+# A solver that is quick to trace.
+SOLVE = {"solver": diffrax.Heun(), "throw": False}
+
+
+def solve(function: Callable[..., Any], rtol: Any = 1e-4, **arguments: Any) -> Any:
+    """A simulation that tells by `ok` whether it succeeded."""
+    return function(**arguments, rtol=rtol, atol=1e-6, **SOLVE)
+
+
+def in_steps(function: Callable[..., Any], **arguments: Any) -> Any:
+    """A simulation in steps, alike."""
+    return function(**arguments)
+
+
+def decay(t, y, rate):
+    return -rate * y
+
+
+def slope(x):
+    return x - 0.2
+
+
+def number(value: float, *bad: float) -> Real:
+    return Real(value, bad)
+
+
+POSITIVE, RATE = number(0.7, 0.0, -1.0), number(0.7, -1.0)
+TIMES = Real(np.array([0.0, 0.3]), (np.array([0.3, 0.0]), np.array([0.3, 0.3])), "shorter")
+HALF_HALF = Real(np.array([0.6, 0.4]), (np.array([0.6, 0.6]), np.array([1.4, -0.4])))
+PAYOFF = Real(np.array([[0.0, 2.0], [1.0, 0.5]]))
+VECTOR = Real(np.array([0.3, 0.8]))
+GAME = {
+    "payoff": Real(np.array([[-1.0, 2.0], [0.0, 1.0]])),
+    "x": Real(np.array([0.5, 0.5]), (np.array([0.6, 0.6]), np.array([1.4, -0.4]))),
+}
+HESSIAN = Real(np.array([[2.0, 0.5], [0.5, 1.0]]), (np.array([[2.0, 0.5], [-0.5, 1.0]]),))
+BATCH = "deeper"
+ANY = "deeper scalar shorter empty"
+
+SYMMETRIC = Real(np.array([[2.0, 0.5], [0.5, 1.0]]), (np.array([[2.0, 0.5], [-0.5, 1.0]]),))
+FOUR = np.diag([1.0, 0.5, 0.25, 2.0])
+SKEW = FOUR + np.triu(np.ones((4, 4)), 1)
+LINEAR = {"G0": Real(np.array([[1.0, 2.0], [0.5, -1.0]])), "S": Real(FOUR, (SKEW,))}
+STEPS = Real(np.array([0.0, 2.0]), (np.array([-1.0, -2.0]), np.array([0.5, 1.5])), ANY)
+PAIR = np.array([[[2.0, 0.5], [0.5, 1.0]]])
+BENT = np.array([[[2.0, 1.5], [0.5, 1.0]]])
+COLUMN = Real(np.array([[0.6], [0.8]]), (np.array([[0.7], [0.8]]),))
+FACTORS = {"u0": Real(np.array([1.0, 1.0])), "v0": Real(np.array([0.5, -0.5]))}
+
+
+def pull(beta):
+    return jnp.array([2.0, -1.0]) - beta
+
+
+PULL = Partial(pull)
+PATH = GreedyPath(
+    times=np.array([0.5, 1.0]),
+    beta=np.array([[0.0, 0.0], [2.0, 0.0], [2.0, -1.0]]),
+    order=np.array([0, 1]),
+    log_scale=np.ones((3, 2)),
+    tied=np.zeros(2, bool),
+    converged=np.ones(2, bool),
+    complete=np.array(True),
+)
+FLOW = {
+    "taus": Real(np.array([0.0, 0.6, 1.2]), (np.array([0.0, 1.2, 0.6]),)),
+    "beta": Real(np.array([[0.0, 0.0], [1.5, 0.1], [2.0, -0.9]])),
+}
+
+P = np.array([[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]])
+CLASSES = {
+    "P": Real(P, (P + 0.1, np.array([[1.5, -0.5, 0.0], [1.5, -0.5, 0.0]]))),
+    "query": Index(np.array([1, 2]), 3),
+    "next_token": Index(np.array([1, 2]), 3),
+}
+LOGITS = Real(np.arange(9.0).reshape(3, 3) / 10)
+DECODER = Real(np.eye(3))
+SETTING = {
+    "learning_rate_Y": POSITIVE,
+    "num_classes": number(2.0, 0.5),
+    "vocab_size": number(5.0, 1.0),
+}
+GROWTH = {
+    "t": Real(np.array([0.5, 2.0]), (np.array([-1.0, -2.0]),), ANY),
+    **SETTING,
+    "learning_rate_Z": RATE,
+    "C0": POSITIVE,
+}
+
+
+def of_classes(function, P, query, next_token, **arguments):
+    return function(classes=SequenceClasses(P, query, next_token), **arguments)
+
+
+def of_weights(function, Y, Z, P=None, query=None, next_token=None):
+    classes = () if P is None else (SequenceClasses(P, query, next_token),)
+    return function(Weights(Y, Z), *classes)
+
+
+def quiet_of_classes(function, **arguments):
+    return of_classes(partial(solve, function), **arguments)
+
+
+COUNTS = np.array([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0]])
+CONTEXTS = {"counts": Real(COUNTS, (-1 - COUNTS,)), "query": Index(np.array([1, 2]), 3)}
+TOKENS = Index(np.array([[0, 1, 1, 2]]), 3)
+
+X = np.array([[[0.3, -0.2], [0.5, 0.1], [-0.4, 0.7]]])
+HEAD = {
+    name: Real(np.array([[0.5, 0.1], [-0.2, 0.4]]), fine=BATCH)
+    for name in ("key", "query", "value", "output")
+}
+DIAGONAL = {name: Real(np.array([0.5, -0.2])) for name in ("key", "query", "value", "output")}
+STACK = {name: Real(np.array([[[0.5, -0.2]]])) for name in ("key", "query", "value", "output")}
+KEY = jax.random.key(0)
+
+
+def of_params(function, **params):
+    return function(params)
+
+
+def outputs(params, inputs):
+    return params * inputs
+
+
+def of_data(function, params, inputs, targets):
+    return function(params, (outputs, inputs, targets))
+
+
+PREDICTION = {
+    "params": Real(2.0, fine="deeper scalar shorter"),
+    "inputs": Real(np.ones((4, 2)), fine=ANY),
+    "targets": Real(np.full((4, 2), 0.5)),
+}
+J = Real(np.ones((3, 2, 2)), fine=HALF)
+BLOCK = {
+    "embedding": Real(np.eye(3)[:, :2]),
+    "query_embedding": Real(np.eye(3)[:, 2:]),
+    "W": Real(np.ones((3, 1))),
+    "z": Real(np.full((1, 2), 0.5)),
+}
+
+CALLS: dict[str, Call] = {
+    # dynamics.flow
+    "dynamics.flow.integrate": call(
+        lambda f, **a: f(decay, **a, **SOLVE),
+        y0=Real(np.array([1.0, 2.0]), fine="deeper scalar shorter"),
+        ts=TIMES,
+        args=Real(0.5, fine=f"{HALF} complex bool none string strings object empty deeper scalar shorter"),
+        rtol=number(1e-6, -1.0),
+        atol=number(1e-9, -1.0),
+    ),
+    # dynamics.spectra
+    "dynamics.spectra.stable_rank": call(A=Real(np.array([[2.0, 1.0], [0.5, 1.0]]), fine="deeper shorter")),
+    "dynamics.spectra.numerical_rank": call(
+        A=Real(np.array([[2.0, 1.0], [0.5, 1.0]]), fine="deeper shorter"), rtol=RATE, atol=RATE
+    ),
+    "dynamics.spectra.effective_rank": call(
+        A=Real(np.array([[2.0, 1.0], [0.5, 1.0]]), fine="deeper shorter")
+    ),
+    "dynamics.spectra.entropy": call(
+        p=Real(np.array([0.6, 0.4]), (np.array([-0.6, -0.4]),), "deeper shorter")
+    ),
+    "dynamics.spectra.alignment": call(
+        A=Real(np.array([[2.0, 1.0], [0.5, 1.0]]), fine=BATCH), B=Real(np.eye(2), fine=BATCH)
+    ),
+    "dynamics.spectra.captured_energy": call(
+        P=Real(COLUMN.value, COLUMN.bad, BATCH),
+        G=Real(np.array([[2.0, 1.0], [0.5, 1.0]]), fine="deeper shorter"),
+    ),
+    "dynamics.spectra.principal_angles": call(
+        P=Real(COLUMN.value, COLUMN.bad, BATCH),
+        Q=Real(np.array([[0.0], [1.0]]), (np.array([[0.0], [2.0]]),), BATCH),
+    ),
+    "dynamics.spectra.norm": call(x=Real(np.array([0.6, 0.4]), fine="deeper shorter")),
+    # dynamics.galore
+    "dynamics.galore.gradient_iterates": call(**LINEAR, learning_rate=RATE, steps=STEPS),
+    "dynamics.galore.gradient_operator": call(B=Real(PAIR), C=Real(PAIR)),
+    "dynamics.galore.reversible_gradient": call(A=Real(PAIR), B=Real(PAIR), C=Real(PAIR), W=Real(np.eye(2))),
+    "dynamics.galore.reversible_terms": call(
+        J=Real(PAIR, fine="shorter"),
+        f=Real(np.ones((1, 2)), fine="shorter"),
+        y=Real(np.ones((1, 2))),
+        loss="softmax",
+    ),
+    "dynamics.galore.contraction_factor": call(
+        lambda f, lipschitz, **a: f(form="valid", lipschitz=(0.1, lipschitz, 0.2), **a),
+        B_hat=Real(PAIR, (BENT,), BATCH),
+        C_hat=Real(PAIR, (BENT,), BATCH),
+        learning_rate=RATE,
+        lipschitz=RATE,
+        weight_bound=RATE,
+        sup_B=RATE,
+        sup_C=RATE,
+    ),
+    "dynamics.galore.projected_coefficients": call(B=Real(PAIR, fine=BATCH), P=COLUMN),
+    "dynamics.galore.projected_descent": call(
+        G0=LINEAR["G0"],
+        B=Real(PAIR, (BENT,)),
+        C=Real(PAIR, (BENT,)),
+        P=COLUMN,
+        Q=COLUMN,
+        learning_rate=RATE,
+        steps=STEPS,
+    ),
+    "dynamics.galore.slow_split": call(**LINEAR, form="valid"),
+    "dynamics.galore.stable_rank_bound": call(**LINEAR, learning_rate=RATE, steps=STEPS, form="valid"),
+    # dynamics.incremental
+    "dynamics.incremental.canonical_start": call(**FACTORS),
+    "dynamics.incremental.conserved_quantity": call(
+        u=Real(np.array([1.0, 2.0]), fine=ANY), v=Real(np.array([0.5, 1.0]), fine=ANY)
+    ),
+    "dynamics.incremental.raw_flow": call(solve, neg_gradient=PULL, **FACTORS, ts=TIMES),
+    "dynamics.incremental.log_flow": call(
+        solve,
+        neg_gradient=PULL,
+        u0=Real(FACTORS["u0"].value, (np.array([0.5, -0.5]),)),
+        v0=FACTORS["v0"],
+        log_inv_alpha=POSITIVE,
+        taus=Real(TIMES.value, (*TIMES.bad, np.array([-0.2, 0.3]))),
+    ),
+    "dynamics.incremental.greedy": call(
+        lambda f, u0, v0: f(PULL, 2, max_stages=2, u0=u0, v0=v0),
+        u0=Real(FACTORS["u0"].value, (np.array([0.5, -0.5]),)),
+        v0=FACTORS["v0"],
+    ),
+    "dynamics.incremental.time_until_active": call(
+        b=Real(np.array([1.0, 0.5]), (np.array([-1.0, -1.0]), np.array([3.0, 3.0]))),
+        gradient=Real(np.array([2.0, -1.0])),
+    ),
+    "dynamics.incremental.staircase": call(
+        path=PATH, tau=Real(np.array([0.2, 0.7]), (np.array([-1.0, -2.0]),), ANY)
+    ),
+    "dynamics.incremental.staircase_distance": call(path=PATH, **FLOW),
+    "dynamics.incremental.jump_times": call(path=PATH, **FLOW),
+    # dynamics.replicator
+    "dynamics.replicator.attention_field": call(x=HALF_HALF, gradient=VECTOR, key_scale=number(1.0)),
+    "dynamics.replicator.attention_lipschitz": call(tokens=Real(X), keys=Real(X)),
+    "dynamics.replicator.coupled_flow": call(
+        solve,
+        gradient=slope,
+        z0=Real(np.array([[0.1, 0.2]])),
+        gram=Real(np.eye(2).reshape(1, 2, 1, 2)),
+        ts=TIMES,
+    ),
+    "dynamics.replicator.natural_gradient_flow": call(
+        solve, gradient=slope, z0=VECTOR, ts=TIMES, scale=number(1.0)
+    ),
+    "dynamics.replicator.softmax_flow": call(
+        solve, gradient=slope, z0=VECTOR, ts=TIMES, key_scale=number(1.0)
+    ),
+    "dynamics.replicator.overparametrized_rate": call(
+        sigma=Real(1.0, (0.0, -1.0), ANY),
+        lipschitz=Real(0.5, (0.0, -1.0), ANY),
+        residual=Real(0.25, (-1.0,), ANY),
+    ),
+    "dynamics.replicator.softmax_jacobian": call(x=VECTOR),
+    "dynamics.replicator.softmax_jacobian_product": call(
+        x=Real(np.array([[0.6, 0.4]]), fine=ANY), g=Real(np.array([[0.5, -0.1]]), fine=ANY)
+    ),
+    "dynamics.replicator.squared_error_gradient": call(
+        values=Real(np.array([[0.6, 0.4]]), fine=ANY),
+        targets=Real(np.array([0.5]), fine=ANY),
+        x=Real(np.array([[0.5, 0.5]]), fine=ANY),
+    ),
+    "dynamics.replicator.two_token_solution": call(
+        ts=Real(np.array([0.0, 0.3]), fine="empty shorter"),
+        gap=number(1.0),
+        key_scale=number(1.0),
+        u0=number(0.2),
+    ),
+    "dynamics.replicator.condition_bounds": call(x=HALF_HALF, hessian=HESSIAN),
+    "dynamics.replicator.condition_number": call(x=HALF_HALF, hessian=HESSIAN),
+    "dynamics.replicator.corollary_bound": call(x=HALF_HALF, hessian=HESSIAN),
+    "dynamics.replicator.conserved_quantity": call(
+        x_star=HALF_HALF, log_x=Real(np.log([0.3, 0.7]), fine="deeper infinite")
+    ),
+    "dynamics.replicator.coordination": call(
+        rewards=Real(np.array([1.0, 2.0]), (np.array([0.0, -1.0]),), "shorter")
+    ),
+    "dynamics.replicator.eigenvalues": call(
+        host=True, payoff=Real(GAME["payoff"].value, fine=BATCH), x=Real(np.array([0.5, 0.5]), fine=BATCH)
+    ),
+    "dynamics.replicator.hawk_dove": call(value=POSITIVE, cost=POSITIVE),
+    "dynamics.replicator.hawk_dove_bourgeois": call(value=POSITIVE, cost=POSITIVE),
+    "dynamics.replicator.is_ess": call(host=True, **GAME, atol=RATE),
+    "dynamics.replicator.is_nash": call(host=True, **GAME, atol=RATE),
+    "dynamics.replicator.kl_divergence": call(
+        x_star=HALF_HALF, log_x=Real(np.log([0.3, 0.7]), fine="deeper infinite")
+    ),
+    "dynamics.replicator.linearize": call(lambda f, x: f(lambda x: x * (x - jnp.sum(x * x)), x), x=HALF_HALF),
+    "dynamics.replicator.mean_fitness": call(payoff=PAYOFF, x=Real(np.array([0.6, 0.4]), fine=BATCH)),
+    "dynamics.replicator.prisoners_dilemma": call(
+        temptation=number(5.0, 1.0),
+        reward=number(3.0, 9.0),
+        punishment=number(1.0, 9.0),
+        sucker=number(0.0, 9.0),
+    ),
+    "dynamics.replicator.rest_points": call(host=True, payoff=GAME["payoff"], atol=RATE),
+    "dynamics.replicator.rock_paper_scissors": call(win=number(1.0, -5.0), loss=number(2.0, -5.0)),
+    "dynamics.replicator.stability": call(host=True, **GAME, atol=RATE),
+    "dynamics.replicator.stag_hunt": call(stag=number(4.0, 1.0), hare=number(3.0, 5.0, 0.0)),
+    "dynamics.replicator.constant_fitness_solution": call(
+        fitness=VECTOR, x0=HALF_HALF, ts=Real(np.array([0.0, 0.3]), fine="empty shorter")
+    ),
+    "dynamics.replicator.exponentiated_gradient": call(
+        in_steps, fitness=PAYOFF, x0=HALF_HALF, steps=2, learning_rate=number(0.5)
+    ),
+    "dynamics.replicator.kkt_residual": call(x=HALF_HALF, gradient=VECTOR, support_above=number(0.0)),
+    "dynamics.replicator.replicator_field": call(x=Real(np.array([0.6, 0.4])), fitness=VECTOR),
+    "dynamics.replicator.simulate": call(solve, fitness=PAYOFF, x0=HALF_HALF, ts=TIMES),
+    "dynamics.replicator.simulate_discrete": call(
+        in_steps, fitness=PAYOFF, x0=HALF_HALF, steps=2, background=number(1.0, -5.0)
+    ),
+    "dynamics.replicator.simulate_mutator": call(
+        solve,
+        fitness=PAYOFF,
+        mutation=Real(
+            np.array([[0.9, 0.1], [0.2, 0.8]]),
+            (np.array([[0.9, 0.2], [0.2, 0.8]]), np.array([[1.2, -0.2], [0.2, 0.8]])),
+        ),
+        x0=HALF_HALF,
+        ts=TIMES,
+    ),
+    "dynamics.replicator.simulate_two_populations": call(
+        solve, row_payoff=PAYOFF, column_payoff=PAYOFF, x0=HALF_HALF, y0=HALF_HALF, ts=TIMES
+    ),
+    # dynamics.joma
+    "dynamics.joma.attend": call(
+        z=Real(np.array([0.1, 0.2])),
+        x=Real(np.array([1.0, 2.0]), (np.array([-1.0, -2.0]),)),
+        kind="softmax",
+        temperature=POSITIVE,
+    ),
+    "dynamics.joma.invariant": call(
+        V=Real(np.array([[2.0], [1.0]])),
+        z=VECTOR,
+        kind="softmax",
+        learning_rate_w=POSITIVE,
+        learning_rate_z=POSITIVE,
+        mean_attention=VECTOR,
+    ),
+    "dynamics.joma.saliency": call(
+        gradient=Real(np.array([1.0, -1.0])), x=Real(np.array([[0.5, 0.5], [1.0, 0.0]]), fine="shorter")
+    ),
+    "dynamics.joma.softmax_logits": call(
+        V=Real(np.ones((2, 2, 1)) * np.arange(1.0, 3.0)[:, None, None]),
+        mean_attention=Real(np.full((2, 2), 0.5)),
+        z0=VECTOR,
+        rate_ratio=number(1.0),
+    ),
+    "dynamics.joma.gaussian_moments": call(
+        r=number(0.3), norm=number(2.0, -1.0), activation=jax.nn.relu, scale=POSITIVE
+    ),
+    "dynamics.joma.isotropic_mixture_field": call(
+        v=VECTOR,
+        centers=Real(np.array([[0.0, 2.0]])),
+        weights=Real(np.array([0.5])),
+        bias=Real(0.1),
+        activation=jax.nn.relu,
+        scale=POSITIVE,
+    ),
+    "dynamics.joma.isotropic_moments": call(
+        lambda f, **a: f(activation=jax.nn.relu, density=lambda u: 0.5 + 0 * u, **a),
+        r=number(0.3),
+        norm=number(2.0, -1.0),
+        width=POSITIVE,
+    ),
+    "dynamics.joma.blow_up_time": call(delta=VECTOR),
+    "dynamics.joma.modified_mlp_flow": call(solve, V0=VECTOR, delta=VECTOR, ts=TIMES),
+    "dynamics.joma.modified_mlp_solution": call(t=Real(0.3, fine=ANY), delta=VECTOR),
+    "dynamics.joma.rescaled_mlp_flow": call(solve, V0=VECTOR, delta=VECTOR, taus=TIMES),
+    "dynamics.joma.log_residual_flow": call(solve, mu=VECTOR, ts=TIMES),
+    "dynamics.joma.onset_delay": call(mu=Real(np.array([0.5, 1.0]), fine=ANY)),
+    "dynamics.joma.rate_ratio": call(mu=Real(np.array([0.5, 1.0]), fine=ANY), reference=Real(0.2, fine=ANY)),
+    "dynamics.joma.saturating_flow": call(solve, v0=VECTOR, mu=VECTOR, ts=TIMES),
+    # dynamics.scan_snap
+    "dynamics.scan_snap.SequenceClasses": call(lambda f, **a: f(**a).P, **CLASSES),
+    "dynamics.scan_snap.context_distribution": call(of_classes, **CLASSES, Z=LOGITS),
+    "dynamics.scan_snap.distinct_entropy": call(of_classes, **CLASSES, Z=LOGITS),
+    "dynamics.scan_snap.log_context_weights": call(of_classes, **CLASSES, Z=LOGITS),
+    "dynamics.scan_snap.attention_growth": call(**GROWTH | {"learning_rate_Y": RATE}),
+    "dynamics.scan_snap.attention_growth_printed": call(**GROWTH),
+    "dynamics.scan_snap.attention_growth_scanning": call(**GROWTH | {"learning_rate_Y": RATE}),
+    "dynamics.scan_snap.attention_growth_snapping": call(**GROWTH),
+    "dynamics.scan_snap.crossover_time": call(**SETTING),
+    "dynamics.scan_snap.decoder_margin": call(t=GROWTH["t"], **SETTING | {"learning_rate_Y": RATE}),
+    "dynamics.scan_snap.log_relative_gain": call(
+        of_classes,
+        **CLASSES,
+        Z=LOGITS,
+        token=Index(np.array([0, 0]), 3, "scalar"),
+        reference=Index(np.array([1, 2]), 3, "scalar"),
+    ),
+    "dynamics.scan_snap.log_relative_gain_closed_form": call(
+        of_classes,
+        **CLASSES,
+        Z=LOGITS,
+        token=Index(np.array([0, 0]), 3, "scalar"),
+        reference=Index(np.array([1, 2]), 3, "scalar"),
+        Z0=Real(np.zeros((3, 3))),
+    ),
+    "dynamics.scan_snap.attended_features": call(Z=LOGITS, **CONTEXTS),
+    "dynamics.scan_snap.class_overlap": call(of_classes, **CLASSES, Z=LOGITS),
+    "dynamics.scan_snap.fast_decoder_flow": call(
+        quiet_of_classes, **CLASSES, ts=TIMES, learning_rate_Y=RATE, learning_rate_Z=RATE, Z0=LOGITS
+    ),
+    "dynamics.scan_snap.growth_rate": call(of_weights, Y=DECODER, Z=LOGITS, **CLASSES),
+    "dynamics.scan_snap.loss_gradient": call(
+        Y=DECODER, Z=LOGITS, **CONTEXTS, next_token=Index(np.array([1, 0]), 3)
+    ),
+    "dynamics.scan_snap.population_field": call(of_weights, Y=DECODER, Z=LOGITS, **CLASSES),
+    "dynamics.scan_snap.population_flow": call(
+        quiet_of_classes,
+        **CLASSES,
+        ts=TIMES,
+        learning_rate_Y=RATE,
+        learning_rate_Z=RATE,
+        Y0=DECODER,
+        Z0=LOGITS,
+    ),
+    "dynamics.scan_snap.row_sums": call(
+        of_weights, Y=Real(np.eye(3), fine=BATCH), Z=Real(np.eye(3), fine=BATCH)
+    ),
+    "dynamics.scan_snap.weak_correlation_flow": call(
+        quiet_of_classes, **CLASSES, ts=TIMES, learning_rate_Y=RATE, learning_rate_Z=RATE, Z0=LOGITS
+    ),
+    "dynamics.scan_snap.weak_growth_rate": call(
+        of_classes, **CLASSES, Z=LOGITS, t=number(0.5, -1.0), learning_rate_Y=RATE
+    ),
+    "dynamics.scan_snap.attention_error": call(
+        host=True, Z=Real(np.eye(2), fine=BATCH), theory=Real(2 * np.eye(2), fine=BATCH)
+    ),
+    "dynamics.scan_snap.growth_along": call(
+        host=True,
+        growth_rate=Real(np.array([[0.0], [2.0], [4.0]]), fine=BATCH),
+        ts=Real(np.array([0.0, 1.0, 2.0]), TIMES.bad and (np.array([0.0, 2.0, 1.0]),)),
+        learning_rate_Z=Real(0.5, (-1.0,), BATCH),
+    ),
+    "dynamics.scan_snap.rank_correlation": call(
+        host=True,
+        z=Real(np.array([1.0, 2.0, 9.0, 3.0]), fine="deeper"),
+        score=Real(np.array([0.1, 0.2, 0.3, 0.25]), fine="deeper nan-one"),
+    ),
+    # models.attention
+    "models.attention.AttentionHead": call(
+        lambda f, X, **a: f(**a)(X), **DIAGONAL, X=Real(X, fine="deeper shorter")
+    ),
+    "models.attention.AttentionStack": call(
+        lambda f, X, **a: f(**a)(X), **STACK, X=Real(X, fine="deeper shorter")
+    ),
+    "models.attention.diagonal_head": call(
+        kq=Real(np.array([0.5, -0.2])), vo=Real(np.array([0.5, 0.2])), X=Real(X, fine=BATCH)
+    ),
+    "models.attention.diagonal_head_loss": call(
+        beta=Real(np.array([0.5, -0.2, 0.3, 0.1])), X=Real(X), Y=Real(X)
+    ),
+    "models.attention.diagonal_stack": call(
+        kq=Real(np.array([[[0.5, -0.2]]])), vo=Real(np.array([[[0.5, 0.2]]])), X=Real(X, fine=BATCH)
+    ),
+    "models.attention.observe_products": call(of_params, **DIAGONAL),
+    "models.attention.product_coordinates": call(of_params, **DIAGONAL),
+    "models.attention.split_products": call(beta=Real(np.array([0.5, -0.2, 0.3, 0.1])), dim=2),
+    "models.attention.JomaBlock": call(
+        lambda f, x, query, **a: f(**a, kind="softmax")(JomaInputs(x, query)),
+        **BLOCK,
+        x=Real(np.array([[1.0, 3.0]]), (np.array([[-1.0, -3.0]]),)),
+        query=Index(np.array([0]), 1),
+        temperature=POSITIVE,
+    ),
+    "models.attention.head_products": call(of_params, **HEAD),
+    "models.attention.thin_products": call(of_params, **HEAD),
+    "models.attention.PromptAttention": call(
+        lambda f, tokens, **a: f(**a)(tokens),
+        prompt=VECTOR,
+        value=VECTOR,
+        tokens=Real(X, fine=BATCH),
+        key_weights=Real(np.eye(2)),
+    ),
+    "models.attention.attention_log_ratio": call(prompt=VECTOR, keys=Real(X, fine=BATCH)),
+    "models.attention.attention_logits": call(
+        prompt=VECTOR, tokens=Real(X, fine=BATCH), key_weights=Real(np.eye(2))
+    ),
+    "models.attention.log_mean_ratio": call(log_ratios=Real(np.array([0.5, 2.0]), fine="deeper shorter")),
+    "models.attention.prompt_attention": call(
+        prompt=VECTOR, value=VECTOR, tokens=Real(X, fine=BATCH), key_weights=Real(np.eye(2))
+    ),
+    "models.attention.ScanSnapAttention": call(
+        lambda f, Y, Z, counts, query: f(Y, Z)(Contexts(counts, query)), Y=DECODER, Z=LOGITS, **CONTEXTS
+    ),
+    # models.data
+    "models.data.images.patches": call(images=Real(np.ones((2, 4, 4)), fine=BATCH), shape=(2, 2)),
+    "models.data.teachers.teacher_with_ratio": call(
+        lambda f, **a: f(KEY, **a), keys=Real(X), ratio=number(5.0, 0.5)
+    ),
+    "models.data.teachers.orthogonal_keys": call(lambda f, scale: f(KEY, 1, 2, 3, scale), scale=POSITIVE),
+    "models.data.teachers.nearly_orthogonal_keys": call(
+        lambda f, scale, eps: f(KEY, 1, 2, 3, scale, eps), scale=POSITIVE, eps=number(0.1, 1.5)
+    ),
+    "models.data.teachers.diagonal_teacher": call(
+        lambda f, **a: f(KEY, 2, 2, 2, **a), kq_scale=RATE, vo_scale=RATE
+    ),
+    "models.data.tokens.one_common_token": call(host=True, overlap=number(0.3, -0.1, 1.0), num_classes=2),
+    "models.data.tokens.count_tokens": call(lambda f, tokens: f(tokens, 3).counts, tokens=TOKENS),
+    # other models
+    "models.layer.layer_outputs": call(
+        lambda f, W, J, F: f(W, (J, F)),
+        W=Real(np.eye(2), fine=HALF),
+        J=J,
+        F=Real(np.ones((3, 2)), fine=f"{HALF} deeper"),
+    ),
+    "models.layer.leaky_relu": call(
+        z=Real(np.array([-1.0, 2.0]), fine=f"{ANY} {HALF}"), slope=Real(0.5, fine=f"{ANY} {HALF}")
+    ),
+    "models.losses.squared_error": call(of_data, **PREDICTION),
+    "models.losses.mean_squared_error": call(of_data, **PREDICTION),
+    "models.losses.upstream_product": call(of_data, **PREDICTION),
+    "models.losses.total_squared_error": call(
+        lambda f, weights, params, inputs, targets: f(params, (weights, (outputs, inputs, targets))),
+        weights=Real(np.array([1.0, 2.0])),
+        params=Real(np.array([2.0, 1.0])),
+        inputs=PREDICTION["inputs"],
+        targets=PREDICTION["targets"],
+    ),
+    "models.losses.cross_entropy": call(
+        lambda f, params, labels: f(params, (lambda params, _: params, None, labels)),
+        params=Real(np.eye(3)),
+        labels=Index(np.array([0, 2, 1]), 3),
+    ),
+    "models.losses.gauss_newton_spectrum": call(
+        lambda f, params, tokens: f(lambda p, x: x @ p, params, tokens),
+        params=VECTOR,
+        tokens=Real(np.array([[1.0, 0.0], [0.5, 2.0]])),
+    ),
+}
+
+# Public functions that take no numbers of their own: only sizes, files, words, functions, modules, pytrees of
+# parameters (which their networks look at) or options of optimizers (tests/models/test_galore.py).
+NO_NUMBERS = {
+    "dynamics.flow.all_finite",
+    "dynamics.flow.as_inexact",
+    "dynamics.flow.gradient_flow",
+    "dynamics.flow.integrate_until",
+    "dynamics.flow.nan_derivatives",
+    "dynamics.galore.bound_counterexample",
+    "dynamics.incremental.negative_gradient",
+    "dynamics.replicator.matching_pennies",
+    "dynamics.replicator.tangent_basis",
+    "dynamics.replicator.zeeman",
+    "dynamics.scan_snap.common_tokens",
+    "dynamics.scan_snap.distinct_tokens",
+    "dynamics.workarounds.apply",
+    "models.attention.attention_function",
+    "models.attention.joma_observer",
+    "models.attention.observe_weights",
+    "models.attention.population_loss",
+    "models.data.images.cifar10",
+    "models.data.images.cifar100",
+    "models.data.images.digits",
+    "models.data.images.mnist",
+    "models.data.recorded.figure_6",
+    "models.data.text.next_token_classes",
+    "models.data.text.python_corpus",
+    "models.data.text.select_windows",
+    "models.data.text.wikitext2",
+    "models.data.text.words",
+    "models.data.tokens.population_contexts",
+    "models.data.tokens.sample_contexts",
+    "models.data.tokens.sample_long_contexts",
+    "models.data.tokens.sample_tokens",
+    "models.data.tokens.synthetic_classes",
+    "models.functional.as_function",
+    "models.galore.galore",
+    "models.galore.layerwise",
+    "models.galore.scale_by_adam_8bit",
+    "models.galore.scale_by_galore",
+    "models.galore.state_bytes",
+    "models.layer.counterexample_network",
+    "models.layer.mlp_outputs",
+    "models.layer.mlp_tail",
+    "models.llama.block",
+    "models.llama.embed",
+    "models.llama.joint_step",
+    "models.llama.next_token_loss",
+    "models.llama.param_shapes",
+    "models.losses.bind",
+    "models.losses.on_batches",
+    "models.lowrank.lora_params",
+    "models.lowrank.low_rank_params",
+    "models.lowrank.merge",
+    "models.lowrank.on_factors",
+    "models.lowrank.on_trained",
+    "models.lowrank.relora",
+    "models.memory.compiled_bytes",
+    "models.memory.full_rank_memory",
+    "models.memory.galore_memory",
+    "models.memory.lora_memory",
+    "models.memory.nbytes",
+    "models.optimizers.adam",
+    "models.optimizers.decaying",
+    "models.optimizers.descent",
+    "models.optimizers.normalized_descent",
+    "models.optimizers.one_of",
+    "models.optimizers.sign_descent",
+    "models.training.map_lanes",
+    "models.training.record_steps",
+    "models.training.scale_by_name",
+    "models.training.sgd_until",
+    "models.training.train",
+    "models.training.train_in_chunks",
+    "models.vit.Block",
+    "models.vit.VisionTransformer",
+    "models.vit.head_weights",
+    "models.vit.scale_initial",
+}

@@ -1,0 +1,383 @@
+"""Every public function of `dynamics` and `models`: bad input is refused by name or gives NaN, whoever calls.
+
+The functions are found, so that a new one fails until it has a line in `tests.public_calls`.
+"""
+
+import importlib
+import inspect
+import pkgutil
+import warnings
+from types import ModuleType
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from flax import nnx
+
+import dynamics
+import models
+from dynamics.flow import Trajectory
+from tests.public_calls import CALLS, NO_NUMBERS, Index, Real, quiet_of_classes, solve
+
+# Functions that are still to be mended.
+KNOWN: tuple[str, ...] = (
+    "dynamics.flow.integrate",
+    "dynamics.incremental.canonical_start",
+    "dynamics.incremental.conserved_quantity",
+    "dynamics.incremental.greedy",
+    "dynamics.incremental.jump_times",
+    "dynamics.incremental.log_flow",
+    "dynamics.incremental.raw_flow",
+    "dynamics.incremental.staircase",
+    "dynamics.incremental.staircase_distance",
+    "dynamics.incremental.time_until_active",
+    "dynamics.joma.attend",
+    "dynamics.joma.blow_up_time",
+    "dynamics.joma.gaussian_moments",
+    "dynamics.joma.invariant",
+    "dynamics.joma.isotropic_mixture_field",
+    "dynamics.joma.isotropic_moments",
+    "dynamics.joma.log_residual_flow",
+    "dynamics.joma.modified_mlp_flow",
+    "dynamics.joma.modified_mlp_solution",
+    "dynamics.joma.onset_delay",
+    "dynamics.joma.rate_ratio",
+    "dynamics.joma.rescaled_mlp_flow",
+    "dynamics.joma.saliency",
+    "dynamics.joma.saturating_flow",
+    "dynamics.joma.softmax_logits",
+    "dynamics.replicator.attention_field",
+    "dynamics.replicator.attention_lipschitz",
+    "dynamics.replicator.condition_bounds",
+    "dynamics.replicator.condition_number",
+    "dynamics.replicator.conserved_quantity",
+    "dynamics.replicator.constant_fitness_solution",
+    "dynamics.replicator.coordination",
+    "dynamics.replicator.corollary_bound",
+    "dynamics.replicator.coupled_flow",
+    "dynamics.replicator.eigenvalues",
+    "dynamics.replicator.exponentiated_gradient",
+    "dynamics.replicator.hawk_dove",
+    "dynamics.replicator.hawk_dove_bourgeois",
+    "dynamics.replicator.is_ess",
+    "dynamics.replicator.is_nash",
+    "dynamics.replicator.kkt_residual",
+    "dynamics.replicator.kl_divergence",
+    "dynamics.replicator.linearize",
+    "dynamics.replicator.mean_fitness",
+    "dynamics.replicator.natural_gradient_flow",
+    "dynamics.replicator.overparametrized_rate",
+    "dynamics.replicator.prisoners_dilemma",
+    "dynamics.replicator.replicator_field",
+    "dynamics.replicator.rest_points",
+    "dynamics.replicator.rock_paper_scissors",
+    "dynamics.replicator.simulate",
+    "dynamics.replicator.simulate_discrete",
+    "dynamics.replicator.simulate_mutator",
+    "dynamics.replicator.simulate_two_populations",
+    "dynamics.replicator.softmax_flow",
+    "dynamics.replicator.softmax_jacobian",
+    "dynamics.replicator.softmax_jacobian_product",
+    "dynamics.replicator.squared_error_gradient",
+    "dynamics.replicator.stability",
+    "dynamics.replicator.stag_hunt",
+    "dynamics.replicator.two_token_solution",
+    "dynamics.scan_snap.SequenceClasses",
+    "dynamics.scan_snap.attended_features",
+    "dynamics.scan_snap.attention_error",
+    "dynamics.scan_snap.attention_growth",
+    "dynamics.scan_snap.attention_growth_printed",
+    "dynamics.scan_snap.attention_growth_scanning",
+    "dynamics.scan_snap.attention_growth_snapping",
+    "dynamics.scan_snap.class_overlap",
+    "dynamics.scan_snap.context_distribution",
+    "dynamics.scan_snap.crossover_time",
+    "dynamics.scan_snap.decoder_margin",
+    "dynamics.scan_snap.distinct_entropy",
+    "dynamics.scan_snap.fast_decoder_flow",
+    "dynamics.scan_snap.growth_along",
+    "dynamics.scan_snap.growth_rate",
+    "dynamics.scan_snap.log_context_weights",
+    "dynamics.scan_snap.log_relative_gain",
+    "dynamics.scan_snap.log_relative_gain_closed_form",
+    "dynamics.scan_snap.loss_gradient",
+    "dynamics.scan_snap.population_field",
+    "dynamics.scan_snap.population_flow",
+    "dynamics.scan_snap.rank_correlation",
+    "dynamics.scan_snap.row_sums",
+    "dynamics.scan_snap.weak_correlation_flow",
+    "dynamics.scan_snap.weak_growth_rate",
+    "models.attention.AttentionHead",
+    "models.attention.AttentionStack",
+    "models.attention.JomaBlock",
+    "models.attention.PromptAttention",
+    "models.attention.ScanSnapAttention",
+    "models.attention.attention_log_ratio",
+    "models.attention.attention_logits",
+    "models.attention.diagonal_head",
+    "models.attention.diagonal_head_loss",
+    "models.attention.diagonal_stack",
+    "models.attention.head_products",
+    "models.attention.log_mean_ratio",
+    "models.attention.observe_products",
+    "models.attention.product_coordinates",
+    "models.attention.prompt_attention",
+    "models.attention.split_products",
+    "models.attention.thin_products",
+    "models.data.images.patches",
+    "models.data.teachers.diagonal_teacher",
+    "models.data.teachers.nearly_orthogonal_keys",
+    "models.data.teachers.orthogonal_keys",
+    "models.data.teachers.teacher_with_ratio",
+    "models.data.tokens.count_tokens",
+    "models.data.tokens.one_common_token",
+    "models.layer.layer_outputs",
+    "models.layer.leaky_relu",
+    "models.losses.cross_entropy",
+    "models.losses.gauss_newton_spectrum",
+    "models.losses.mean_squared_error",
+    "models.losses.squared_error",
+    "models.losses.total_squared_error",
+    "models.losses.upstream_product",
+)
+
+
+def modules(package: ModuleType):
+    """The modules whose names are public: a package that exports something stands for all of its own."""
+    for info in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        module = importlib.import_module(info.name)
+        if info.ispkg and all(
+            inspect.ismodule(value) for name, value in vars(module).items() if name[0] != "_"
+        ):
+            yield from modules(module)
+        elif module.__name__ != "dynamics.arguments":  # the guard itself, with tests of its own
+            yield module
+
+
+def public_functions():
+    """By name: functions, and classes whose instances compute."""
+    for module in (*modules(dynamics), *modules(models)):
+        for name, value in vars(module).items():
+            # What begins with require_ is a part of the guard.
+            if name.startswith(("_", "require_")) or not callable(value):
+                continue
+            own = getattr(value, "__module__", None) or ""
+            if own != module.__name__ and not (
+                hasattr(module, "__path__") and own.startswith(module.__name__)
+            ):
+                continue
+            if not inspect.isclass(value) or issubclass(value, (nnx.Module, eqx.Module)):
+                yield f"{module.__name__}.{name}", value
+
+
+FUNCTIONS = dict(public_functions())
+
+
+@pytest.fixture(autouse=True)
+def _as_users_call():
+    """No annotation is checked, and shapes broadcast."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    with jax.numpy_rank_promotion("allow"), warnings.catch_warnings():
+        yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_every_public_function_has_a_line():
+    assert CALLS.keys() | NO_NUMBERS == FUNCTIONS.keys()
+    assert not CALLS.keys() & NO_NUMBERS
+    assert set(KNOWN) <= CALLS.keys()
+
+
+def first_bad(value, bad):
+    spoilt = np.array(value, float)
+    spoilt.reshape(-1)[0] = bad
+    return spoilt
+
+
+# What an argument of real numbers is replaced by, if it is not `fine`.
+KINDS = {
+    "float16": lambda value: np.asarray(value, np.float16),
+    "bfloat16": lambda value: jnp.asarray(value, jnp.bfloat16),
+    "complex": lambda value: np.asarray(value, complex),
+    "bool": lambda value: np.ones(np.shape(value), bool),
+    "masked": lambda value: np.ma.masked_array(value, np.zeros(np.shape(value), bool)),
+    "none": lambda value: None,
+    "string": lambda value: "text",
+    "strings": lambda value: ["1.0", "2.0"],
+    "object": lambda value: object(),
+    "empty": lambda value: np.zeros((*np.shape(value)[:-1], 0)),
+    "deeper": lambda value: np.asarray(value)[None, None, None],
+    "scalar": lambda value: np.ones(3) if np.ndim(value) == 0 else 1.0,
+    "shorter": lambda value: np.asarray(value)[..., :-1] if np.size(value) > 1 else np.ones((2, 0)),
+    "nan": lambda value: np.full(np.shape(value), np.nan),
+    "nan-one": lambda value: first_bad(value, np.nan),
+    "infinite": lambda value: np.full(np.shape(value), np.inf),
+    "infinite-one": lambda value: first_bad(value, -np.inf),
+}
+VALUES = ("nan", "nan-one", "infinite", "infinite-one")
+# An argument for which None means something may be left out.
+OPTIONAL = {name for name in ("Y0", "Z0", "key_weights", "atol", "rtol", "u0", "v0")}
+
+
+def replacements(argument):
+    """The bad values of an argument by kind, and those whose shape and dtype are right."""
+    value = np.asarray(argument.value)
+    if isinstance(argument, Index):
+        below, above = np.full_like(value, -1), np.full_like(value, argument.size)
+        values = {"negative": below, "beyond": above}
+        others = {"float": value.astype(float), "bool": value > 0, "none": None, "string": "text"}
+        others |= {kind: KINDS[kind](value) for kind in ("empty", "deeper", "scalar")}
+    else:
+        values = {kind: KINDS[kind](value) for kind in VALUES}
+        values |= {f"bad {i}": np.asarray(bad, float) for i, bad in enumerate(argument.bad)}
+        others = {kind: make(value) for kind, make in KINDS.items() if kind not in VALUES}
+    fine = {*argument.fine.split(), *(f"{kind}-one" for kind in argument.fine.split())}
+    return (*({kind: bad for kind, bad in kinds.items() if kind not in fine} for kinds in (values, others)),)
+
+
+def numbers(result):
+    """The floating leaves of a result, or None for a failure that it tells of."""
+    trajectories = [leaf for leaf in jax.tree.leaves(result, is_leaf=is_path) if is_path(leaf)]
+    if any(not bool(path.ok) for path in trajectories):
+        return None
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(result) if not is_key(leaf)]
+    return [leaf for leaf in leaves if np.issubdtype(leaf.dtype, np.inexact)]
+
+
+def is_key(leaf):
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+
+
+def is_path(node):
+    return isinstance(node, Trajectory)
+
+
+def plausible(valid, result):
+    """Why a result of bad input could be taken for one: a finite number that differs, or no sign of it."""
+    bad = numbers(result)
+    if bad is None:
+        return ""
+    good = numbers(valid)
+    if len(good) != len(bad):
+        return "numbers of another dtype"
+    for before, after in zip(good, bad, strict=True):
+        if before.shape != after.shape:
+            return f"shape {after.shape}"
+        changed = np.isfinite(after) & ~(np.abs(after - before) <= 1e-6 * (1 + np.abs(before)))
+        if np.any(changed):
+            return f"{after[changed].ravel()[0]} where {before[changed].ravel()[0]} was right"
+    if all(
+        np.all(np.isfinite(after) | ~np.isfinite(before)) for before, after in zip(good, bad, strict=True)
+    ):
+        return "no sign of it"
+    return ""
+
+
+class Subject:
+    """A public function with a valid call."""
+
+    def __init__(self, name):
+        call = CALLS[name]
+        self.function, self.through, self.host = FUNCTIONS[name], call.through, call.host
+        self.numeric = {k: v for k, v in call.arguments.items() if isinstance(v, (Real, Index))}
+        self.fixed = {k: v for k, v in call.arguments.items() if k not in self.numeric}
+        self.values = {k: jnp.asarray(v.value) for k, v in self.numeric.items()}
+
+    def __call__(self, **changed):
+        arguments = {**self.fixed, **self.values, **changed}
+        return (
+            self.function(**arguments) if self.through is None else self.through(self.function, **arguments)
+        )
+
+
+def complaint(call, valid, argument):
+    """What is wrong with the outcome of bad input, in words; nothing where it is refused or NaN."""
+    try:
+        result = call()
+    except (ValueError, TypeError) as error:
+        message = str(error)
+        if "\n" in message or len(message) > 300:
+            return f"raises {type(error).__name__} of many lines: {message[:80]!r}"
+        return "" if argument in message else f"raises, but does not name it: {message!r}"
+    except Exception as error:
+        return f"raises {type(error).__name__}: {str(error)[:80]!r}"
+    return plausible(valid, result)
+
+
+NAMES = [name for name in CALLS if name not in KNOWN]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_input_is_refused_by_name_or_gives_nan(name):
+    subject = Subject(name)
+    valid = subject()
+    found = {}
+    for argument, spec in subject.numeric.items():
+        values, others = replacements(spec)
+        for kind, bad in {**values, **others}.items():
+            if bad is None and argument in OPTIONAL:
+                continue
+            found[argument, kind] = complaint(lambda: subject(**{argument: bad}), valid, argument)  # noqa: B023
+    found = {case: what for case, what in found.items() if what}
+    assert not found, found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_traced_bad_values_give_nan_in_their_own_lane(name):
+    """All lanes are one program: the valid call, and each bad value of each argument."""
+    subject = Subject(name)
+    if subject.host:
+        for argument, value in subject.values.items():
+            outcome = complaint(lambda: jax.jit(lambda x: subject(**{argument: x}))(value), None, argument)  # noqa: B023
+            assert not outcome, outcome
+        return
+    valid = subject()
+    cases = [("", "")]
+    lanes = {argument: [value] for argument, value in subject.values.items()}
+    for argument, spec in subject.numeric.items():
+        for kind, bad in replacements(spec)[0].items():
+            cases.append((argument, kind))
+            for other, values in lanes.items():
+                values.append(bad if other == argument else subject.values[other])
+    results = jax.jit(jax.vmap(lambda lanes: subject(**lanes)))({k: jnp.stack(v) for k, v in lanes.items()})
+    split = [jax.tree.map(lambda leaf: leaf[i], results) for i in range(len(cases))]  # noqa: B023
+    for one, other in zip(jax.tree.leaves(valid), jax.tree.leaves(split[0]), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-9)
+    if numbers(valid):  # truth values and integers cannot be NaN
+        found = {case: plausible(valid, lane) for case, lane in zip(cases[1:], split[1:], strict=True)}
+        found = {case: what for case, what in found.items() if what}
+        assert not found, found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_under_somebody_s_jit_and_grad(name):
+    """Each argument alone is traced, or none, while the others are concrete."""
+    subject = Subject(name)
+    if subject.host:
+        return
+    valid = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, subject()))
+    same = jax.tree.map(
+        lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype),
+        valid,
+        jax.eval_shape(lambda _: jax.tree.map(jnp.asarray, subject()), 0.0),
+    )
+    assert all(jax.tree.leaves(same))
+    for argument, value in subject.values.items():
+        jax.eval_shape(lambda x: subject(**{argument: x}), value)  # noqa: B023
+
+    if CALLS[name].through in (solve, quiet_of_classes):
+        return  # tracing a derivative of a solver takes seconds; tests/dynamics/test_flow.py has them
+
+    def total(arguments):
+        floats = [
+            leaf
+            for leaf in jax.tree.leaves(subject(**arguments))
+            if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        ]
+        return sum((jnp.sum(leaf) for leaf in floats), jnp.zeros(()))
+
+    real = {k: v for k, v in subject.values.items() if isinstance(subject.numeric[k], Real)}
+    jax.eval_shape(jax.grad(total), real)
