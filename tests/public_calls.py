@@ -96,7 +96,7 @@ TIMES = Real(np.array([0.0, 0.3]), (np.array([0.3, 0.0]), np.array([0.3, 0.3])),
 HALF_HALF = Real(np.array([0.6, 0.4]), (np.array([0.6, 0.6]), np.array([1.4, -0.4])))
 PAYOFF = Real(np.array([[0.0, 2.0], [1.0, 0.5]]))
 VECTOR = Real(np.array([0.3, 0.8]))
-GAME = {
+GAME: dict[str, Any] = {
     "payoff": Real(np.array([[-1.0, 2.0], [0.0, 1.0]])),
     "x": Real(np.array([0.5, 0.5]), (np.array([0.6, 0.6]), np.array([1.4, -0.4]))),
 }
@@ -107,12 +107,12 @@ ANY = "deeper scalar shorter empty"
 SYMMETRIC = Real(np.array([[2.0, 0.5], [0.5, 1.0]]), (np.array([[2.0, 0.5], [-0.5, 1.0]]),))
 FOUR = np.diag([1.0, 0.5, 0.25, 2.0])
 SKEW = FOUR + np.triu(np.ones((4, 4)), 1)
-LINEAR = {"G0": Real(np.array([[1.0, 2.0], [0.5, -1.0]])), "S": Real(FOUR, (SKEW,))}
+LINEAR: dict[str, Any] = {"G0": Real(np.array([[1.0, 2.0], [0.5, -1.0]])), "S": Real(FOUR, (SKEW,))}
 STEPS = Real(np.array([0.0, 2.0]), (np.array([-1.0, -2.0]), np.array([0.5, 1.5])), ANY)
 PAIR = np.array([[[2.0, 0.5], [0.5, 1.0]]])
 BENT = np.array([[[2.0, 1.5], [0.5, 1.0]]])
 COLUMN = Real(np.array([[0.6], [0.8]]), (np.array([[0.7], [0.8]]),))
-FACTORS = {"u0": Real(np.array([1.0, 1.0])), "v0": Real(np.array([0.5, -0.5]))}
+FACTORS: dict[str, Any] = {"u0": Real(np.array([1.0, 1.0])), "v0": Real(np.array([0.5, -0.5]))}
 
 
 def pull(beta):
@@ -129,25 +129,25 @@ PATH = GreedyPath(
     converged=np.ones(2, bool),
     complete=np.array(True),
 )
-FLOW = {
+FLOW: dict[str, Any] = {
     "taus": Real(np.array([0.0, 0.6, 1.2]), (np.array([0.0, 1.2, 0.6]),)),
     "beta": Real(np.array([[0.0, 0.0], [1.5, 0.1], [2.0, -0.9]])),
 }
 
 P = np.array([[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]])
-CLASSES = {
+CLASSES: dict[str, Any] = {
     "P": Real(P, (P + 0.1, np.array([[1.5, -0.5, 0.0], [1.5, -0.5, 0.0]]))),
     "query": Index(np.array([1, 2]), 3),
     "next_token": Index(np.array([1, 2]), 3),
 }
 LOGITS = Real(np.arange(9.0).reshape(3, 3) / 10)
 DECODER = Real(np.eye(3))
-SETTING = {
+SETTING: dict[str, Any] = {
     "learning_rate_Y": POSITIVE,
     "num_classes": number(2.0, 0.5),
     "vocab_size": number(5.0, 1.0),
 }
-GROWTH = {
+GROWTH: dict[str, Any] = {
     "t": Real(np.array([0.5, 2.0]), (np.array([-1.0, -2.0]),), ANY),
     **SETTING,
     "learning_rate_Z": RATE,
@@ -169,16 +169,18 @@ def quiet_of_classes(function, **arguments):
 
 
 COUNTS = np.array([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0]])
-CONTEXTS = {"counts": Real(COUNTS, (-1 - COUNTS,)), "query": Index(np.array([1, 2]), 3)}
+CONTEXTS: dict[str, Any] = {"counts": Real(COUNTS, (-1 - COUNTS,)), "query": Index(np.array([1, 2]), 3)}
 TOKENS = Index(np.array([[0, 1, 1, 2]]), 3)
 
 X = np.array([[[0.3, -0.2], [0.5, 0.1], [-0.4, 0.7]]])
-HEAD = {
+HEAD: dict[str, Any] = {
     name: Real(np.array([[0.5, 0.1], [-0.2, 0.4]]), fine=BATCH)
     for name in ("key", "query", "value", "output")
 }
-DIAGONAL = {name: Real(np.array([0.5, -0.2])) for name in ("key", "query", "value", "output")}
-STACK = {name: Real(np.array([[[0.5, -0.2]]])) for name in ("key", "query", "value", "output")}
+DIAGONAL: dict[str, Any] = {name: Real(np.array([0.5, -0.2])) for name in ("key", "query", "value", "output")}
+STACK: dict[str, Any] = {
+    name: Real(np.array([[[0.5, -0.2]]])) for name in ("key", "query", "value", "output")
+}
 KEY = jax.random.key(0)
 
 
@@ -194,13 +196,13 @@ def of_data(function, params, inputs, targets):
     return function(params, (outputs, inputs, targets))
 
 
-PREDICTION = {
+PREDICTION: dict[str, Any] = {
     "params": Real(2.0, fine="deeper scalar shorter"),
     "inputs": Real(np.ones((4, 2)), fine=ANY),
     "targets": Real(np.full((4, 2), 0.5)),
 }
 J = Real(np.ones((3, 2, 2)), fine=HALF)
-BLOCK = {
+BLOCK: dict[str, Any] = {
     "embedding": Real(np.eye(3)[:, :2]),
     "query_embedding": Real(np.eye(3)[:, 2:]),
     "W": Real(np.ones((3, 1))),

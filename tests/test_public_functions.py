@@ -8,6 +8,7 @@ import inspect
 import pkgutil
 import warnings
 from types import ModuleType
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -260,7 +261,7 @@ def plausible(valid, result):
     bad = numbers(result)
     if bad is None:
         return ""
-    good = numbers(valid)
+    good = numbers(valid) or []
     if len(good) != len(bad):
         return "numbers of another dtype"
     for before, after in zip(good, bad, strict=True):
@@ -336,7 +337,7 @@ def test_traced_bad_values_give_nan_in_their_own_lane(name):
         return
     valid = subject()
     cases = [("", "")]
-    lanes = {argument: [value] for argument, value in subject.values.items()}
+    lanes: dict[str, list[Any]] = {argument: [value] for argument, value in subject.values.items()}
     for argument, spec in subject.numeric.items():
         for kind, bad in replacements(spec)[0].items():
             cases.append((argument, kind))
