@@ -95,11 +95,11 @@ def _execute_one(name: str, options: Options, config: Any, console: Console) -> 
             config = simulations.preset_config(simulations.load_simulation(name), options.preset)
         try:
             saved = simulations.measure(name, config, context)
+            if options.out is not None:
+                report("saving and drawing", 1.0)
+                simulations.save_with_figure(saved, options.out)
         except MemoryError as error:  # which says at most for how many bytes
             raise MemoryError(f"{name}: memory ran out ({error})") from error
-        if options.out is not None:
-            report("saving and drawing", 1.0)
-            simulations.save_with_figure(saved, options.out)
     failing = saved.verdicts.count("fails")
     state = f"[red]{failing} fail[/red]" if failing else "none fails"
     seconds = saved.record["seconds"]

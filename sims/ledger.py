@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sims.claims import Check
-from sims.results import Saved, load, write_whole
+from sims.results import Saved, load
+from sims.storage import write_whole
 
 
 def write_page(out: Path) -> Path:
@@ -20,7 +21,7 @@ def write_page(out: Path) -> Path:
     A file that is no result of this version is passed over with a warning.
     """
     done = []
-    for path in sorted(out.glob("*.json")):
+    for path in sorted(out.glob("[!.]*.json")):
         if path.with_suffix(".png").exists():
             try:
                 saved = load(out, path.stem)
@@ -29,7 +30,7 @@ def write_page(out: Path) -> Path:
             except (OSError, ValueError, KeyError, TypeError) as error:
                 print(f"warning: {path} is left out of the page: {error!r}", file=sys.stderr)
     page = out / "README.md"
-    write_whole(page, lambda path: path.write_text(render(done), encoding="utf-8"))
+    write_whole(page, render(done).encode())
     return page
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
-import os
 import re
 import subprocess
-import tempfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import numpy as np
 
+from sims import storage
 from sims.claims import Claim, Preset, from_json, to_json
 
 if TYPE_CHECKING:
@@ -222,6 +221,7 @@ def to_saved(
         "config": asdict(config),
         "claims": [],
         "dims": {path: list(names) for path, names in dims.items()},
+        "arrays_sha256": storage.digest(arrays),
         "seconds": round(seconds, 3),
         "device": str(jax.devices()[0].device_kind),
         "versions": _versions(),
@@ -270,20 +270,40 @@ def _restore(hint: Any, value: Any) -> Any:
     return value
 
 
-def save(saved: Saved, out: Path) -> None:
-    """Write `<out>/<name>.npz` and then `<out>/<name>.json`, each whole or not at all.
+def save(saved: Saved, out: Path, figure: bytes | None = None) -> None:
+    """Write `<out>/<name>.npz`, `.json` and `.png` at once: a kill leaves the old result or the new one.
 
-    An older record goes first: where there is one, the arrays beside it are its own.
+    Without a figure none is left: an older one would stand beside new numbers.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; the old result is still there.
     """
-    (out / f"{saved.name}.json").unlink(missing_ok=True)
-    arrays: dict[str, Any] = dict(saved.arrays)
-    write_whole(out / f"{saved.name}.npz", lambda path: np.savez_compressed(path, **arrays))
-    save_record(saved, out)
+    record = {**saved.record, "arrays_sha256": storage.digest(saved.arrays)}
+    files = {".npz": storage.pack(saved.arrays), ".png": figure}
+    with storage.locked(out):
+        storage.commit(out, saved.name, _dumps(record).encode(), files)
+
+
+def save_beside(saved: Saved, out: Path, suffix: str, data: bytes) -> Path:
+    """Write a figure, or a record, beside the arrays of a result that lie there; returns the path.
+
+    Raises:
+        ValueError: other arrays lie there.
+    """
+    path, record = out / f"{saved.name}{suffix}", out / f"{saved.name}.json"
+    with storage.locked(out):
+        storage.settle(out, saved.name)
+        if json.loads(record.read_bytes())["arrays_sha256"] != saved.record["arrays_sha256"]:
+            raise ValueError(
+                f"{path} must go with {record.name}, which holds another result since; load it anew"
+            )
+        storage.replace_whole(path, data)
+    return path
 
 
 def save_record(saved: Saved, out: Path) -> None:
     """Write `<out>/<name>.json` alone, beside the arrays that are there."""
-    write_whole(out / f"{saved.name}.json", lambda path: path.write_text(_dumps(saved.record) + "\n"))
+    save_beside(saved, out, ".json", _dumps(saved.record).encode())
 
 
 def load(out: str | Path, name: str) -> Saved:
@@ -293,12 +313,44 @@ def load(out: str | Path, name: str) -> Saved:
         FileNotFoundError: nothing was saved there under this name.
         ValueError: what lies there is broken or something else.
     """
-    record, data = Path(out) / f"{name}.json", Path(out) / f"{name}.npz"
+    out = Path(out)
+    path = out / f"{name}.json"
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "No result was saved under this name", str(path))
     try:
-        with np.load(data) as arrays:
-            return Saved(dict(arrays), json.loads(record.read_text()))
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{data} and {record.name} are no result that can be read: {error}") from error
+        with storage.locked(out):
+            with suppress(OSError):  # a folder that can be read only is taken as it is
+                storage.settle(out, name)
+            data = path.read_bytes()
+            record = json.loads(data)
+            _require_record(record)
+            arrays = storage.unpack(storage.locate(out, name, data, ".npz"))
+        _require_arrays(record, arrays)
+        return Saved(arrays, record)
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # whatever a file may hold
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} and its .npz are no result that can be read: {reason}") from error
+
+
+_RECORD = ("name", "file", "variant", "preset", "seed", "flags", "x64", "config", "claims", "dims", "seconds")
+
+
+def _require_record(record: Any) -> None:
+    if not isinstance(record, dict):
+        raise ValueError(f"the record must be a JSON object, got a {type(record).__name__}")
+    if missing := {*_RECORD, "arrays_sha256", "versions"} - set(record):
+        raise ValueError(f"the record lacks {', '.join(sorted(missing))}; another program wrote it")
+    for claim in record["claims"]:
+        from_json(claim)
+
+
+def _require_arrays(record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    if storage.digest(arrays) != record["arrays_sha256"]:
+        raise ValueError("the arrays are not those that the record was written with")
+    if {path: len(names) for path, names in record["dims"].items()} != {p: a.ndim for p, a in arrays.items()}:
+        raise ValueError("the record's dims are not those of the arrays")
 
 
 def to_xarray(result: Any, dims: str = ""):
@@ -356,20 +408,8 @@ def _attributes(record: Mapping[str, Any], above: str = "") -> Iterator[tuple[st
             yield f"{above}{key}", flat if flat is not None else value if numbers else str(value)
 
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under another name and move it into place, so that a killed run leaves no half file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    os.close(handle)
-    try:
-        write(Path(temporary))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
 def _dumps(record: Any) -> str:
-    return json.dumps(_strict(record), indent=1, allow_nan=False)
+    return json.dumps(_strict(record), indent=1, allow_nan=False) + "\n"
 
 
 def _strict(value: Any) -> Any:

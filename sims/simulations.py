@@ -15,6 +15,7 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import io
 import shlex
 import sys
 import time
@@ -194,22 +195,29 @@ def draw(saved: Saved) -> Figure:
 
 
 def save_figure(saved: Saved, out: Path, kind: str = "png") -> Path:
-    """Draw the figure of a result into a folder, whole or not at all, and return its path."""
-    from sims import plotting
-    from sims.results import write_whole
+    """Draw the figure of a saved result into its folder, whole or not at all, and return its path."""
+    from sims.results import save_beside
 
-    path = out / f"{saved.name}.{kind}"
-    figure = draw(saved)
-    with plotting.style():
-        write_whole(path, figure.savefig)
-    return path
+    return save_beside(saved, out, f".{kind}", _picture(saved, kind))
 
 
 def save_with_figure(saved: Saved, out: Path) -> None:
-    """Save a result and its figure in a folder."""
+    """Save a result with its figure in a folder, at once."""
     from sims.results import save
 
-    # An older figure must not stand beside new numbers, should drawing fail.
-    (out / f"{saved.name}.png").unlink(missing_ok=True)
-    save(saved, out)
-    save_figure(saved, out)
+    try:
+        figure = _picture(saved, "png")
+    except Exception:
+        save(saved, out)
+        raise
+    save(saved, out, figure)
+
+
+def _picture(saved: Saved, kind: str) -> bytes:
+    """The figure as a file of some kind."""
+    from sims import plotting
+
+    figure, file = draw(saved), io.BytesIO()
+    with plotting.style():
+        figure.savefig(file, format=kind)
+    return file.getvalue()

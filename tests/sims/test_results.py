@@ -24,7 +24,6 @@ from sims.results import (
     to_saved,
     to_xarray,
     with_claims,
-    write_whole,
 )
 
 
@@ -130,7 +129,9 @@ def test_json_is_strict(tmp_path):
 
 
 def test_nothing_saved():
-    with pytest.raises(FileNotFoundError, match=r"toy\.run\.npz"):
+    with pytest.raises(
+        FileNotFoundError, match=r"No result was saved under this name: 'nowhere/toy\.run\.json'"
+    ):
         load("nowhere", "toy.run")
 
 
@@ -151,27 +152,6 @@ def test_nothing_saved():
 def test_what_cannot_be_saved_is_told(measured, message):
     with pytest.raises(ValueError, match=message):
         to_arrays(measured)
-
-
-def test_a_write_that_fails_keeps_the_old_file(tmp_path):
-    path = tmp_path / "toy.run.png"
-    write_whole(path, lambda file: file.write_text("old"))
-
-    with path.open() as reader:
-        write_whole(path, lambda file: file.write_text("new"))
-        assert reader.read() == "old"  # who reads it meanwhile sees the old file whole
-    assert path.read_text() == "new"
-
-    def fail(file):
-        assert file.parent == tmp_path
-        assert file.suffix == ".png"
-        file.write_text("half")
-        raise RuntimeError("no ink")
-
-    with pytest.raises(RuntimeError, match="no ink"):
-        write_whole(path, fail)
-    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("toy.run.png", "new")]
-    assert path.stat().st_mode & 0o777 == 0o644
 
 
 def test_xarray_has_names_coordinates_and_attributes_and_netcdf_keeps_them(tmp_path):
