@@ -319,15 +319,16 @@ def scale_by_name(**scales: ArrayLike) -> optax.GradientTransformation:
 _LANES = 16
 
 
-def map_lanes(f: Callable[[Any], Any], lanes: PyTree) -> PyTree:
+def map_lanes(f: Callable[[Any], Any], lanes: PyTree, at_once: int = _LANES) -> PyTree:
     """`jax.vmap(f)(lanes)`, in batches one after another where JAX runs on a CPU.
 
-    For many seeds of a small network: a CPU computes them in less time so, an accelerator does not. A batch
-    is the largest divisor of the number of lanes that is at most 16, so that `f` is compiled once.
+    For many seeds of a small network: a CPU computes them in less time so, an accelerator does not. Lanes
+    whose loops differ in length wait for the longest one of their batch alone.
 
     Args:
         f: function of one lane, such as a run from one key.
         lanes: pytree whose leaves have one leading axis of lanes.
+        at_once: the most lanes of a batch, whose number is a divisor of all, so that `f` is compiled once.
 
     Returns:
         What `f` returns, with the lanes in front.
@@ -343,10 +344,10 @@ def map_lanes(f: Callable[[Any], Any], lanes: PyTree) -> PyTree:
     if len(counts) != 1 or counts == {()}:
         raise ValueError(f"lanes must be arrays with one leading axis of lanes, got lengths {sorted(counts)}")
     ((count,),) = counts
-    if jax.default_backend() != "cpu" or count <= _LANES:
+    if jax.default_backend() != "cpu" or count <= at_once:
         return jax.vmap(f)(lanes)
-    batch = max(size for size in range(1, _LANES + 1) if count % size == 0)
-    return jax.lax.map(f, lanes, batch_size=batch)
+    batch = max(size for size in range(1, at_once + 1) if count % size == 0)
+    return jax.lax.map(f, lanes, batch_size=batch if batch > 1 else None)
 
 
 _UNCHANGED = optax.identity()  # one object: a new one would be compiled anew
@@ -438,7 +439,6 @@ def _train_lanes(loss, params, counts, rates, points, observe, precondition):
             return optax.apply_updates(params, updates), state
 
         def to_next_record(carry, _):
-            # Lanes with fewer steps wait for the others here.
             carry = jax.lax.fori_loop(0, count, update, carry)
             return carry, observe(carry[0])
 
@@ -447,4 +447,5 @@ def _train_lanes(loss, params, counts, rates, points, observe, precondition):
         ts = _times(jnp.arange(points + 1) * count, rate, params)
         return Trajectory(ts, ys, all_finite(ys) & all_finite(last))
 
-    return jax.vmap(lane)(counts, rates)
+    # Side by side, lanes with fewer steps wait for the others: on a CPU that is work.
+    return map_lanes(lambda one: lane(*one), (counts, rates), at_once=1)

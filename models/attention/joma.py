@@ -70,7 +70,7 @@ class JomaBlock(nnx.Module):
         W: ArrayLike,
         z: ArrayLike,
         *,
-        kind: Kind | str,
+        kind: Kind | str | Callable[[Array, Array], Array],
         activation: Callable[[Array], Array] = jax.nn.relu,
         temperature: int | float = 1.0,
         head: Callable[[Array], Array] | None = None,
@@ -82,7 +82,7 @@ class JomaBlock(nnx.Module):
             query_embedding: u_q of every query, shape (d, Q).
             W: hidden weights, shape (d, K).
             z: attention logits, shape (Q, M).
-            kind: "linear", "exp" or "softmax".
+            kind: "linear", "exp" or "softmax", or attention as a function of logits and x, (B, M) each.
             activation: phi, elementwise.
             temperature: divides z.
             head: the layers above, such as an nnx.Linear or nnx.Sequential.
@@ -94,7 +94,8 @@ class JomaBlock(nnx.Module):
         embedding, query_embedding, W, z = map(as_inexact, (embedding, query_embedding, W, z))
         embeddings = {"embedding": (embedding, "d M"), "query_embedding": (query_embedding, "d Q")}
         require_shapes(**embeddings, W=(W, "d K"), z=(z, "Q M"))
-        require_choice("kind", kind, get_args(Kind))
+        if not callable(kind):
+            require_choice("kind", kind, get_args(Kind))
         if kind == "linear" and not is_traced(z) and not np.all(np.any(np.asarray(z) != 0, axis=1)):
             raise ValueError(
                 "z must not be zero for linear attention: no token is seen, and from zero hidden weights, a "
@@ -171,7 +172,10 @@ class JomaBlock(nnx.Module):
 
     def attention(self, inputs: JomaInputs) -> Array:
         """Attention b, shape (B, M)."""
-        return attend(self.z[...][inputs.query], inputs.x, self.kind, self.temperature)
+        z = self.z[...][inputs.query]
+        if callable(self.kind):
+            return self.kind(z / self.temperature, inputs.x)
+        return attend(z, inputs.x, self.kind, self.temperature)
 
     def hidden(self, inputs: JomaInputs) -> Array:
         """Hidden activations h = phi(W^T (U_C b + u_q)), shape (B, K)."""

@@ -7,13 +7,11 @@ drifts in proportion to the learning rate; what it does not conserve drifts all 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +27,7 @@ from models.losses import bind, cross_entropy, mean_squared_error
 from models.training import Descent, scale_by_name
 from sims import plotting
 from sims.claims import ROUNDING, Check, Claim, Preset, at_least, at_most, corrected, every, qualified, slope
-from sims.compare import convergence_order, largest
+from sims.compare import convergence_order, largest, named_groups
 from sims.ranges import Count, Length, Positive, check_ranges
 from sims.results import Context, Saved
 
@@ -38,6 +36,7 @@ ACTIVATIONS = {"ReLU": jax.nn.relu, "identity": lambda h: h, "square": lambda h:
 HEADS = {"linear layers above": lambda h: h, "tanh network above": jnp.tanh}
 LOSSES = {"cross-entropy": cross_entropy, "squared error": mean_squared_error}
 EXACT: tuple[joma.Kind, ...] = ("linear", "exp")
+KINDS: tuple[joma.Kind, ...] = (*EXACT, "softmax")
 PER_RATE = "gradients below one over a time of order one"
 
 
@@ -87,91 +86,17 @@ PRESETS: dict[Preset, Config] = {
 
 
 class Lane(NamedTuple):
-    """What differs between runs of one compiled network; the last three are indices into the dicts above."""
+    """What differs between runs: numbers, so that all are one program; but for the ratio they are indices."""
 
-    x: Any  # contexts of the query's samples, (B, M)
-    U: Any  # embeddings of the context tokens and the query, (d, M + 1)
-    ratio: Any = 1.0  # learning rate of z over that of the other weights
-    activation: Any = 0
-    head: Any = 0
-    loss: Any = 0
-
-
-@eqx.filter_jit
-def _train(key: jax.Array, lanes: Lane, kind: joma.Kind, config: Config) -> tuple[dict, jax.Array]:
-    """What `_measure` finds, (lane, L) each, and whether all of it is finite."""
-    key_weights, key_head, key_labels = jax.random.split(key, 3)
-    M, K, C, dtype = config.tokens, config.hidden, config.classes, lanes.x.dtype
-    labels = jax.random.randint(key_labels, (config.samples,), 0, C)
-    targets = {"cross-entropy": labels, "squared error": jax.nn.one_hot(labels, C, dtype=dtype)}
-    W = config.scale * jax.random.normal(key_weights, (lanes.U.shape[1], K), dtype)
-    rngs = nnx.Rngs(key_head)
-    below, above = (nnx.Linear(K, size, param_dtype=dtype, rngs=rngs) for size in (K, C))
-
-    def one(lane):
-        between = partial(jax.lax.switch, lane.head, list(HEADS.values()))
-        block = JomaBlock(
-            lane.U[:, :M],
-            lane.U[:, M:],
-            W,
-            jnp.full((1, M), float(kind == "linear"), dtype),
-            kind=kind,
-            activation=partial(jax.lax.switch, lane.activation, list(ACTIVATIONS.values())),
-            head=nnx.Sequential(below, between, above),
-        )
-        predict, params = as_function(block)
-
-        def loss(params, inputs):
-            losses = [loss(params, (predict, inputs, targets[name])) for name, loss in LOSSES.items()]
-            return jnp.stack(losses)[lane.loss]
-
-        _, path = config.descent.train(
-            bind(loss, JomaInputs(lane.x, jnp.zeros(config.samples, int))),
-            params,
-            observe=joma_observer(block),
-            precondition=scale_by_name(W=1.0, z=lane.ratio, head=1.0),
-        )
-        return jax.vmap(lambda V, z: _measure(V, z[:, 0], lane, kind))(*path.ys), path.ok
-
-    measured, ok = jax.vmap(one)(lanes)
-    return measured, jnp.all(ok)
+    kind: int
+    ratio: float = 1.0  # learning rate of z over that of the other weights
+    activation: int = 0
+    head: int = 0
+    loss: int = 0
+    coherence: int = 0
+    one_context: bool = False
 
 
-def _measure(V: jax.Array, z: jax.Array, lane: Lane, kind: joma.Kind) -> dict[str, jax.Array]:
-    """Drifts of a path (T, M, K), (T, M) of weights and logits, over the largest change of the logits."""
-
-    def change(path):
-        return jnp.max(jnp.abs(path - path[:1]))
-
-    def drift(ratio):
-        kept = jax.vmap(lambda V, z: joma.invariant(V, z, kind, learning_rate_z=ratio))(V, z)
-        return ratio * change(kept) / change(z**2 if kind == "linear" else z)
-
-    if kind != "softmax":
-        return {"printed": drift(1.0), "weighted": drift(lane.ratio)}
-    mean = jax.vmap(lambda z: jnp.mean(joma.attend(z, lane.x, kind), axis=0))(z)
-    moving = joma.softmax_logits(V, mean, z[0], lane.ratio)
-    still = joma.softmax_logits(V, jnp.broadcast_to(mean[0], mean.shape), z[0], lane.ratio)
-    return {
-        "drift": jnp.max(jnp.abs(moving - z)) / change(z),
-        "correlation": jnp.corrcoef(still[-1], z[-1])[0, 1],
-        "sum": change(jnp.sum(z, axis=1)),
-    }
-
-
-def _train_groups(key: jax.Array, kind: joma.Kind, config: Config, **groups: list[Lane]) -> dict[str, Any]:
-    """What `_measure` finds in groups of lanes, by their names; all are trained in one program."""
-    lanes = list(itertools.chain(*groups.values()))
-    stacked = Lane(*(jnp.asarray(np.stack(field)) for field in zip(*lanes, strict=True)))
-    measured, ok = jax.device_get(_train(key, stacked, kind, config))
-    if not ok:
-        raise RuntimeError("training diverged; lower the learning rates: raise points or substeps")
-    ends = np.cumsum([len(group) for group in groups.values()])
-    parts = {name: slice(end - len(groups[name]), end) for name, end in zip(groups, ends, strict=True)}
-    return {name: jax.tree.map(lambda leaf, part=part: leaf[part], measured) for name, part in parts.items()}
-
-
-@partial(jax.jit, static_argnames="config")
 def _data(key: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
     """Contexts (B, M), uniform on the simplex; embeddings (coherence, d, M + 1), orthonormal ones first."""
     key_context, key_embedding = jax.random.split(key)
@@ -182,25 +107,93 @@ def _data(key: jax.Array, config: Config) -> tuple[jax.Array, jax.Array]:
     return x / x.sum(axis=1, keepdims=True), U
 
 
+@partial(jax.jit, static_argnames="config")
+def _train(key: jax.Array, lanes: Lane, config: Config) -> tuple[dict, jax.Array]:
+    """What `_measure` finds, (lane, L) each, and whether all of it is finite."""
+    key_train, key_data = jax.random.split(key)
+    key_weights, key_head, key_labels = jax.random.split(key_train, 3)
+    contexts, embeddings = _data(key_data, config)
+    M, K, C, dtype = config.tokens, config.hidden, config.classes, contexts.dtype
+    labels = jax.random.randint(key_labels, (config.samples,), 0, C)
+    targets = {"cross-entropy": labels, "squared error": jax.nn.one_hot(labels, C, dtype=dtype)}
+    W = config.scale * jax.random.normal(key_weights, (embeddings.shape[1], K), dtype)
+    rngs = nnx.Rngs(key_head)
+    below, above = (nnx.Linear(K, size, param_dtype=dtype, rngs=rngs) for size in (K, C))
+
+    def one(lane):
+        x, U = jnp.where(lane.one_context, contexts[:1], contexts), embeddings[lane.coherence]
+        block = JomaBlock(
+            U[:, :M],
+            U[:, M:],
+            W,
+            jnp.full((1, M), lane.kind == KINDS.index("linear"), dtype),
+            kind=partial(jax.lax.switch, lane.kind, [partial(joma.attend, kind=kind) for kind in KINDS]),
+            activation=partial(jax.lax.switch, lane.activation, list(ACTIVATIONS.values())),
+            head=nnx.Sequential(below, partial(jax.lax.switch, lane.head, list(HEADS.values())), above),
+        )
+        predict, params = as_function(block)
+
+        def loss(params, inputs):
+            losses = [loss(params, (predict, inputs, targets[name])) for name, loss in LOSSES.items()]
+            return jnp.stack(losses)[lane.loss]
+
+        _, path = config.descent.train(
+            bind(loss, JomaInputs(x, jnp.zeros(config.samples, int))),
+            params,
+            observe=joma_observer(block),
+            precondition=scale_by_name(W=1.0, z=lane.ratio, head=1.0),
+        )
+        return (*path.ys, x, lane.ratio), path.ok
+
+    def measure(path):
+        V, z, x, ratio = path
+        return jax.vmap(lambda V, z: _measure(V, z[:, 0], x, ratio))(V, z)
+
+    paths, ok = jax.vmap(one)(lanes)
+    # Lane by lane: attention to all samples at all times takes much memory.
+    return jax.lax.map(measure, paths), ok
+
+
+def _measure(V: jax.Array, z: jax.Array, x: jax.Array, ratio: jax.Array) -> dict[str, Any]:
+    """Drifts of V (T, M, K) and z (T, M), by each kind of attention, over the largest change of z."""
+
+    def change(path):
+        return jnp.max(jnp.abs(path - path[:1]))
+
+    def drift(kind, ratio):
+        kept = jax.vmap(lambda V, z: joma.invariant(V, z, kind, learning_rate_z=ratio))(V, z)
+        return ratio * change(kept) / change(z**2 if kind == "linear" else z)
+
+    mean = jax.vmap(lambda z: jnp.mean(joma.attend(z, x, "softmax"), axis=0))(z)
+    moving, still = (
+        joma.softmax_logits(V, of, z[0], ratio) for of in (mean, jnp.broadcast_to(mean[0], mean.shape))
+    )
+    exact = {kind: {"printed": drift(kind, 1.0), "weighted": drift(kind, ratio)} for kind in EXACT}
+    return exact | {
+        "softmax": jnp.max(jnp.abs(moving - z)) / change(z),
+        "correlation": jnp.corrcoef(still[-1], z[-1])[0, 1],
+        "sum": change(jnp.sum(z, axis=1)),
+    }
+
+
 def run(config: Config, context: Context) -> dict:
     """Train every combination at every learning rate, and measure what is conserved."""
-    key_train, key_data = jax.random.split(jax.random.key(context.seed))
-    x, embeddings = map(np.asarray, _data(key_data, config))
-    coherent = [Lane(x, U) for U in embeddings]
+    context.progress("training every combination", 0.0)
     shape = (len(config.ratios), len(ACTIVATIONS), len(HEADS), len(LOSSES))
-    lanes = [Lane(x, embeddings[0], config.ratios[ratio], *of) for ratio, *of in np.ndindex(shape)]
-    found = {}
-    for index, kind in enumerate(EXACT):
-        context.progress(f"training {kind} attention", 0.3 * index)
-        found[kind] = _train_groups(key_train, kind, config, choice=lanes, coherence=coherent)
-
-    context.progress("training softmax attention", 0.7)
-    random = [lane for lane in lanes if lane.loss == 0]
-    one = [lane._replace(x=np.broadcast_to(x[:1], x.shape)) for lane in random]
-    softmax = _train_groups(key_train, "softmax", config, one=one, random=random)
-    choices = {kind: found[kind]["choice"] for kind in EXACT}
-    exact = jax.tree.map(lambda leaf: leaf.reshape(*shape, -1), choices)
-    drifts = {name: part["drift"].reshape(*shape[:-1], -1) for name, part in softmax.items()}
+    choices = [Lane(0, config.ratios[ratio], *of) for ratio, *of in np.ndindex(shape)]
+    lanes, eps = {}, [0.0, *config.coherences]
+    for kind, name in enumerate(EXACT):
+        lanes[name] = [lane._replace(kind=kind) for lane in choices]
+        lanes[f"{name}, coherent"] = [Lane(kind, coherence=index) for index in range(len(eps))]
+    softmax = [lane._replace(kind=len(EXACT)) for lane in choices if lane.loss == 0]
+    lanes |= {"random": softmax, "one": [lane._replace(one_context=True) for lane in softmax]}
+    found = named_groups(partial(_train, jax.random.key(context.seed), config=config), lanes)
+    if not all(np.all(ok) for _, ok in found.values()):
+        raise RuntimeError("training diverged; lower the learning rates: raise points or substeps")
+    drift = {name: drift for name, (drift, _) in found.items()}
+    exact = {kind: jax.tree.map(lambda leaf: leaf.reshape(*shape, -1), drift[kind][kind]) for kind in EXACT}
+    of_softmax = {name: drift[name]["softmax"].reshape(*shape[:-1], -1) for name in ("one", "random")}
+    coherent = {kind: drift[f"{kind}, coherent"][kind]["weighted"][:, -1] for kind in EXACT}
     return {
         "rate": ("rate", config.descent.rates),
         "ratio": ("ratio", np.array(config.ratios)),
@@ -208,11 +201,11 @@ def run(config: Config, context: Context) -> dict:
         "head": ("head", list(HEADS)),
         "loss": ("loss", list(LOSSES)),
         "drift": ("ratio activation head loss rate", exact),
-        "coherence": ("coherence", np.array([0.0, *config.coherences])),
-        "coherent": ("coherence", {kind: found[kind]["coherence"]["weighted"][:, -1] for kind in EXACT}),
-        "softmax": ("ratio activation head rate", drifts),
-        "correlation": softmax["random"]["correlation"].min(),
-        "sum": max(part["sum"].max() for part in softmax.values()),
+        "coherence": ("coherence", eps),
+        "coherent": ("coherence", coherent),
+        "softmax": ("ratio activation head rate", of_softmax),
+        "correlation": drift["random"]["correlation"].min(),
+        "sum": max(drift[name]["sum"].max() for name in of_softmax),
     }
 
 
@@ -308,9 +301,7 @@ def figure(config: Config, saved: Saved) -> Figure:
         softmax.loglog(rates, errors.T, "o", color=color, ms=4, alpha=0.8)
         softmax.plot([], [], "o", color=color, label=label)
     plotting.reference_slope(softmax, rates, np.median(one, axis=0), 1, "slope 1")
-    _finish(softmax, rates)
-    softmax.set_title("Softmax attention: logits from V")
-    softmax.legend(ncols=3, loc="upper left")
+    _finish(softmax, "Softmax attention: logits from V", rates, ncols=3)
 
     eps = saved["coherence"][1:]
     for kind, marker, color in (("linear", "o", "C0"), ("exp", "x", "C1")):
@@ -319,9 +310,8 @@ def figure(config: Config, saved: Saved) -> Figure:
         if kind == "exp":
             plotting.reference_slope(coherent, eps, np.array(drift), 1, "slope 1")
             coherent.axhline(orthonormal, label="orthonormal embeddings", **plotting.PRINTED)
-    coherent.set(xlabel="coherence: |Gram matrix − identity|", ylabel="drift / change of z")
-    coherent.set_title(f"Embeddings that are not orthogonal (rate {rates[-1]:.2g})")
-    coherent.legend()
+    labels = ("coherence: |Gram matrix − identity|", "drift / change of z", "best")
+    plotting.finish(coherent, f"Embeddings that are not orthogonal (rate {rates[-1]:.2g})", *labels)
     return drawn
 
 
@@ -338,15 +328,10 @@ def _draw_drift(ax: Axes, kind: str, saved: Saved) -> None:
         ax.plot([], [], "o", color=f"C{index}", label=label)
     ax.plot([], [], label="as printed, unequal rates", **plotting.PRINTED)
     plotting.reference_slope(ax, rates, np.median(weighted, axis=(0, 1, 2, 3)), 1, "slope 1")
-    _finish(ax, rates)
-    ax.set_title(f"{kind.capitalize()} attention: z and W learn at any rates")
-    ax.legend(fontsize=7.5, ncols=2, loc="upper left")
+    _finish(ax, f"{kind.capitalize()} attention: z and W learn at any rates", rates, ncols=2, fontsize=7.5)
 
 
-def _finish(ax: Axes, rates: np.ndarray) -> None:
-    """Draw the learning rates as ticks, and leave room for the legend above the data."""
-    ax.set_xticks(rates, [f"{rate:.3g}" for rate in rates])
-    ax.minorticks_off()
-    ax.set(xlabel="learning rate", ylabel="drift / change of z")
-    low, high = ax.get_ylim()
-    ax.set_ylim(low, high * (high / low) ** 0.3)
+def _finish(ax: Axes, title: str, rates: np.ndarray, **legend: Any) -> None:
+    plotting.label_ticks(ax, rates, "{:.3g}")
+    plotting.make_room(ax, above=0.3)
+    plotting.finish(ax, title, "learning rate", "drift / change of z", {"loc": "upper left", **legend})

@@ -363,9 +363,10 @@ def test_heavy_ball_follows_the_flow_at_the_longer_time_step(axis, converges):
 
 
 @pytest.mark.parametrize(
-    ("backend", "count", "loops"), [("cpu", 16, 0), ("cpu", 40, 1), ("cpu", 17, 1), ("gpu", 40, 0)]
+    ("backend", "count", "at_once", "loops"),
+    [("cpu", 16, 16, 0), ("cpu", 40, 16, 1), ("cpu", 17, 16, 1), ("cpu", 2, 1, 1), ("gpu", 40, 1, 0)],
 )
-def test_lanes_are_one_vmap_or_batches_compiled_once(backend, count, loops, monkeypatch):
+def test_lanes_are_one_vmap_or_batches_compiled_once(backend, count, at_once, loops, monkeypatch):
     traced = []
 
     def run(lane):
@@ -375,10 +376,10 @@ def test_lanes_are_one_vmap_or_batches_compiled_once(backend, count, loops, monk
     x = np.random.default_rng(0).normal(size=(count, 3, 2))
     lanes = {"x": x, "key": jax.random.split(KEY, count)}
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    text = str(jax.make_jaxpr(lambda lanes: map_lanes(run, lanes))(lanes))
+    text = str(jax.make_jaxpr(lambda lanes: map_lanes(run, lanes, at_once))(lanes))
     assert len(traced) == 1
     assert text.count("scan[") == loops
-    found, expected = map_lanes(run, lanes), jax.vmap(run)(lanes)
+    found, expected = map_lanes(run, lanes, at_once), jax.vmap(run)(lanes)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-14), found, expected)
 
 
