@@ -143,9 +143,9 @@ def _analyze(rng: np.random.Generator, n: int, epsilons: np.ndarray, config: Con
         "ratio": x.max(axis=1) / x.min(axis=1),
         "spread": curvatures[:, -1] / curvatures[:, 0],
         "linearization_error": error / np.linalg.norm(formula, axis=(1, 2)),
-        "imaginary": np.max(np.abs(values.imag / values.real), axis=1),
-        "abscissa": values.real.max(axis=1),
-        "abscissa_lowered": lowered_values.real.max(axis=1),
+        "imaginary": np.max(np.abs(np.imag(values) / np.real(values)), axis=1),
+        "abscissa": np.real(values).max(axis=1),
+        "abscissa_lowered": np.real(lowered_values).max(axis=1),
     }
     return minima, families
 

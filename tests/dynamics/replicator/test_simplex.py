@@ -39,9 +39,9 @@ def test_the_eigenvalue_off_the_tangent_space_is_spurious():
             return replicator_field(x, (payoff + shift) @ x)
 
         on_simplex = np.linalg.eigvals(linearize(field, centre))
-        close(on_simplex[np.argsort(on_simplex.imag)], tangent, atol=1e-14)
+        close(on_simplex[np.argsort(np.imag(on_simplex))], tangent, atol=1e-14)
         everywhere = np.linalg.eigvals(jax.jacfwd(field)(jnp.asarray(centre)))
-        extra = everywhere[np.argmin(np.abs(everywhere.imag))]
+        extra = everywhere[np.argmin(np.abs(np.imag(everywhere)))]
         assert extra == pytest.approx(-centre @ (payoff + shift) @ centre, abs=1e-14)
 
 
