@@ -14,6 +14,8 @@ from dynamics.replicator.attention import two_token_solution as two_token_soluti
 from dynamics.replicator.conditioning import condition_bounds as condition_bounds
 from dynamics.replicator.conditioning import condition_number as condition_number
 from dynamics.replicator.conditioning import corollary_bound as corollary_bound
+from dynamics.replicator.conditioning import local_matrix as local_matrix
+from dynamics.replicator.conditioning import random_minima as random_minima
 from dynamics.replicator.games import RestPoints as RestPoints
 from dynamics.replicator.games import conserved_quantity as conserved_quantity
 from dynamics.replicator.games import coordination as coordination

@@ -123,6 +123,63 @@ def corollary_bound(x: ArrayLike, hessian: ArrayLike) -> Float[Array, ""]:
     return jnp.where(smallest == 0, 0, bound)
 
 
+def local_matrix(x: ArrayLike, hessian: ArrayLike) -> Float[Array, "m m"]:
+    r"""The softmax flow next to a minimum, d(delta)/dt = -J(x)^2 H delta, in the tangent basis.
+
+    It is what `linearize` makes of `attention_field` with unit keys; for others it is k times as large.
+
+    Args:
+        x: point of the simplex, shape (n,), n >= 2.
+        hessian: Hessian H of the loss in x, symmetric, shape (n, n).
+
+    Returns:
+        -Q^T J^2 H Q with Q of `tangent_basis`, shape (n - 1, n - 1).
+
+    Raises:
+        ValueError: `x` is not on the simplex, the Hessian's shape does not fit.
+
+    Source: softmax2025talk, theorem on local analysis.
+
+    Example:
+        >>> local_matrix([0.5, 0.5], jnp.eye(2)).round(6).tolist()
+        [[-0.25]]
+    """
+    x = require_simplex("x", x)
+    hessian = jnp.asarray(hessian, x.dtype)
+    require_shape("hessian", hessian, (x.size, x.size))
+    basis, jacobian = tangent_basis(x.size, x.dtype), softmax_jacobian(x)
+    return -basis.T @ jacobian @ jacobian @ hessian @ basis
+
+
+def random_minima(
+    rng: np.random.Generator, n: int, count: int, log10_ratio: float, log10_spread: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Random instances of the local analysis: interior points and positive definite Hessians.
+
+    Entries of a point and eigenvalues of a Hessian are log-uniform over a random number of decades.
+
+    Args:
+        rng: NumPy's generator.
+        n: coordinates of a point.
+        count: number of instances.
+        log10_ratio: decades over which the entries of a point spread, at most.
+        log10_spread: decades over which the eigenvalues of a Hessian spread, at most; they are at least one.
+
+    Returns:
+        Points (count, n) and Hessians (count, n, n).
+
+    Example:
+        >>> x, hessian = random_minima(np.random.default_rng(0), 3, 10, 2.0, 1.0)
+        >>> x.sum(axis=1).round(12).tolist() == [1.0] * 10, hessian.shape
+        (True, (10, 3, 3))
+    """
+    x = 10 ** (-log10_ratio * rng.uniform(size=(count, 1)) * rng.uniform(size=(count, n)))
+    values = 10 ** (log10_spread * rng.uniform(size=(count, 1)) * rng.uniform(size=(count, n)))
+    rotation = np.linalg.qr(rng.normal(size=(count, n, n)))[0]
+    hessian = (rotation * values[:, None, :]) @ np.swapaxes(rotation, 1, 2)
+    return x / x.sum(axis=1, keepdims=True), (hessian + np.swapaxes(hessian, 1, 2)) / 2
+
+
 def _require_local(x: ArrayLike, hessian: ArrayLike) -> tuple[Array, Array]:
     """x, and the Hessian in the tangent basis."""
     x = require_simplex("x", x)

@@ -8,8 +8,8 @@ minima next to a vertex violate, and against the two bounds that are proved.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from dynamics import replicator
 from dynamics.flow import Trajectory
 from sims import plotting
 from sims.claims import ROUNDING, Claim, Preset, at_least, at_most, corrected, equals, every, slope, stated
-from sims.compare import SOLVE, convergence_order, largest, require_ok
+from sims.compare import SOLVE, convergence_order, largest, named_groups, require_ok
 from sims.ranges import Count, NonNegative, Positive, Range
 from sims.results import Context, Saved
 
@@ -47,11 +47,10 @@ class Config:
     """Minima that a flow is started next to, with three tokens each."""
 
 
-_QUICK = Config()
 PRESETS: dict[Preset, Config] = {
-    "quick": _QUICK,
-    "standard": replace(_QUICK, instances=3000, flows=64),
-    "paper": replace(_QUICK, instances=20_000, flows=256),
+    "quick": Config(),
+    "standard": Config(instances=3000, flows=64),
+    "paper": Config(instances=20_000, flows=256),
 }
 
 # The Lagrange multiplier of sum(x) = 1 at the minima; any number will do.
@@ -65,21 +64,6 @@ def loss_gradient(hessian: jax.Array, minimum: jax.Array, x: jax.Array) -> jax.A
     return hessian @ (x - minimum) + _MULTIPLIER
 
 
-def random_minima(
-    rng: np.random.Generator, n: int, count: int, log10_ratio: float, log10_spread: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Points inside the simplex (count, n) and positive definite Hessians (count, n, n).
-
-    Entries of a point and eigenvalues of a Hessian are log-uniform over a random number of decades, up to
-    the given ones; the eigenvalues are at least one.
-    """
-    x = 10 ** (-log10_ratio * rng.uniform(size=(count, 1)) * rng.uniform(size=(count, n)))
-    values = 10 ** (log10_spread * rng.uniform(size=(count, 1)) * rng.uniform(size=(count, n)))
-    rotation = np.linalg.qr(rng.normal(size=(count, n, n)))[0]
-    hessian = (rotation * values[:, None, :]) @ np.swapaxes(rotation, 1, 2)
-    return x / x.sum(axis=1, keepdims=True), (hessian + np.swapaxes(hessian, 1, 2)) / 2
-
-
 def with_large(count: int, n: int, epsilons: np.ndarray) -> np.ndarray:
     """Points at which `count` tokens share evenly what the others, at e each, leave; shape (E, n)."""
     x = np.repeat(epsilons[:, None], n, axis=1)
@@ -89,8 +73,9 @@ def with_large(count: int, n: int, epsilons: np.ndarray) -> np.ndarray:
 
 @jax.jit
 @jax.vmap
-def local_analysis(x: jax.Array, hessian: jax.Array) -> dict[str, jax.Array]:
+def local_analysis(minimum: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
     """Conditioning, linearizations on the tangent space, and the vertices, for minima one per row."""
+    x, hessian = minimum
     n = x.size
     # The Hessian is lowered along the vector of ones by more than its largest eigenvalue.
     lowered = hessian - 2 * jnp.trace(hessian) / n
@@ -110,33 +95,23 @@ def local_analysis(x: jax.Array, hessian: jax.Array) -> dict[str, jax.Array]:
         "corollary": replicator.corollary_bound(x, hessian),
         "matrix": matrix,
         "lowered_matrix": lowered_matrix,
+        "formula": replicator.local_matrix(x, hessian),
         "vertex_residual": jnp.min(residuals),
         "vertex_speed": jnp.max(jnp.abs(replicator.softmax_jacobian_product(vertices, gradients))),
     }
 
 
-def linearization(x: np.ndarray, hessian: np.ndarray) -> np.ndarray:
-    """The formula -J^2 H on the tangent space, shape (count, n - 1, n - 1)."""
-    basis = np.asarray(replicator.tangent_basis(x.shape[1]))
-    jacobian = np.asarray(jax.jit(jax.vmap(replicator.softmax_jacobian))(x))
-    return -basis.T @ jacobian @ jacobian @ hessian @ basis
+def _analyze(x: np.ndarray, hessian: np.ndarray, epsilons: np.ndarray) -> tuple[dict, dict]:
+    """One number of each kind per random minimum, and the two families, whose Hessian is round."""
+    n = x.shape[1]
+    vertex, pair = ([(point, np.eye(n)) for point in with_large(count, n, epsilons)] for count in (1, 2))
+    # All ride along in one program per number of tokens.
+    groups = {"random": [*zip(x, hessian, strict=True)], "vertex": vertex, "pair": pair}
+    found = named_groups(local_analysis, groups)
+    minima, vertex, pair = found.values()
+    families = {"vertex": vertex["kappa"], "pair": pair["kappa"], "pair_bound": pair["corollary"]}
 
-
-def _analyze(rng: np.random.Generator, n: int, epsilons: np.ndarray, config: Config) -> tuple[dict, dict]:
-    """Random minima with n tokens, one number of each kind per minimum, and the two families."""
-    count = config.instances
-    x, hessian = random_minima(rng, n, count, config.log10_ratio, config.log10_spread)
-    # The families have a round Hessian. They ride along: one program per number of tokens.
-    family = np.concatenate([with_large(large, n, epsilons) for large in (1, 2)])
-    round_hessians = np.tile(np.eye(n), (len(family), 1, 1))
-    both = jax.device_get(
-        local_analysis(np.concatenate([x, family]), np.concatenate([hessian, round_hessians]))
-    )
-    minima = {name: leaf[:count] for name, leaf in both.items()}
-    vertex, pair = np.split(both["kappa"][count:], 2)
-    families = {"vertex": vertex, "pair": pair, "pair_bound": both["corollary"][count + len(epsilons) :]}
-
-    matrix, formula = minima.pop("matrix"), linearization(x, hessian)
+    matrix, formula = minima.pop("matrix"), minima.pop("formula")
     values, lowered_values = np.linalg.eigvals(matrix), np.linalg.eigvals(minima.pop("lowered_matrix"))
     curvatures, error = np.linalg.eigvalsh(hessian), np.linalg.norm(matrix - formula, axis=(1, 2))
     minima |= {
@@ -167,13 +142,14 @@ def _flows(gradient, starts, ts) -> tuple[Trajectory, jax.Array]:
 
 def _decay(rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:
     """Flows with three tokens from next to minima, along the slowest direction, and from far."""
-    x, hessian = random_minima(rng, 3, count, 0.7, 0.5)
-    values, vectors = (np.real(part) for part in np.linalg.eig(linearization(x, hessian)))
+    x, hessian = replicator.random_minima(rng, 3, count, 0.7, 0.5)
+    matrix = jax.jit(jax.vmap(replicator.local_matrix))(x, hessian)
+    values, vectors = (np.real(part) for part in np.linalg.eig(matrix))
     lanes, slow = np.arange(count), np.argmax(values, axis=1)
     slowest = -values[lanes, slow]
     direction = vectors[lanes, :, slow] @ np.asarray(replicator.tangent_basis(3)).T
     near = x + 1e-3 * direction / np.max(np.abs(direction / x), axis=1, keepdims=True)
-    far, _ = random_minima(rng, 3, count, 1.0, 0.0)
+    far, _ = replicator.random_minima(rng, 3, count, 1.0, 0.0)
     # Slopes are taken after two time constants, when faster modes are gone; after sixty it is at rest.
     ts = np.array([0.0, 2.0, 6.0, 60.0]) / slowest[:, None]
     gradient = Partial(loss_gradient, hessian, x)
@@ -189,10 +165,11 @@ def run(config: Config, context: Context) -> dict:
     rng = np.random.default_rng(context.seed)
     sizes = range(2, config.max_tokens + 1)
     epsilons = np.logspace(*config.log10_epsilon, 25)
+    spreads = config.log10_ratio, config.log10_spread
     found = []
     for index, n in enumerate(sizes):
         context.progress(f"minima with {n} tokens", 0.8 * index / len(sizes))
-        found.append(_analyze(rng, n, epsilons, config))
+        found.append(_analyze(*replicator.random_minima(rng, n, config.instances, *spreads), epsilons))
     minima, families = zip(*found, strict=True)
     context.progress("flows next to a minimum", 0.8)
     return {
@@ -226,7 +203,8 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         # The terms beyond the linear ones are as large as the start is far off.
         at_most(flows, off, 1e-3, why="flows start 1e-3 off"),
     )
-    rest, speed = saved["flow/residual"].max(), minima["vertex_speed"].max()
+    rest, residual = saved["flow/residual"].max(), minima["vertex_residual"]
+    speed = minima["vertex_speed"].max()
     damped = "errors fall by exp(-60), to rounding"
     yield stated(
         "kkt",
@@ -236,9 +214,7 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         at_most("KKT residual where flows from near and far rest", rest, 1e-12, why=damped),
         equals("largest |J g| at a vertex", speed, 0, why="x_i (g_i - <x, g>) is zero in every product"),
         # With the minimum inside, convexity leaves no vertex a KKT point.
-        every(
-            "minima none of whose vertices has a KKT residual below 1e-12", minima["vertex_residual"] > 1e-12
-        ),
+        every("minima none of whose vertices has a KKT residual below 1e-12", residual > 1e-12),
     )
 
 
@@ -292,6 +268,14 @@ def _corollary(saved: Saved) -> Claim:
     )
 
 
+_FILLED = {"fill": True, "alpha": 0.45}
+BOUNDS: dict[str, dict[str, Any]] = {
+    "lower": {"label": "proved lower bound (never < 0)", "color": "C0", **_FILLED},
+    "upper": {"label": "proved upper bound (never > 0)", "color": "C2", **_FILLED},
+    "printed": {"label": "printed lower bound", "color": "C1", "linewidth": 2},
+}
+
+
 def figure(config: Config, saved: Saved) -> Figure:
     """Random minima against the printed bound, kappa over each bound, and the two families."""
     drawn, axes = plotting.new_figure(1, 3, width=4.6, height=3.9)
@@ -299,13 +283,8 @@ def figure(config: Config, saved: Saved) -> Figure:
     ratio, spread, kappa = (saved[f"minima/{name}"] for name in ("ratio", "spread", "kappa"))
     printed = ratio**2 / spread
     _scatter(against_ratio, ratio, kappa * spread, kappa < printed * (1 - _ROUNDING))
-    filled = {"fill": True, "alpha": 0.45}
-    quotients = {
-        "proved lower bound (never < 0)": (kappa / saved["minima/lower"], {"color": "C0", **filled}),
-        "proved upper bound (never > 0)": (kappa / saved["minima/upper"], {"color": "C2", **filled}),
-        "printed lower bound": (kappa / printed, {"color": "C1", "linewidth": 2}),
-    }
-    _histograms(over_bounds, quotients)
+    bounds = {"lower": saved["minima/lower"], "upper": saved["minima/upper"], "printed": printed}
+    _histograms(over_bounds, {name: np.log10(kappa / bound) for name, bound in bounds.items()})
 
     epsilon, sizes = saved["epsilon"], saved["size"]
     n, pair, vertex = sizes[-1], saved["family/pair"][-1], saved["family/vertex"]
@@ -317,9 +296,8 @@ def figure(config: Config, saved: Saved) -> Figure:
         n = sizes[index]
         over_epsilon.loglog(epsilon, vertex[index], "o", color=color, label=f"one large token, n = {n}")
         over_epsilon.axhline(n**2, **plotting.THEORY)
-    over_epsilon.set(xlabel="smallest entry e of the minimum", ylabel="condition number", ylim=(1, 1e24))
-    over_epsilon.set_title("A small entry: kappa → n² next to a vertex")
-    over_epsilon.legend(loc="upper right")
+    title, xlabel = "A small entry: kappa → n² next to a vertex", "smallest entry e of the minimum"
+    plotting.finish(over_epsilon, title, xlabel, "condition number", "upper right", ylim=(1, 1e24))
     return drawn
 
 
@@ -331,20 +309,18 @@ def _scatter(ax: Axes, ratio: np.ndarray, scaled: np.ndarray, violates: np.ndarr
         ax.loglog(ratio[shown & chosen], scaled[shown & chosen], ".", markersize=3, color=color, label=label)
     line = np.array([1.0, ratio.max()])
     ax.loglog(line, line**2, label="printed bound", **{**plotting.PRINTED, "color": "black", "zorder": 5})
-    ax.set(xlabel="max x / min x", ylabel="condition number × L / mu", ylim=(0.5, scaled.max() * 300))
-    ax.set_title("Random minima against the printed bound")
-    ax.legend(loc="upper left", markerscale=3)
+    title, legend = "Random minima against the printed bound", {"loc": "upper left", "markerscale": 3}
+    labels = "max x / min x", "condition number × L / mu"
+    plotting.finish(ax, title, *labels, legend, ylim=(0.5, scaled.max() * 300))
 
 
-def _histograms(ax: Axes, quotients: dict[str, tuple[np.ndarray, dict]]) -> None:
-    logs = {label: np.log10(values) for label, (values, _) in quotients.items()}
-    everything = np.concatenate(list(logs.values()))
+def _histograms(ax: Axes, logs: dict[str, np.ndarray]) -> None:
+    everything = np.concatenate([*logs.values()])
     # One edge lies at zero, which the proved bounds never cross.
     bins = 0.2 * np.arange(np.floor(everything.min() / 0.2), np.ceil(everything.max() / 0.2) + 1)
-    for label, (_, look) in quotients.items():
-        ax.stairs(np.histogram(logs[label].round(9), bins)[0], bins, label=label, **look)
+    for name, log in logs.items():
+        ax.stairs(np.histogram(log.round(9), bins)[0], bins, **BOUNDS[name])
     ax.axvline(0, **plotting.THEORY)
-    ax.set(xlabel="log10 of condition number / bound", ylabel="random minima", yscale="log")
-    ax.set_ylim(0.7, 4 * ax.get_ylim()[1])
-    ax.set_title("Condition number over each bound")
-    ax.legend(loc="upper left")
+    ax.set(yscale="log")
+    title, xlabel = "Condition number over each bound", "log10 of condition number / bound"
+    plotting.finish(ax, title, xlabel, "random minima", "upper left", ylim=(0.7, 4 * ax.get_ylim()[1]))

@@ -15,6 +15,7 @@ from dynamics.replicator import (
     condition_number,
     corollary_bound,
     linearize,
+    local_matrix,
     softmax_jacobian_product,
     tangent_basis,
 )
@@ -167,6 +168,7 @@ def test_the_softmax_flow_is_linearized_with_two_jacobians():
     for seed in range(3):
         x, hessian = instance(seed, 4, 1.0)
         matrix = linearized_softmax_flow(x, hessian, key_scale)
+        close(matrix, key_scale * local_matrix(x, hessian), atol=1e-15)
         jacobian = np.diag(x) - np.outer(x, x)
         close(matrix, -key_scale * basis.T @ jacobian @ jacobian @ hessian @ basis, atol=1e-15)
         values = np.linalg.eigvals(matrix)
