@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.tree_util import Partial
 from jaxtyping import Array
@@ -21,9 +23,6 @@ from models.optimizers import one_of
 from models.training import train
 
 # A student starts from one of two places; these are their positions in `Task`.
-STANDARD, LOCAL = 0, 1
-
-
 STANDARD, LOCAL = 0, 1
 
 
@@ -110,33 +109,82 @@ def _student(optimizer, prompt, value, tokens, labels, joint, steps, every):
     return train(loss, params, optimizer, steps=steps, observe=observe, every=every)[1].ys
 
 
-class Lanes(NamedTuple):
-    """What differs between runs on the data of one seed: arrays of shape (lane,), rates (seed, lane)."""
+class Runs(NamedTuple):
+    """Runs of one optimizer on all data.
 
-    optimizer: Any
-    ratio: Any
-    start: Any
-    rate: Any
-    second: Any
+    Attributes:
+        optimizer: its maker, one of those in `models.optimizers`.
+        rates: learning rates, (rate,) or (seed, ratio, rate).
+        second: the second number that the maker takes.
+        start: where the students start from, `STANDARD` or `LOCAL`.
+    """
+
+    optimizer: Callable[..., optax.GradientTransformation]
+    rates: Any
+    second: float = 0.0
+    start: int = STANDARD
+
+
+def train_all(
+    task: Task, table: Mapping[str, Runs], steps: int, every: int, joint: bool = False
+) -> dict[str, dict[str, np.ndarray]]:
+    """Train the runs of a table from every seed at every ratio, in one program.
+
+    Args:
+        task: what `make_tasks` makes.
+        table: the runs, by name.
+        steps: number of updates.
+        every: steps between two records.
+        joint: whether the value is trained along with the prompt.
+
+    Returns:
+        By name `loss`, `log10_ratio` and `prompt` as recorded, (seed, ratio, rate, record, ...), and the
+        rates, (seed, ratio, rate).
+    """
+    families = tuple(dict.fromkeys(runs.optimizer for runs in table.values()))
+    leading = task.start_prompts.shape[:2]
+    rates = [np.broadcast_to(runs.rates, (*leading, np.shape(runs.rates)[-1])) for runs in table.values()]
+    sizes, rate = [part.shape[-1] for part in rates], np.concatenate(rates, axis=-1)
+    columns = [(families.index(runs.optimizer), runs.second, runs.start) for runs in table.values()]
+    lanes = (np.repeat(column, sizes) for column in zip(*columns, strict=True))
+    found = jax.device_get(_train_lanes(task, rate, *lanes, families, joint, steps, every)) | {"rate": rate}
+    parts = {key: np.split(leaf, np.cumsum(sizes)[:-1], axis=2) for key, leaf in found.items()}
+    return {name: {key: part[i] for key, part in parts.items()} for i, name in enumerate(table)}
 
 
 @eqx.filter_jit
-def train_lanes(task: Task, lanes: Lanes, families, joint, steps, every):
-    """Train all lanes of all seeds in one program: records have shape (seed, lane, record, ...)."""
-
-    def run(tokens, labels, prompt, value, lane):
-        optimizers = [family(lane.rate, lane.second, steps) for family in families]
-        optimizer = one_of(lane.optimizer, optimizers)
-        return _student(optimizer, prompt, value, tokens, labels, joint, steps, every)
-
-    def of_seed(task, lanes):
+def _train_lanes(task, rates, optimizers, seconds, starts, families, joint, steps, every):
+    def lane(task, rate, index, second, start):
+        optimizer = one_of(index, [family(rate, second, steps) for family in families])
         # A frozen value is the teacher's own, and all lanes share it.
-        values = task.start_values[lanes.ratio, lanes.start] if joint else task.value
-        over_lanes = jax.vmap(run, in_axes=(None, 0, 0, 0 if joint else None, 0))
-        prompts = task.start_prompts[lanes.ratio, lanes.start]
-        return over_lanes(task.tokens, task.labels[lanes.ratio], prompts, values, lanes)
+        value = task.start_values[start] if joint else task.value
+        return _student(optimizer, task.start_prompts[start], value, *task[:2], joint, steps, every)
 
-    return jax.vmap(of_seed, in_axes=(0, Lanes(None, None, None, 0, None)))(task, lanes)
+    over_lanes = jax.vmap(lane, in_axes=(None, 0, 0, 0, 0))
+    over_ratios = jax.vmap(over_lanes, in_axes=(Task(None, 0, 0, None, 0, 0), 0, None, None, None))
+    return jax.vmap(over_ratios, in_axes=(0, 0, None, None, None))(task, rates, optimizers, seconds, starts)
+
+
+def best_rate(ys: Mapping[str, np.ndarray], target: float, every: int) -> dict[str, np.ndarray]:
+    """The runs at the best rate: fewest iterations to a relative loss, or else the lowest last loss.
+
+    Args:
+        ys: runs of one name, as `train_all` gives them.
+        target: the relative loss.
+        every: steps between two records.
+
+    Returns:
+        The same for one rate, (seed, ratio, ...), and `iterations`, infinity where the target is never
+        reached.
+    """
+    losses = ys["loss"]
+    reached = losses <= target * losses[..., :1]
+    iterations = np.where(reached.any(axis=-1), every * reached.argmax(axis=-1), np.inf)
+    last = np.nan_to_num(losses[..., -1] / losses[..., 0], nan=np.inf)
+    # The key is negative, and so ahead of every loss, where the target was reached.
+    index = np.argmin(np.where(np.isfinite(iterations), -1 / (1 + iterations), last), axis=2)
+    seed, ratio = np.indices(index.shape)
+    return {key: leaf[seed, ratio, index] for key, leaf in {**ys, "iterations": iterations}.items()}
 
 
 @eqx.filter_jit

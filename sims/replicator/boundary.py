@@ -8,10 +8,10 @@ boundary, as the over-parametrized theorem has it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from scipy.stats import gmean
 
 from models.attention import students
-from models.attention.students import LOCAL, STANDARD, Lanes, Task
+from models.attention.students import LOCAL, Runs, Task
 from models.optimizers import adam, descent, normalized_descent, sign_descent
 from models.training import record_steps
 from sims import plotting
@@ -105,9 +105,7 @@ class Config:
             )
 
 
-_QUICK = Config()
-_STANDARD = replace(
-    _QUICK,
+_STANDARD = Config(
     seeds=3,
     steps=16000,
     fast_steps=6000,
@@ -120,7 +118,7 @@ _STANDARD = replace(
     wide_ratios=(10.0, 1e25),
 )
 PRESETS: dict[Preset, Config] = {
-    "quick": _QUICK,
+    "quick": Config(),
     "standard": _STANDARD,
     "paper": replace(
         _STANDARD,
@@ -134,56 +132,7 @@ PRESETS: dict[Preset, Config] = {
 }
 
 
-class Runs(NamedTuple):
-    """Runs of one optimizer: its maker, rates (rate,) or (seed, ratio, rate), second number, and start."""
-
-    optimizer: Callable[..., Any]
-    rates: Any
-    second: float = 0.0
-    start: int = STANDARD
-
-
-def _train(task: Task, table: dict[str, Runs], steps: int, config: Config, joint: bool = False) -> dict:
-    """Train all runs of a table at every ratio in one program; by name the records and the rates.
-
-    The records have shape (seed, ratio, rate, record, ...).
-    """
-    families = tuple(dict.fromkeys(runs.optimizer for runs in table.values()))
-    seeds, ratios = task.start_prompts.shape[:2]
-    lanes = []
-    for optimizer, rates, second, start in table.values():
-        rates = np.broadcast_to(rates, (seeds, ratios, np.shape(rates)[-1]))
-        ratio = np.repeat(np.arange(ratios), rates.shape[-1])
-        one = np.ones_like(ratio)
-        rates = rates.reshape(seeds, -1)
-        lanes.append(Lanes(families.index(optimizer) * one, ratio, start * one, rates, second * one))
-    ends = np.cumsum([part.ratio.size for part in lanes])[:-1]
-    lanes = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=-1), *lanes)
-    ys = students.train_lanes(task, lanes, families, joint, steps, config.every)
-    ys = jax.device_get(ys) | {"rate": lanes.rate}
-    parts = {key: np.split(leaf, ends, axis=1) for key, leaf in ys.items()}
-    return {
-        name: {key: part[i].reshape(seeds, ratios, -1, *part[i].shape[2:]) for key, part in parts.items()}
-        for i, name in enumerate(table)
-    }
-
-
-def best_rate(config: Config, ys: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The runs at the best rate: fewest iterations to the target, or else the lowest last loss.
-
-    With them come the iterations, infinity where the target is never reached.
-    """
-    losses = ys["loss"]
-    reached = losses <= config.target * losses[..., :1]
-    iterations = np.where(reached.any(axis=-1), config.every * reached.argmax(axis=-1), np.inf)
-    last = np.nan_to_num(losses[..., -1] / losses[..., 0], nan=np.inf)
-    # The key is negative, and so ahead of every loss, where the target was reached.
-    index = np.argmin(np.where(np.isfinite(iterations), -1 / (1 + iterations), last), axis=2)
-    seed, ratio = np.indices(index.shape)
-    return {key: leaf[seed, ratio, index] for key, leaf in {**ys, "iterations": iterations}.items()}
-
-
-def _fastest(spectrum: np.ndarray, multiples: Any) -> np.ndarray:
+def _fastest(spectrum: np.ndarray, multiples: Rates) -> np.ndarray:
     """Multiples of the rate at which gradient descent is fastest on a quadratic with this spectrum."""
     return np.multiply.outer(2 / (spectrum[..., 0] + spectrum[..., -1]), np.asarray(multiples))
 
@@ -191,14 +140,14 @@ def _fastest(spectrum: np.ndarray, multiples: Any) -> np.ndarray:
 def _narrow(config: Config, context: Context, key: jax.Array) -> dict[str, Any]:
     """All runs with fewer dimensions than samples, and the Gauss-Newton spectra at the teachers."""
     context.progress("teachers", 0.0)
-    all_seeds, size = max(config.seeds, config.joint_seeds), (config.samples, config.dim)
+    all_seeds, size, every = max(config.seeds, config.joint_seeds), (config.samples, config.dim), config.every
     made = students.make_tasks(key, all_seeds, np.asarray(config.ratios), *size, config.noise)
     tasks, spectra = jax.device_get(made)
     task, spectrum = jax.tree.map(lambda leaf: leaf[: config.seeds], (tasks, spectra["frozen"]))
     context.progress("gradient descent", 0.2)
     rates = _fastest(spectrum, config.rate_multiples)
     table = {"gd": Runs(descent, rates), "gd_local": Runs(descent, rates, start=LOCAL)}
-    runs = _train(task, table, config.steps, config)
+    runs = students.train_all(task, table, config.steps, every)
     context.progress("other optimizers", 0.35)
     decaying = config.decaying_rates, config.decay
     table = {
@@ -210,28 +159,26 @@ def _narrow(config: Config, context: Context, key: jax.Array) -> dict[str, Any]:
         "sign": Runs(sign_descent, config.sign_rates, 1.0),
         "sign_decaying": Runs(sign_descent, *decaying),
     }
-    runs |= _train(task, table, config.fast_steps, config)
+    runs |= students.train_all(task, table, config.fast_steps, every)
     context.progress("training the value too", 0.5)
     table = {
         "gd": Runs(descent, _fastest(spectra["joint"], (config.joint_multiple,))),
         "adam": Runs(adam, (config.joint_adam_rate,)),
         "adam_local": Runs(adam, (config.joint_adam_rate,), start=LOCAL),
     }
-    joint = _train(tasks, table, config.joint_steps, config, joint=True)
-    best = {name: best_rate(config, ys) for name, ys in runs.items()}
+    joint = students.train_all(tasks, table, config.joint_steps, every, joint=True)
+    best = {name: students.best_rate(ys, config.target, every) for name, ys in runs.items()}
     dims = {name: f"seed ratio {'gd' if 'gd' in name else 'fast'}_step" for name in best}
     # Sign descent runs in a cycle in the last quarter.
-    cycle = runs["sign"]["loss"][:, 0]
-    cycle = cycle[..., -cycle.shape[-1] // 4 :]
+    cycle = runs["sign"]["loss"][:, 0, :, -len(record_steps(config.fast_steps, every)) // 4 :]
     return {
         "loss": {name: (dims[name], ys["loss"]) for name, ys in best.items() if name != "adam_local"},
         "log10_ratio": {name: (dims[name], best[name]["log10_ratio"]) for name in ("gd", "adam")},
         "iterations": ("seed ratio", {name: best[f"{name}_local"]["iterations"] for name in ("gd", "adam")}),
         "local_rate": ("seed ratio", best["gd_local"]["rate"]),
-        "joint": (
-            "joint_seed ratio joint_step",
-            {name: ys["log10_ratio"][:, :, 0] for name, ys in joint.items()},
-        ),
+        "joint": {
+            name: ("joint_seed ratio joint_step", ys["log10_ratio"][:, :, 0]) for name, ys in joint.items()
+        },
         "spectrum": ("seed ratio weight", spectrum),
         "at_teacher": ("joint_seed ratio", {kind: ys[..., 0] / ys[..., -1] for kind, ys in spectra.items()}),
         "sign_floor": ("seed sign_rate", np.exp(np.mean(np.log(cycle), axis=-1))),
@@ -372,18 +319,14 @@ def _speeds(config: Config, saved: Mapping[str, np.ndarray] | Saved) -> Iterator
     )
     quotient = gmean(adam[:, -1] / gd[:, -1])
     slowdown = gmean(adam[:, -1] / adam[:, 0]) / gmean(gd[:, -1] / gd[:, 0])
+    label = "slowdown from the small to the large ratio over gradient descent's"
     yield stated(
         "adam",
         "Adam is less affected by a large ratio",
         "softmax2025talk, introduction and questions",
         at_most(f"{to_target}, large ratio", adam_large, config.fast_steps, why="the target is reached"),
         at_most("the same over gradient descent's", quotient, 0.5, why="less affected: by half at least"),
-        at_most(
-            "slowdown from the small to the large ratio over gradient descent's",
-            slowdown,
-            1,
-            why="less affected means exactly this",
-        ),
+        at_most(label, slowdown, 1, why="less affected means exactly this"),
     )
 
 
@@ -485,29 +428,27 @@ def figure(config: Config, saved: Saved) -> Figure:
     for index, (ax, ratio) in enumerate(zip((few, many), config.ratios, strict=True)):
         for name, (label, look) in LOOKS.items():
             ax.loglog(_steps(saved, name)[1:], saved[f"loss/{name}"][0, index, 1:], label=label, **look)
-        ax.set(xlabel="iterations", ylabel="loss", ylim=(1e-34, 10))
-        ax.set_title(f"d = {config.dim} < N, v frozen: teacher's ratio {_power(ratio)}")
+        title = f"d = {config.dim} < N, v frozen: teacher's ratio {_power(ratio)}"
+        plotting.finish(ax, title, "iterations", "loss", ylim=(1e-34, 10))
     many.legend(loc="lower left")
 
-    steps = saved["wide_step"]
-    for index, (ratio, color) in enumerate(zip(config.wide_ratios[::-1], ("C4", "C5"), strict=False)):
-        losses, label = saved["wide/loss"][0, 0, -1 - index], f"teacher's ratio {_power(ratio)}"
-        wide.semilogy(steps, losses, color=color, label=label, **plotting.TRAINED)
-    line = _late_line(steps, saved["wide/loss"][0, 0, -1])
+    steps, losses = saved["wide_step"], saved["wide/loss"][0, 0]
+    for ratio, loss, color in zip(config.wide_ratios[::-1], losses[::-1], ("C4", "C5"), strict=False):
+        label = f"teacher's ratio {_power(ratio)}"
+        wide.semilogy(steps, loss, color=color, label=label, **plotting.TRAINED)
+    line = _late_line(steps, losses[-1])
     straight = np.exp(line.intercept + line.slope * steps)
     wide.semilogy(steps, straight, label="straight line", **plotting.THEORY)
-    wide.set(xlabel="iterations", ylabel="loss")
-    wide.set_title(f"d = {config.wide_dims[0]} > N: gradient descent on p and v")
-    wide.legend(loc="upper right")
+    title = f"d = {config.wide_dims[0]} > N: gradient descent on p and v"
+    plotting.finish(wide, title, "iterations", "loss", "upper right")
 
     _ratios(ratios, config, saved)
     _conditions_over_time(condition, config, saved)
     mu_t, losses, bound = (saved[f"small/{name}"][0] for name in ("mu_t", "loss", "loss_bound"))
     theorem.semilogy(mu_t, losses, color="C4", label="gradient descent", **plotting.TRAINED)
     theorem.semilogy(mu_t, bound, label="bound exp(-2 mu t)", **plotting.THEORY)
-    theorem.set(xlabel="mu × time", ylabel="loss over its first value")
-    theorem.set_title(f"N = n = 3, d = 12: moves {saved['small/moved'][0].max():.2f} of its bound")
-    theorem.legend(loc="upper right")
+    title = f"N = n = 3, d = 12: moves {saved['small/moved'][0].max():.2f} of its bound"
+    plotting.finish(theorem, title, "mu × time", "loss over its first value", "upper right")
     return drawn
 
 
@@ -532,9 +473,8 @@ def _ratios(ax: Axes, config: Config, saved: Saved) -> None:
     label = f"gradient descent, d = {config.wide_dims[0]}"
     ax.semilogx(saved["wide_step"][1:], saved["wide/log10_ratio"][0, 0, -1, 1:], color="C4", label=label)
     ax.plot([], [], label="teacher", **plotting.THEORY)
-    ax.set(xlabel="iterations", ylabel="log10 of mean max / min attention", ylim=(0, 62))
-    ax.set_title("Ratio: the teacher's, if v is frozen")
-    ax.legend(loc="upper left")
+    title, ylabel = "Ratio: the teacher's, if v is frozen", "log10 of mean max / min attention"
+    plotting.finish(ax, title, "iterations", ylabel, "upper left", ylim=(0, 62))
 
 
 def _conditions_over_time(ax: Axes, config: Config, saved: Saved) -> None:
@@ -547,9 +487,8 @@ def _conditions_over_time(ax: Axes, config: Config, saved: Saved) -> None:
             ax.loglog(steps, values, label=label, **look)
         ax.axhline(saved["at_teacher/frozen"][0, index], **plotting.THEORY)
     ax.plot([], [], label="at the teacher", **plotting.THEORY)
-    ax.set(xlabel="iterations", ylabel="condition number", ylim=(10, 3e5))
-    ax.set_title("Gauss-Newton matrix of p, v frozen")
-    ax.legend(loc="upper right")
+    title = "Gauss-Newton matrix of p, v frozen"
+    plotting.finish(ax, title, "iterations", "condition number", "upper right", ylim=(10, 3e5))
 
 
 def _power(ratio: float) -> str:

@@ -6,9 +6,10 @@ import numpy as np
 import optax
 import pytest
 
+from models.attention import students
 from models.optimizers import decaying, one_of
 from models.training import train
-from sims.replicator.boundary import PRESETS, Config, _speeds, best_rate
+from sims.replicator.boundary import PRESETS, Config, _speeds
 
 
 def loss(params):
@@ -40,7 +41,7 @@ def test_the_best_rate_reaches_the_target_first_or_else_ends_lowest():
     ]
     losses = np.array(runs).reshape(2, 1, 3, 3)
     rates = np.broadcast_to([1.0, 2.0, 3.0], (2, 1, 3))
-    best = best_rate(config, {"loss": losses, "rate": rates})
+    best = students.best_rate({"loss": losses, "rate": rates}, config.target, config.every)
     assert best["rate"].ravel().tolist() == [2.0, 2.0]
     assert best["iterations"].ravel().tolist() == [config.every, np.inf]
     np.testing.assert_array_equal(best["loss"][:, 0], [runs[0][1], runs[1][1]])
