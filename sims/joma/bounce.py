@@ -22,8 +22,8 @@ from jaxtyping import Array, PyTree
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dynamics import joma
 from dynamics.flow import ArrayLike, Trajectory, integrate
-from dynamics.joma import saturating_flow
 from dynamics.spectra import entropy
 from models.attention import JomaBlock, JomaInputs, JomaState
 from models.functional import as_function
@@ -31,7 +31,7 @@ from models.losses import bind, cross_entropy, mean_squared_error
 from models.training import Descent, train
 from sims import plotting
 from sims.claims import Claim, Preset, at_least, at_most, corrected, equals, qualified, slope, stated
-from sims.compare import convergence_order, lane, lane_gaps, percent
+from sims.compare import lane, lane_gaps, orders, percent
 from sims.ranges import Length, Positive, Range, check_ranges
 from sims.results import Context, Saved
 
@@ -53,6 +53,7 @@ LABELS = {
 }
 RATES = {"one_hot_relu": 0.01, **dict.fromkeys(LABELS, 0.1)}
 OFF = f"{percent(WRONG_FACTOR)} off"
+LEGEND = {"loc": "upper left", "fontsize": 7}
 TIME, ENTROPY = "time = learning rate × step", "entropy of attention [nats]"
 GOLDEN = "a golden number of an earlier implementation"
 VISIBLE = "a tenth of a nat is what can be seen in a figure"
@@ -100,23 +101,16 @@ def _drawn_field(targets: Array) -> Array:
     return jax.lax.scan(step, jnp.full_like(targets, START), None, length=5000)[1]
 
 
-def _fields() -> dict:
-    """Entropy of attention along the source's flow, as printed with three sets of targets and as drawn."""
+def _fields() -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Times, and logits (T, M) along the source's flow with three sets of targets."""
     mus = {"printed": FIGURE_4_TARGETS, **OTHER_TARGETS}
     # Elementwise: one state holds the components of all three.
     mu = np.concatenate(list(mus.values()))
     ts = np.append(0.0, np.geomspace(0.01, 200.0, 4000))
     # Targets below four are not too stiff for an explicit solver, which is quicker to compile.
-    v = np.asarray(saturating_flow(np.zeros_like(mu), mu, ts, solver=diffrax.Dopri8()).ys)
+    v = np.asarray(joma.saturating_flow(np.zeros_like(mu), mu, ts, solver=diffrax.Dopri8()).ys)
     parts = np.split(v, np.cumsum(list(map(len, mus.values())))[:-1], axis=1)
-    logits = {name: part**2 / 2 for name, part in zip(mus, parts, strict=True)}
-    drawn = _drawn_field(np.array(FIGURE_4_TARGETS))
-    return {
-        "field_time": ("field_time", ts),
-        "field": ("field_time", _entropies(logits)),
-        "drawn_time": ("drawn_time", FIGURE_4_RATE * np.arange(len(drawn))),
-        "drawn": ("drawn_time", _entropies(drawn**2 / 3)),
-    }
+    return ts, {name: part**2 / 2 for name, part in zip(mus, parts, strict=True)}
 
 
 def _reduced_field(t, state, args):
@@ -222,7 +216,8 @@ def _bounce(path: np.ndarray) -> np.ndarray:
 def run(config: Config, context: Context) -> dict:
     """Integrate the fields, train the networks, and take the entropy of attention along each."""
     context.progress("the source's fields", 0.0)
-    fields = _fields()
+    field_time, of_field = _fields()
+    drawn = _drawn_field(np.array(FIGURE_4_TARGETS))
     context.progress("the reduced flow of one-hot tokens", 0.2)
     flows, by_size = _reduced_flows(config)
     context.progress("training on one-hot tokens", 0.4)
@@ -233,10 +228,15 @@ def run(config: Config, context: Context) -> dict:
     others = jax.device_get(_train_others(jax.random.key(context.seed), config))
 
     finest = lane(trained, int(np.argmin(descent.rates))).ys
-    of_trained, of_sizes = jax.device_get(_entropies((finest.z, by_size)))
+    logits = {"field": of_field, "drawn": np.asarray(drawn) ** 2 / 3, "trained": finest.z, "sizes": by_size}
+    entropies = jax.device_get(_entropies(logits))
+    of_trained, of_sizes = entropies["trained"], entropies["sizes"]
     shown = np.unique(np.round(np.geomspace(1, descent.points + 1, 400)).astype(int) - 1)
     return {
-        **fields,
+        "field_time": ("field_time", field_time),
+        "field": ("field_time", entropies["field"]),
+        "drawn_time": ("drawn_time", FIGURE_4_RATE * np.arange(len(drawn))),
+        "drawn": ("drawn_time", entropies["drawn"]),
         "rate": ("rate", descent.rates),
         "gap": ("rate", {name: lane_gaps(flow, trained) for name, flow in flows.items()}),
         "time": ("time", descent.times[shown]),
@@ -283,7 +283,7 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
             at_most("bounce, targets (0.5, 1, 1.5)", bounce["small"], 0.01, why="far below what is seen")
         ],
     )
-    order = {name: convergence_order(saved["rate"], gap).slope for name, gap in saved["gap"].items()}
+    order = orders(saved["rate"], saved["gap"])
     lowest, end = saved["lowest"], saved["entropy/trained"][-1]
     quarter = "the largest rate is a quarter of where descent gets unstable"
     digits = f"{GOLDEN}, four digits; of first order in the rate"
@@ -337,24 +337,22 @@ def figure(config: Config, saved: Saved) -> Figure:
     labels = [f"target {target:.1f}" for target in _targets(LARGEST, TOKENS)[tokens]]
     theory, trained = (saved[f"v/{of}"][1:, tokens] for of in ("theory", "trained"))
     plotting.theory_and_trained(weights, saved["time"][1:], theory, trained, labels)
-    weights.set(xscale="log", xlabel=TIME, ylabel="hidden weight v of a token")
-    weights.set_title("Large targets are reached first")
-    weights.legend(fontsize=7)
+    of_token, small = "hidden weight v of a token", {"fontsize": 7}
+    plotting.finish(weights, "Large targets are reached first", TIME, of_token, small, xscale="log")
 
     rates, largest = saved["rate"], saved["largest"]
     gaps = {"reduced flow": saved["gap/right"], f"exponent {OFF}": saved["gap/wrong"]}
-    plotting.gap_panel(over_rate, rates, gaps, "learning rate", "largest gap of v and z")
-    over_rate.set_xticks(rates, [f"{rate:.2g}" for rate in rates])
-    over_rate.minorticks_off()
-    over_rate.set_title("Gap to the reduced flow")
+    title = "Gap to the reduced flow"
+    plotting.gap_panel(over_rate, rates, gaps, "learning rate", "largest gap of v and z", title)
+    plotting.label_ticks(over_rate, rates, "{:.2g}").minorticks_off()
 
     order = np.argsort(largest)
     over_size.semilogx(largest[order], saved["bounce"][order], "o-", color="C0")
     over_size.axhline(0.1, **plotting.PRINTED)
-    over_size.set_xticks(largest, [f"{target:g}" for target in largest])
-    over_size.minorticks_off()
-    over_size.set(xlabel="largest target", ylabel="bounce of the entropy [nats]")
-    over_size.set_title("Small targets hardly bounce")
+    plotting.label_ticks(over_size, largest)
+    plotting.finish(
+        over_size, "Small targets hardly bounce", "largest target", "bounce of the entropy [nats]"
+    )
     return drawn
 
 
@@ -366,8 +364,7 @@ def _draw_fields(ax: Axes, saved: Saved) -> None:
         labels[name] = f"the same, μ = ({', '.join(f'{m:g}' for m in mu)})"
     for index, (name, label) in enumerate(labels.items()):
         ax.plot(saved["field_time"][1:], saved[f"field/{name}"][1:], color=f"C{index + 1}", label=label)
-    ax.set(xscale="log", xlabel="time", ylabel=ENTROPY, ylim=(0, 3.6), title="The source's flows")
-    ax.legend(loc="upper left", fontsize=7, ncols=1)
+    plotting.finish(ax, "The source's flows", "time", ENTROPY, LEGEND, xscale="log", ylim=(0, 3.6))
 
 
 def _draw_networks(bouncing: Axes, falling: Axes, saved: Saved) -> None:
@@ -376,10 +373,8 @@ def _draw_networks(bouncing: Axes, falling: Axes, saved: Saved) -> None:
     bouncing.plot(RATES["one_hot_relu"] * steps, saved["other/one_hot_relu"][1:], **relu)
     bouncing.plot(ts, saved["entropy/trained"][1:], color="C0", label="linear", **plotting.TRAINED)
     bouncing.plot(ts, saved["entropy/theory"][1:], label="reduced flow", **plotting.THEORY)
-    bouncing.set(xscale="log", xlabel=TIME, ylabel=ENTROPY)
-    bouncing.set_title("Networks that bounce:\none-hot tokens, squared error, targets to 20")
-    bouncing.legend()
+    title = "Networks that bounce:\none-hot tokens, squared error, targets to 20"
+    plotting.finish(bouncing, title, TIME, ENTROPY, "best", xscale="log")
     for index, (name, label) in enumerate(LABELS.items()):
         falling.plot(RATES[name] * steps, saved[f"other/{name}"][1:], color=f"C{index}", label=label)
-    falling.set(xscale="log", xlabel=TIME, ylabel=ENTROPY, ylim=(1.9, 3.9), title="Networks that do not")
-    falling.legend(loc="upper left", fontsize=7)
+    plotting.finish(falling, "Networks that do not", TIME, ENTROPY, LEGEND, xscale="log", ylim=(1.9, 3.9))

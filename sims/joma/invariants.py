@@ -332,6 +332,6 @@ def _draw_drift(ax: Axes, kind: str, saved: Saved) -> None:
 
 
 def _finish(ax: Axes, title: str, rates: np.ndarray, **legend: Any) -> None:
-    plotting.label_ticks(ax, rates, "{:.3g}")
+    plotting.label_ticks(ax, rates, "{:.3g}").minorticks_off()
     plotting.make_room(ax, above=0.3)
     plotting.finish(ax, title, "learning rate", "drift / change of z", {"loc": "upper left", **legend})
