@@ -20,7 +20,6 @@ from jaxtyping import Array
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.special import erfinv
-from scipy.stats import spearmanr
 
 from dynamics import joma
 from dynamics.flow import Trajectory
@@ -28,20 +27,9 @@ from models.attention import JomaBlock, JomaInputs, joma_observer
 from models.functional import as_function
 from models.losses import bind, upstream_product
 from models.training import Descent
-from sims import plotting
+from sims import compare, plotting
 from sims.claims import Claim, Preset, at_least, at_most, corrected, equals, every, slope, stated
-from sims.compare import (
-    SOLVE,
-    WRONG_FACTOR,
-    convergence_order,
-    lane,
-    lane_gaps,
-    largest,
-    named_lanes,
-    percent,
-    require_ok,
-    right_and_wrong,
-)
+from sims.compare import SOLVE, WRONG_FACTOR, lane, lane_gaps, largest, named_lanes, percent, require_ok
 from sims.ranges import Count, Length, Range, check_ranges
 from sims.results import Context, Saved
 
@@ -50,6 +38,7 @@ HORIZON, BEFORE = 0.9, 0.9999  # of the blow-up time: where training ends, and t
 # Two that tie for the winner, three behind them, one without saliency and a negative one.
 CONTEST = (1.0, 1.0, 0.9, 0.5, 0.1, 0.0, -0.3)
 RESCALED_END = 6.0  # of the winner: erfc(6 / sqrt(2)) = 2e-9 of the blow-up time is left
+TIGHT: dict[str, Any] = {"rtol": 1e-11, "atol": 1e-14, **SOLVE}
 OFF = f"{percent(WRONG_FACTOR)} off"
 GROWN = "the solver's error, grown 2000-fold by the blow-up"
 
@@ -114,53 +103,36 @@ def _draw(key: Array, config: Config):
 
 
 @jax.jit
-def _closed_forms(ts: Array, delta: Array) -> dict[str, Array]:
-    return right_and_wrong(lambda factor: joma.modified_mlp_solution(ts, factor * delta))
-
-
-@jax.jit
-def _flows(delta: Array, progress: Array) -> tuple[dict[str, Trajectory], Trajectory]:
-    """Flows of the network's saliency and of the contest, and that of the contest in rescaled time."""
+def _theory(delta: Array, ts: Array, progress: Array) -> tuple[dict, list[Trajectory]]:
+    """Closed forms, and the flows beside them: to shares of the blow-up time, and of the contest past it."""
     contest = jnp.array(CONTEST)
+    blow_up, start = joma.blow_up_time(contest), jnp.zeros_like(contest)
 
     def flow(delta):
         ts = progress * joma.blow_up_time(delta)
-        return joma.modified_mlp_flow(jnp.zeros_like(delta), delta, ts, rtol=1e-11, atol=1e-14, **SOLVE)
-
-    # Padded with tokens that have no saliency, the contest shares a solve with the network.
-    paths = named_lanes(flow, network=delta, contest=jnp.pad(contest, (0, delta.size - contest.size)))
-    taus = jnp.array([0.0, RESCALED_END])
-    start = jnp.zeros_like(contest)
-    return paths, joma.rescaled_mlp_flow(start, contest, taus, rtol=1e-11, atol=1e-14, **SOLVE)
-
-
-@jax.jit
-def _spreads(V: Array, delta: Array) -> dict[str, Array]:
-    """Relative spread over the tokens of erf(v / 2) / Delta and of erf(v / sqrt 2) / Delta, at every time."""
+        return joma.modified_mlp_flow(jnp.zeros_like(delta), delta, ts, **TIGHT)
 
     def spread(scaled):
+        """Relative spread over the tokens of erf / Delta, at every time."""
         ratio = erf(scaled) / delta[None]
         return jnp.ptp(ratio, axis=1) / jnp.mean(ratio, axis=1)
 
-    return {"printed": spread(V / 2), "corrected": spread(V / jnp.sqrt(2.0))}
-
-
-def _theory(delta: Array, progress: np.ndarray) -> dict:
-    """The erf law along the network's flow; the contest shortly before its blow-up, and past it."""
-    paths, rescaled = _flows(delta, progress)
-    require_ok("a flow of hidden weights", *paths.values(), rescaled)
-    contest = np.array(CONTEST)
-    blow_up = joma.blow_up_time(contest)
-    closed, limits = joma.modified_mlp_solution(np.array([BEFORE, 2.0]) * blow_up, contest)
-    return {
-        "progress": ("progress", progress[1:]),
-        "spread": ("progress", _spreads(paths["network"].ys[1:], delta)),
-        "contestant": ("contestant", contest),
-        "before": ("contestant", {"flow": paths["contest"].ys[-1, : contest.size], "closed": closed}),
-        "limit": ("contestant", limits),
-        "end": ("contestant", rescaled.ys.V[-1]),
-        "end_time": rescaled.ys.t[-1] / blow_up,
+    # Padded with tokens that have no saliency, the contest shares a solve with the network.
+    padded = jnp.pad(contest, (0, delta.size - contest.size))
+    paths = named_lanes(flow, network=delta, contest=padded)
+    past = joma.rescaled_mlp_flow(start, contest, jnp.array([0.0, RESCALED_END]), **TIGHT)
+    V = paths["network"].ys[1:]
+    closed, limits = joma.modified_mlp_solution(jnp.array([BEFORE, 2.0]) * blow_up, contest)
+    found = {
+        "right": joma.modified_mlp_solution(ts, delta),
+        "wrong": joma.modified_mlp_solution(ts, WRONG_FACTOR * delta),
+        "spread": {"printed": spread(V / 2), "corrected": spread(V / jnp.sqrt(2.0))},
+        "before": {"flow": paths["contest"].ys[-1, : contest.size], "closed": closed},
+        "limit": limits,
+        "end": past.ys.V[-1],
+        "end_time": past.ys.t[-1] / blow_up,
     }
+    return found, [*paths.values(), past]
 
 
 def run(config: Config, context: Context) -> dict:
@@ -168,17 +140,16 @@ def run(config: Config, context: Context) -> dict:
     delta, blow_up, data, params, observe = _draw(jax.random.key(context.seed), config)
     context.progress("training at every learning rate", 0.0)
     descent = Descent(HORIZON * float(blow_up), config.points, config.substeps)
-    _, trained = descent.train(bind(upstream_product, data), params, observe=observe)
-    trained = jax.device_get(trained)
+    trained = jax.device_get(descent.train(bind(upstream_product, data), params, observe=observe)[1])
     V = Trajectory(trained.ts, trained.ys.V[..., 0], trained.ok)
-    ts = descent.times
-    closed = jax.device_get(_closed_forms(ts, delta))
-    gaps = {name: lane_gaps(Trajectory(ts, v, True), V) for name, v in closed.items()}
-    gaps["z"] = np.max(np.abs(trained.ys.z[:, :, 0] - V.ys**2 / 2), axis=(1, 2))
 
     context.progress("integrating the flow", 0.6)
-    near = 1 - np.geomspace(1 - HORIZON, 1 - BEFORE, 7)[1:]
+    ts, near = descent.times, 1 - np.geomspace(1 - HORIZON, 1 - BEFORE, 7)[1:]
     progress = np.append(np.linspace(0.0, HORIZON, config.points + 1), near)
+    theory, paths = jax.device_get(_theory(delta, ts, progress))
+    require_ok("a flow of hidden weights", *paths)
+    gaps = {name: lane_gaps(Trajectory(ts, theory[name], True), V) for name in ("right", "wrong")}
+    gaps["z"] = np.max(np.abs(trained.ys.z[:, :, 0] - V.ys**2 / 2), axis=(1, 2))
     return {
         "rate": ("rate", descent.rates),
         "gap": ("rate", gaps),
@@ -186,9 +157,13 @@ def run(config: Config, context: Context) -> dict:
         "blow_up": blow_up,
         "delta": ("token", delta),
         "trained": ("time token", lane(V, int(np.argmin(descent.rates))).ys),
-        "closed": ("time token", closed["right"]),
+        "closed": ("time token", theory["right"]),
         "printed": ("time token", 2 * erfinv(ts[:, None] * np.asarray(delta) / np.sqrt(np.pi))),
-        **_theory(delta, progress),
+        "progress": ("progress", progress[1:]),
+        "spread": ("progress", theory["spread"]),
+        "contestant": ("contestant", np.array(CONTEST)),
+        **{name: ("contestant", theory[name]) for name in ("before", "limit", "end")},
+        "end_time": theory["end_time"],
     }
 
 
@@ -235,9 +210,9 @@ def _winner(saved: Saved) -> Claim:
 def _network(config: Config, saved: Saved) -> Claim:
     rates, gaps = saved["rate"], saved["gap"]
     small = np.asarray(config.substeps) >= config.small
-    order = {name: convergence_order(rates[small], gap[small]).slope for name, gap in gaps.items()}
+    order = compare.orders(rates[small], {name: gap[small] for name, gap in gaps.items()})
     decades, of_all = (np.log10(some.max() / rates.min()) for some in (rates[small], rates))
-    over_all = convergence_order(rates, gaps["right"]).slope
+    over_all = compare.convergence_order(rates, gaps["right"]).slope
     label = f"order of the gap of v in the learning rate, {decades:.1f} decades of small rates"
     bent = "the second order bends it by a few percent"
     more = "rates of 20 steps in all bend it more"
@@ -256,7 +231,8 @@ def _saliency(saved: Saved) -> Claim:
     delta, size = np.abs(saved["delta"]), np.abs(saved["trained"])
     relative, early, end = (v / v.max() for v in (delta, size[1], size[-1]))
     common, common_at_end = relative[:COMMON].max(), end[:COMMON].max()
-    rank: Any = spearmanr(delta, size[-1])
+    # Spearman's: that of the ranks.
+    rank = np.corrcoef(*(np.argsort(np.argsort(of)) for of in (delta, size[-1])))[0, 1]
     off, next_term = largest(early - relative), np.pi / 12 * (HORIZON / (len(size) - 1)) ** 2
     series = "the next term of erfinv, pi / 12 (t / t*)^2"
     monotone = "one increasing function takes |Delta| to |v|"
@@ -267,7 +243,7 @@ def _saliency(saved: Saved) -> Claim:
         at_most("common tokens: |Delta| over the largest", common, 0.1, why="chance in 12800 tokens"),
         at_most("first record: |v| beside |Delta|, both over their maxima", off, next_term, why=series),
         at_most("end: |v| of common tokens over the winner's", common_at_end, common, why="they fall behind"),
-        at_least("end: rank correlation of |v| with |Delta|", rank.statistic, 1, 1e-12, why=monotone),
+        at_least("end: rank correlation of |v| with |Delta|", rank, 1, 1e-12, why=monotone),
     )
 
 
@@ -281,16 +257,15 @@ def figure(config: Config, saved: Saved) -> Figure:
     rising = np.argsort(saved["rate"])
     labels = {"right": "v to the closed form", "z": "z to v²/2", "wrong": f"Δ {OFF}"}
     gaps = {label: saved[f"gap/{name}"][rising] for name, label in labels.items()}
-    plotting.gap_panel(gap, saved["rate"][rising], gaps, "learning rate", "largest gap")
-    gap.set_title("Gap of the network to theory")
+    title = "Gap of the network to theory"
+    plotting.gap_panel(gap, saved["rate"][rising], gaps, "learning rate", "largest gap", title)
 
     left = 1 - saved["progress"]
     law.loglog(left, saved["spread/printed"], "s-", color="0.45", label="printed: erf(v/2) / Δ", ms=3.5)
     law.loglog(left, saved["spread/corrected"], "o-", color="C0", label="corrected: erf(v/√2) / Δ", ms=3.5)
     law.invert_xaxis()
-    law.set(xlabel="1 − t / t*, t* the blow-up time", ylabel="relative spread over tokens")
-    law.set_title("Which ratio all tokens share")
-    law.legend(loc="center left")
+    labels = ("1 − t / t*, t* the blow-up time", "relative spread over tokens", "center left")
+    plotting.finish(law, "Which ratio all tokens share", *labels)
     return drawn
 
 
@@ -299,15 +274,15 @@ def _draw_weights(ax: Axes, saved: Saved) -> None:
     order = np.argsort(-np.abs(delta))
     shown = [order[0], order[1], order[3], order[order < COMMON][0]]
     names = [f"{'common' if token < COMMON else 'distinct'}, Δ = {delta[token]:+.4f}" for token in shown]
-    plotting.theory_and_trained(ax, ts, saved["closed"][:, shown], saved["trained"][:, shown], names)
-    ax.lines[len(shown)].set_label("closed form")
+    closed, trained = saved["closed"][:, shown], saved["trained"][:, shown]
+    plotting.theory_and_trained(ax, ts, closed, trained, names, "closed form")
     lines = ax.plot(ts, saved["printed"][:, shown], **plotting.PRINTED)
     lines[0].set_label("printed: erf(v/2)")
     ax.axvline(blow_up, color="0.6", linewidth=0.8)
     ax.text(blow_up, 0.5, "blow-up", transform=ax.get_xaxis_transform(), ha="right", rotation=90)
-    ax.set(xlabel="time = learning rate × step", ylabel="hidden weight v")
-    ax.set_title(f"Trained (learning rate {saved['rate'].min():.1g}) and theory")
-    ax.legend(loc="upper left", fontsize=7)
+    title = f"Trained (learning rate {saved['rate'].min():.1g}) and theory"
+    legend = {"loc": "upper left", "fontsize": 7}
+    plotting.finish(ax, title, "time = learning rate × step", "hidden weight v", legend)
 
 
 def _draw_tokens(ax: Axes, saved: Saved) -> None:
@@ -319,6 +294,5 @@ def _draw_tokens(ax: Axes, saved: Saved) -> None:
     ax.axvline(COMMON - 0.5, color="black", linestyle="--", linewidth=0.8)
     ax.set_xticks([(COMMON - 1) / 2, (COMMON + len(delta) - 1) / 2], ["common tokens", "distinct tokens"])
     ax.tick_params(axis="x", length=0)
-    ax.set(xlabel="token", ylabel="relative to the largest", ylim=(-1.25, 1.25))
-    ax.set_title("Saliency and weights by token")
-    ax.legend(loc="lower left")
+    labels = ("Saliency and weights by token", "token", "relative to the largest", "lower left")
+    plotting.finish(ax, *labels, ylim=(-1.25, 1.25))
