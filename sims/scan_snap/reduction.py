@@ -20,21 +20,11 @@ from matplotlib.figure import Figure
 
 from dynamics import scan_snap
 from dynamics.flow import Trajectory
-from dynamics.scan_snap import FLOWS, SequenceClasses
+from dynamics.scan_snap import FLOWS, SequenceClasses, attention_error
 from models.data.tokens import one_common_token, synthetic_classes
+from models.training import map_lanes
 from sims import plotting
-from sims.claims import (
-    ROUNDING,
-    Claim,
-    Preset,
-    at_least,
-    at_most,
-    corrected,
-    every,
-    qualified,
-    slope,
-    stated,
-)
+from sims.claims import ROUNDING, Claim, Preset, at_least, at_most, corrected, every, qualified, slope, stated
 from sims.compare import SOLVE, convergence_order, require_ok
 from sims.ranges import Count, Positive, Share
 from sims.results import Context, Saved
@@ -93,43 +83,47 @@ def _ranked_tokens(classes: SequenceClasses) -> np.ndarray:
 
 
 @eqx.filter_jit
-def _solve(flow, classes, ts, ratios) -> Trajectory:
-    """A flow on all data (D) at all ratios (R)."""
+def _solve(flow, classes, tokens, ts, ratios) -> Trajectory:
+    """A flow on all data (D) at all ratios (R): what `_measure` makes of its states."""
 
-    def one(classes, ratio):
+    def one(classes, tokens, ratio):
         # What is left is rounding: every threshold of the claims is far above.
         tight = {"rtol": 1e-10, "atol": 1e-13, **SOLVE}
-        return flow(classes, ts, learning_rate_Y=1.0, learning_rate_Z=ratio, **tight)
+        path = flow(classes, ts, learning_rate_Y=1.0, learning_rate_Z=ratio, **tight)
+        measured = jax.vmap(partial(_measure, flow, classes, tokens))(path.ys, ts)
+        gains = {name: jnp.max(measured[name]) for name in ("gain", "reverse")}
+        return Trajectory(ts, measured | gains, path.ok)
 
-    return jax.vmap(jax.vmap(one, in_axes=(None, 0)), in_axes=(0, None))(classes, ratios)
+    def at_all_ratios(data):
+        return map_lanes(partial(one, *data), ratios, at_once=1)
+
+    # Side by side all would take the steps of the one that takes most: on a CPU that is work.
+    return map_lanes(at_all_ratios, (classes, tokens), at_once=1)
 
 
-@jax.jit
-def _measure(path: Trajectory, classes: SequenceClasses, tokens: jax.Array) -> dict[str, jax.Array]:
-    """Logits of the queries, the growth rate xi, and the largest error of the relative gain's closed form.
+def _measure(flow, classes, tokens, weights, t) -> dict[str, jax.Array]:
+    """Logits of the queries, the flow's growth rate xi, and the largest errors of the relative gain.
 
-    That is over times and pairs of distinct tokens. The first of a pair is the more probable one; the
-    `reverse` error is for the other order.
+    These are errors of its closed form over pairs of distinct tokens, the first of which is the more probable
+    one; the `reverse` error is for the other order.
     """
-    first, second = np.triu_indices(DISTINCT, 1)
 
-    def at(weights, t, classes, tokens):
-        @partial(jax.vmap, in_axes=1)
-        def error(token, reference):
-            args = (weights.Z, classes, token, reference)
-            return scan_snap.log_relative_gain(*args) - scan_snap.log_relative_gain_closed_form(*args)
+    @partial(jax.vmap, in_axes=1)
+    def error(token, reference):
+        args = (weights.Z, classes, token, reference)
+        return scan_snap.log_relative_gain(*args) - scan_snap.log_relative_gain_closed_form(*args)
 
-        return {
-            "z": weights.Z[classes.query],
-            "growth_rate": scan_snap.growth_rate(weights, classes),
-            "weak_growth_rate": scan_snap.weak_growth_rate(weights.Z, classes, t, 1.0),
-            "gain": jnp.max(jnp.abs(error(tokens[:, first], tokens[:, second]))),
-            "reverse": jnp.max(jnp.abs(error(tokens[:, second], tokens[:, first]))),
-        }
-
-    over_runs = jax.vmap(jax.vmap(at, in_axes=(0, 0, None, None)), in_axes=(0, 0, None, None))
-    found = jax.vmap(over_runs)(path.ys, path.ts, classes, tokens)
-    return found | {name: jnp.max(found[name], axis=-1) for name in ("gain", "reverse")}
+    if flow is scan_snap.weak_correlation_flow:
+        xi = scan_snap.weak_growth_rate(weights.Z, classes, t, 1.0)
+    else:
+        xi = scan_snap.growth_rate(weights, classes)
+    first, second = (tokens[:, places] for places in np.triu_indices(DISTINCT, 1))
+    return {
+        "z": weights.Z[classes.query],
+        "growth_rate": xi,
+        "gain": jnp.max(jnp.abs(error(first, second))),
+        "reverse": jnp.max(jnp.abs(error(second, first))),
+    }
 
 
 def run(config: Config, context: Context) -> dict:
@@ -142,25 +136,28 @@ def run(config: Config, context: Context) -> dict:
     found = {}
     for index, (name, flow) in enumerate(FLOWS.items()):
         context.progress(f"solving for the {NAMES[name]}", index / len(FLOWS))
-        path = _solve(flow, classes, ts, ratios)
+        path = jax.device_get(_solve(flow, classes, tokens, ts, ratios))
         require_ok(f"the {NAMES[name]}", path)
-        found[name] = jax.device_get(_measure(path, classes, tokens))
+        found[name] = path.ys
 
     z = {name: paths["z"] for name, paths in found.items()}  # (D, R, T, K, M)
     distinct = {name: np.take_along_axis(path, tokens[:, None, None], axis=-1) for name, path in z.items()}
     f = classes.P / np.linalg.norm(classes.P, axis=-1, keepdims=True)
     f0 = np.take_along_axis(f, tokens, axis=-1)[:, None, None, :, 0]
     log_chi = {name: 2 * path[..., 0] for name, path in distinct.items()}
-    xi = {**{name: found[name]["growth_rate"] for name in FLOWS}, "weak": found["weak"]["weak_growth_rate"]}
-    B = {name: scan_snap.growth_along(rate, ts, ratios[:, None, None]) for name, rate in xi.items()}
+    xi, rates = {name: paths["growth_rate"] for name, paths in found.items()}, ratios[:, None, None]
+    B = {name: scan_snap.growth_along(rate, ts, rates) for name, rate in xi.items()}
+    # The start is left out, where z is zero.
+    later = {name: path[:, :, 1:] for name, path in z.items()}
     # The figure shows the first class of Figure 4's data: z at ratio 0.1, and its growth at ratio 1.
     row, (tenth, one) = list(data).index("figure4"), np.searchsorted(ratios, [0.1, 1.0])
+    shown = [0, tokens[row, 0, 0]]
     return {
         "time": ("time", ts),
         "ratio": ("ratio", ratios),
         "overlap": ("overlap", overlaps),
         "data": ("data", np.array(list(data))),
-        "fate": _fate(z["full"][:, :, 1:], distinct["full"][:, :, 1:], data, tenth),
+        "fate": _fate(later["full"], distinct["full"][:, :, 1:], data, tenth),
         "gain": ("data ratio", {name: found[name]["gain"] for name in FLOWS}),
         "reverse": ("data ratio", {name: found[name]["reverse"] for name in REDUCED}),
         "bound": {
@@ -168,21 +165,14 @@ def run(config: Config, context: Context) -> dict:
             "below": ("data", {name: _most(2 * f0**2 * B[name] - log_chi[name]) for name in FLOWS}),
             "above": ("data", {name: _most(log_chi[name] - 2 * B[name]) for name in FLOWS}),
         },
-        # The start is left out, where z is zero.
         "error": (
             "data ratio",
-            {
-                name: scan_snap.attention_error(z[name][:, :, 1:], z["full"][:, :, 1:]).max(axis=-1)
-                for name in REDUCED
-            },
+            {each: attention_error(later[each], later["full"]).max(-1) for each in REDUCED},
         ),
         "size": ("data ratio", {name: np.max(np.abs(path), axis=(2, 3, 4)) for name, path in z.items()}),
         "figure4_overlap": f[row, 0] @ f[row, 1],
         "token": ("token", np.array(["common token", "strongest distinct"])),
-        "z": (
-            "time token",
-            {name: path[row, tenth][:, 0, [0, tokens[row, 0, 0]]] for name, path in z.items()},
-        ),
+        "z": ("time token", {name: path[row, tenth][:, 0, shown] for name, path in z.items()}),
         "growth": ("time", {"log_chi": log_chi["full"][row, one, :, 0], "B": B["full"][row, one, :, 0]}),
         "f0": f0[row, 0, 0, 0],
     }
@@ -225,9 +215,8 @@ def _tokens(saved: Saved) -> Iterator[Claim]:
         outside=[at_least("three common tokens of unequal probability: largest z", largest, 0.01, why=rare)],
     )
     moving = ~np.isin(saved["data"], STILL)
-    worst = {
-        name: np.max([saved[f"gain/{name}"][moving], saved[f"reverse/{name}"][moving]]) for name in REDUCED
-    }
+    errors = {name: [saved[f"gain/{name}"], saved[f"reverse/{name}"]] for name in REDUCED}
+    worst = {name: np.max(np.stack(both)[:, moving]) for name, both in errors.items()}
     exact = "exact: the solver's 1e-13 per step, times exp(2 z)"
     yield stated(
         "relative-gain-reduced",
@@ -288,7 +277,10 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         slope("order, one common token, cosine 0.72, ratios <= 0.01", strongly, 1.0, 0.1, why=bends),
     )
     error = saved["error/weak"][:, slow]
-    hardly = np.max([error[data[str(cosine)]] for cosine in saved["overlap"] if cosine <= 1e-3])
+    source, hardly = (
+        error[data["figure4"]],
+        np.max([error[data[str(cosine)]] for cosine in saved["overlap"] if cosine <= 1e-3]),
+    )
     few, wrong = "a few cosines, and the fast decoder's error", "an error of the size of z"
     yield qualified(
         "weak-correlation",
@@ -296,11 +288,7 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         "tian2023scan, Theorem 1",
         condition="the classes hardly overlap: cosines of 0.001, not those of the source's own data",
         inside=[at_most("error at ratio 0.01, cosines <= 0.001", hardly, 0.02, why=few)],
-        outside=[
-            at_least(
-                "error at ratio 0.01, Figure 4's data (cosine 0.72)", error[data["figure4"]], 0.5, why=wrong
-            )
-        ],
+        outside=[at_least("error at ratio 0.01, Figure 4's data (cosine 0.72)", source, 0.5, why=wrong)],
     )
     size, one_law = saved["size"], data["one law"]
     apart = np.max([each[data["no common"]] for each in size.values()])
@@ -334,10 +322,9 @@ def figure(config: Config, saved: Saved) -> Figure:
     for flow, style in (("fast", plotting.THEORY), ("weak", plotting.PRINTED)):
         over_time.plot(ts, saved[f"z/{flow}"], **style)
         over_time.plot([], [], label=NAMES[flow], **style)
-    over_time.set(xlabel="time × learning_rate_Y", ylabel="attention logit z")
-    over_time.set_ylim(top=1.8 * full.max())  # room for the legend
-    over_time.set_title("Ten common tokens, ratio 0.1")
-    over_time.legend(loc="upper left", ncols=2)
+    room, place = (None, 1.8 * full.max()), {"loc": "upper left", "ncols": 2}
+    labels = ("Ten common tokens, ratio 0.1", "time × learning_rate_Y", "attention logit z")
+    plotting.finish(over_time, *labels, place, ylim=room)
 
     data, slow = _places(saved["data"]), _places(ratios)[0.01]
     common = [data[str(cosine)] for cosine in overlaps]
@@ -349,23 +336,20 @@ def figure(config: Config, saved: Saved) -> Figure:
         over_overlap.loglog(overlaps, error[common, slow], "o-", color=color, label=name)
         over_overlap.loglog(saved["figure4_overlap"], figure4[slow], "s", ms=8, **hollow)
     plotting.reference_slope(over_ratio, ratios, saved["error/fast"][data["0.03"]], 1, "slope 1")
-    over_ratio.set(xlabel="learning_rate_Z / learning_rate_Y", ylabel="largest relative error of z")
-    low, high = over_ratio.get_ylim()
-    over_ratio.set_ylim(low, high * (high / low) ** 0.6)  # room for the legend
-    over_ratio.set_title("Error over the ratio of learning rates")
-    over_ratio.legend(loc="upper left")
+    plotting.make_room(over_ratio, above=0.6)
+    size, place = "largest relative error of z", "upper left"
+    title, ratio = "Error over the ratio of learning rates", "learning_rate_Z / learning_rate_Y"
+    plotting.finish(over_ratio, title, ratio, size, place)
 
     over_overlap.plot([], [], "s", color="0.3", mfc="none", ms=8, label="ten common tokens")
-    over_overlap.set(xlabel="cosine of the two classes", ylabel="largest relative error of z")
-    over_overlap.set_title("Error over the classes' overlap, ratio 0.01")
-    over_overlap.legend(loc="upper left")
+    title = "Error over the classes' overlap, ratio 0.01"
+    plotting.finish(over_overlap, title, "cosine of the two classes", size, place)
 
     log_chi, B, f0 = saved["growth/log_chi"], saved["growth/B"], saved["f0"]
     bounds.plot(ts, log_chi, color="C0", label="strongest distinct token", **plotting.TRAINED)
     bounds.plot(ts, 2 * B, label="bounds 2 f(0)² B and 2 B", **plotting.THEORY)
     bounds.plot(ts, 2 * f0**2 * B, **plotting.THEORY)
     bounds.plot(ts, 2 * f0 * B, label="printed lower bound 2 f(0) B", **plotting.PRINTED)
-    bounds.set(xlabel="time × learning_rate_Y", ylabel="ln of the growth χ", ylim=(0, 2.8 * B.max()))
-    bounds.set_title("Full flow, ratio 1: growth and its bounds")
-    bounds.legend(loc="upper left")
+    labels = ("Full flow, ratio 1: growth and its bounds", "time × learning_rate_Y", "ln of the growth χ")
+    plotting.finish(bounds, *labels, place, ylim=(0, 2.8 * B.max()))
     return drawn
