@@ -146,23 +146,24 @@ def train_all(
     rates = [np.broadcast_to(runs.rates, (*leading, np.shape(runs.rates)[-1])) for runs in table.values()]
     sizes, rate = [part.shape[-1] for part in rates], np.concatenate(rates, axis=-1)
     columns = [(families.index(runs.optimizer), runs.second, runs.start) for runs in table.values()]
-    lanes = (np.repeat(column, sizes) for column in zip(*columns, strict=True))
-    found = jax.device_get(_train_lanes(task, rate, *lanes, families, joint, steps, every)) | {"rate": rate}
+    lanes = tuple(np.repeat(column, sizes) for column in zip(*columns, strict=True))
+    found = jax.device_get(_train_lanes(task, rate, lanes, families, joint, steps, every)) | {"rate": rate}
     parts = {key: np.split(leaf, np.cumsum(sizes)[:-1], axis=2) for key, leaf in found.items()}
     return {name: {key: part[i] for key, part in parts.items()} for i, name in enumerate(table)}
 
 
 @eqx.filter_jit
-def _train_lanes(task, rates, optimizers, seconds, starts, families, joint, steps, every):
-    def lane(task, rate, index, second, start):
+def _train_lanes(task, rates, lanes, families, joint, steps, every):
+    def train_one(task, rate, lane):
+        index, second, start = lane
         optimizer = one_of(index, [family(rate, second, steps) for family in families])
         # A frozen value is the teacher's own, and all lanes share it.
-        value = task.start_values[start] if joint else task.value
-        return _student(optimizer, task.start_prompts[start], value, *task[:2], joint, steps, every)
+        prompt, value = task.start_prompts[start], task.start_values[start] if joint else task.value
+        return _student(optimizer, prompt, value, task.tokens, task.labels, joint, steps, every)
 
-    over_lanes = jax.vmap(lane, in_axes=(None, 0, 0, 0, 0))
-    over_ratios = jax.vmap(over_lanes, in_axes=(Task(None, 0, 0, None, 0, 0), 0, None, None, None))
-    return jax.vmap(over_ratios, in_axes=(0, 0, None, None, None))(task, rates, optimizers, seconds, starts)
+    over_lanes = jax.vmap(train_one, in_axes=(None, 0, 0))
+    over_ratios = jax.vmap(over_lanes, in_axes=(Task(None, 0, 0, None, 0, 0), 0, None))
+    return jax.vmap(over_ratios, in_axes=(0, 0, None))(task, rates, lanes)
 
 
 def best_rate(ys: Mapping[str, np.ndarray], target: float, every: int) -> dict[str, np.ndarray]:
