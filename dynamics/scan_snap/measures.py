@@ -1,4 +1,7 @@
-"""Measures of what attention has learned: its error against a theory, its growth, and its order."""
+"""Measures of what attention has learned: its error against a theory, its growth, and its order.
+
+They are for records, which they look at in NumPy and in 64-bit.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dynamics.flow import ArrayLike
+from dynamics.arguments import ArrayLike, as_real, require_every, require_same_shape, require_times
 
 
 def attention_error(Z: ArrayLike, theory: ArrayLike) -> np.ndarray:
@@ -19,11 +22,16 @@ def attention_error(Z: ArrayLike, theory: ArrayLike) -> np.ndarray:
     Returns:
         Errors in the Euclidean norm over the last two axes, shape (...); |Z| where the theory is zero.
 
+    Raises:
+        ValueError: an array has less than two axes.
+
     Example:
         >>> float(attention_error([[3.0, 0.0]], [[3.0, 4.0]]))
         0.8
     """
-    Z, theory = np.asarray(Z), np.asarray(theory)
+    Z, theory = _record("Z", Z), _record("theory", theory)
+    if min(Z.ndim, theory.ndim) < 2:
+        raise ValueError(f"Z and theory must have shapes (..., M, M), got {Z.shape} and {theory.shape}")
     size = np.linalg.norm(theory, axis=(-2, -1))
     return np.asarray(np.linalg.norm(Z - theory, axis=(-2, -1)) / np.where(size == 0, 1, size))
 
@@ -35,11 +43,14 @@ def growth_along(growth_rate: ArrayLike, ts: ArrayLike, learning_rate_Z: ArrayLi
 
     Args:
         growth_rate: xi at the times, as `dynamics.scan_snap.growth_rate` gives it, shape (..., T, K).
-        ts: the times, shape (T,).
-        learning_rate_Z: learning rate of attention, of a shape that broadcasts against `growth_rate`.
+        ts: the times, which increase strictly, shape (T,).
+        learning_rate_Z: learning rate of attention, >= 0, of a shape that broadcasts against `growth_rate`.
 
     Returns:
         B, shape (..., T, K), zero at the first time.
+
+    Raises:
+        ValueError: a learning rate is negative, or the times do not increase or are not as many as the rates.
 
     Example:
         >>> growth_along([[0.0], [2.0], [4.0]], [0.0, 1.0, 2.0], 0.5).round(6).tolist()
@@ -47,8 +58,13 @@ def growth_along(growth_rate: ArrayLike, ts: ArrayLike, learning_rate_Z: ArrayLi
     """
     from scipy.integrate import cumulative_simpson  # it takes long to import
 
-    xi, ts = np.asarray(growth_rate), np.asarray(ts)
-    return np.asarray(learning_rate_Z) * cumulative_simpson(xi, x=ts, axis=-2, initial=0)
+    xi, rate = _record("growth_rate", growth_rate), _record("learning_rate_Z", learning_rate_Z)
+    require_every("learning_rate_Z", rate, lambda rate: rate >= 0, ">= 0")
+    require_times(ts, float)
+    ts = _record("ts", ts)
+    if xi.ndim < 2 or xi.shape[-2] != ts.size:
+        raise ValueError(f"growth_rate must have shape (..., {ts.size}, K), got shape {xi.shape}")
+    return rate * cumulative_simpson(xi, x=ts, axis=-2, initial=0)
 
 
 def rank_correlation(z: ArrayLike, score: ArrayLike) -> float:
@@ -59,7 +75,10 @@ def rank_correlation(z: ArrayLike, score: ArrayLike) -> float:
         score: scores of the same shape; pairs whose score is NaN are left out.
 
     Returns:
-        The correlation; NaN for fewer than three pairs, or where either does not vary.
+        The correlation; NaN for fewer than three pairs, where either does not vary, or where a logit is NaN.
+
+    Raises:
+        ValueError: the shapes differ.
 
     Example:
         >>> rank_correlation([1.0, 2.0, 9.0, 3.0], [0.1, 0.2, 0.3, float("nan")])
@@ -67,9 +86,16 @@ def rank_correlation(z: ArrayLike, score: ArrayLike) -> float:
     """
     from scipy.stats import spearmanr  # it takes long to import
 
-    z, score = np.asarray(z), np.asarray(score)
-    pairs = np.isfinite(score)
+    z, score = _record("z", z), _record("score", score)
+    require_same_shape("(...)", [z.ndim], z=z, score=score)
+    pairs = ~np.isnan(score)
     if np.count_nonzero(pairs) < 3:
         return float("nan")
     found: Any = spearmanr(z[pairs], score[pairs])
     return float(found.statistic)
+
+
+def _record(name: str, value: ArrayLike) -> np.ndarray:
+    """A recorded array in NumPy: JAX would take it down to its own default precision."""
+    as_real(name, value)
+    return np.asarray(value, float)

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, PyTree
 
-from dynamics.flow import ArrayLike, as_inexact
+from dynamics.arguments import ArrayLike, as_real, require_sizes
 from models.functional import Frozen
 
 
@@ -36,12 +36,12 @@ def attention_logits(prompt: ArrayLike, tokens: ArrayLike, key_weights: ArrayLik
         >>> attention_logits([1.0, 2.0], [[1.0, 0.0], [0.0, 1.0]]).tolist()
         [1.0, 2.0]
     """
-    prompt, tokens = as_inexact(prompt), as_inexact(tokens)
+    prompt, tokens = as_real("prompt", prompt), as_real("tokens", tokens)
     _require_prompt(prompt, key_weights)
     d = prompt.shape[-1]
     if tokens.ndim < 2 or tokens.shape[-2] == 0 or tokens.shape[-1] != d:
         raise ValueError(f"tokens must have shape (..., n, {d}) with n >= 1, got shape {tokens.shape}")
-    keys = tokens if key_weights is None else tokens @ as_inexact(key_weights)
+    keys = tokens if key_weights is None else tokens @ as_real("key_weights", key_weights)
     return keys @ prompt if prompt.ndim == 1 else jnp.einsum("...nd,hqd->...hqn", keys, prompt)
 
 
@@ -71,7 +71,7 @@ def prompt_attention(
         >>> float(prompt_attention([0.0, 0.0], [1.0, 3.0], [[1.0, 0.0], [0.0, 1.0]]))
         2.0
     """
-    prompt, value, tokens = as_inexact(prompt), as_inexact(value), as_inexact(tokens)
+    prompt, value, tokens = as_real("prompt", prompt), as_real("value", value), as_real("tokens", tokens)
     _require_prompt(prompt, key_weights)
     _require_value(prompt, value)
     attention = jax.nn.softmax(attention_logits(prompt, tokens, key_weights), axis=-1)
@@ -126,12 +126,12 @@ class PromptAttention(nnx.Module):
         Raises:
             ValueError: the shapes do not fit.
         """
-        prompt, value = as_inexact(prompt), as_inexact(value)
+        prompt, value = as_real("prompt", prompt), as_real("value", value)
         _require_prompt(prompt, key_weights)
         _require_value(prompt, value)
         self.prompt = nnx.Param(prompt)
         self.value = nnx.Param(value) if train_value else Frozen(value)
-        self.key_weights = None if key_weights is None else Frozen(as_inexact(key_weights))
+        self.key_weights = None if key_weights is None else Frozen(as_real("key_weights", key_weights))
 
     @classmethod
     def standard(
@@ -169,9 +169,7 @@ class PromptAttention(nnx.Module):
             (1, 3)
         """
         sizes = {"dim": dim, "outputs": outputs, "heads": heads, "queries": queries}
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be a positive integer, got {size}")
+        require_sizes(**{name: size for name, size in sizes.items() if size is not None})
         if heads is None and queries != 1:
             raise ValueError(f"queries must be 1 where heads is None, got {queries}")
         key_prompt, key_value = jax.random.split(key)
@@ -256,5 +254,5 @@ def log_mean_ratio(log_ratios: ArrayLike, axis: int = -1) -> Array:
         >>> round(float(log_mean_ratio([0.0, 1000.0])), 4)  # 1000 - log 2
         999.3069
     """
-    log_ratios = as_inexact(log_ratios)
+    log_ratios = as_real("log_ratios", log_ratios)
     return logsumexp(log_ratios, axis=axis) - jnp.log(log_ratios.shape[axis]).astype(log_ratios.dtype)

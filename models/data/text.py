@@ -219,8 +219,10 @@ def select_windows(text: TextClasses, keep: np.ndarray) -> TextClasses:
         >>> select_windows(text, text.position > 5).classes.P.tolist()
         [[0.0, 0.5, 0.0, 0.5]]
     """
-    keep = np.asarray(keep, bool)
+    keep = np.asarray(keep)
     require_shape("keep", keep, text.label.shape)
+    if keep.dtype != bool:
+        raise ValueError(f"keep must hold booleans, got dtype {keep.dtype}")
     counts = np.asarray(text.contexts.counts)[keep]
     names = [text.words[word] for word in np.asarray(text.classes.next_token)]
     P = _context_law(counts, text.label[keep], names)

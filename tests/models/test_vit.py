@@ -152,7 +152,11 @@ def test_bad_input_is_refused():
         build(heads=0)
     with pytest.raises(ValueError, match="shape must tile images of 4 by 6 pixels, got 3 by 3"):
         build(patch=(3, 3))
-    params = make(pool="mean")[1]  # arguments by name: this is what the cache goes by
+    # One patch alone would be added to all positions.
+    predict, params = make(pool="mean")  # arguments by name: this is what the cache goes by
+    for shape in ((2, 3, 2), (4, 6, 1), (4, 6)):
+        with pytest.raises(ValueError, match=r"images must have shape \(B, 4, 6, 2\), got shape \(5, "):
+            predict(params, images(shape))
     for scale in (-1.0, jnp.inf, [1.0]):
         with pytest.raises(ValueError, match="scale must be a finite number >= 0"):
             scale_initial(params, scale)
