@@ -69,6 +69,20 @@ def as_real(name: str, value: Any) -> Array:
     return array
 
 
+def require_dtype(dtype: Any) -> Any:
+    """The dtype of numbers that are made: float32 or float64, and JAX's default float where None.
+
+    Example:
+        >>> require_dtype("int32")
+        Traceback (most recent call last):
+        ValueError: dtype must be float32 or float64, got int32
+    """
+    dtype = jnp.dtype(jnp.result_type(float) if dtype is None else dtype)
+    if dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(f"dtype must be float32 or float64, got {dtype}")
+    return dtype
+
+
 def _as_array(name: str, value: Any) -> Array:
     if isinstance(value, np.ma.MaskedArray):
         raise ValueError(f"{name} must be an array without a mask, got a masked array")

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
-from dynamics.arguments import require_choice, require_integer
-from dynamics.flow import ArrayLike, require_number
+from dynamics.arguments import ArrayLike, as_real, require_choice, require_integer, require_number
 from models.data.images import patches
 
 EMBEDDER = "embedder"
@@ -132,10 +131,10 @@ class VisionTransformer(nnx.Module):
         Raises:
             ValueError: the images have another shape.
         """
-        shape = jnp.shape(images)
-        if len(shape) == 0 or shape[1:] != self.image_shape:
+        images = as_real("images", images)
+        if images.ndim == 0 or images.shape[1:] != self.image_shape:
             sizes = ", ".join(map(str, self.image_shape))
-            raise ValueError(f"images must have shape (B, {sizes}), got shape {shape}")
+            raise ValueError(f"images must have shape (B, {sizes}), got shape {images.shape}")
         x = self.embedder(patches(images, self.patch, colour=self.colour))
         if self.class_token is not None:
             first = jnp.broadcast_to(self.class_token[...][None, None], (len(x), 1, x.shape[-1]))

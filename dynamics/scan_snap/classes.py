@@ -52,18 +52,19 @@ class SequenceClasses(eqx.Module):
 
     def __init__(self, P: ArrayLike, query: ArrayLike, next_token: ArrayLike):
         """Build the classes from their arrays."""
-        P = as_real("P", P)
-        if P.ndim != 2 or P.shape[0] < 1 or P.shape[1] < 2:
-            raise ValueError(f"P must have shape (K, M) with K >= 1 and M >= 2, got shape {P.shape}")
-        P = require_every("P", P, lambda P: (P >= 0) & (np.inf > P), "finite and >= 0")
-        P = _require_sums(P)
+        law = as_real("P", P)
+        if law.ndim != 2 or law.shape[0] < 1 or law.shape[1] < 2:
+            raise ValueError(f"P must have shape (K, M) with K >= 1 and M >= 2, got shape {law.shape}")
+        K, M = law.shape
+        law = require_every("P", law, lambda p: (p >= 0) & (p < np.inf), "finite and >= 0")
+        law = _require_sums(law)
         for name, tokens in (("query", query), ("next_token", next_token)):
-            tokens = require_indices(name, tokens, P.shape[1])
-            require_shape(name, tokens, P.shape[:1])
+            tokens = require_indices(name, tokens, M)
+            require_shape(name, tokens, (K,))
             if is_traced(tokens):
-                P = nan_unless(((tokens >= 0) & (tokens < P.shape[1]))[:, None], P)
+                law = nan_unless(((tokens >= 0) & (tokens < M))[:, None], law)
             setattr(self, name, tokens)
-        self.P = P
+        self.P = law
 
     @property
     def num_classes(self) -> int:

@@ -220,7 +220,7 @@ def _require_sequences(Z: ArrayLike, counts: ArrayLike, query: ArrayLike) -> tup
     Z, counts = as_real("Z", Z), as_real("counts", counts)
     query = require_indices("query", query, len(Z) if Z.ndim else 0)
     require_shapes(Z=(Z, "M M"), counts=(counts, "B M"), query=(query, "B"))
-    return Z, require_every("counts", counts, lambda N: (N >= 0) & (jnp.inf > N), "finite and >= 0"), query
+    return Z, require_every("counts", counts, lambda n: (n >= 0) & (n < jnp.inf), "finite and >= 0"), query
 
 
 def _attend(z: Array, counts: Array) -> Array:

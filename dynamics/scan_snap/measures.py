@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dynamics.arguments import ArrayLike, as_real, require_every, require_same_shape, require_times
+from dynamics.arguments import ArrayLike, as_real, require_every, require_times
 
 
 def attention_error(Z: ArrayLike, theory: ArrayLike) -> np.ndarray:
@@ -58,12 +58,12 @@ def growth_along(growth_rate: ArrayLike, ts: ArrayLike, learning_rate_Z: ArrayLi
     """
     from scipy.integrate import cumulative_simpson  # it takes long to import
 
-    xi, rate = _record("growth_rate", growth_rate), _record("learning_rate_Z", learning_rate_Z)
+    rate = as_real("learning_rate_Z", learning_rate_Z)
     require_every("learning_rate_Z", rate, lambda rate: rate >= 0, ">= 0")
-    require_times(ts, float)
-    ts = _record("ts", ts)
-    if xi.ndim < 2 or xi.shape[-2] != ts.size:
-        raise ValueError(f"growth_rate must have shape (..., {ts.size}, K), got shape {xi.shape}")
+    count = require_times(ts, float).size
+    xi, ts, rate = _record("growth_rate", growth_rate), np.asarray(ts, float), np.asarray(rate)
+    if xi.ndim < 2 or xi.shape[-2] != count:
+        raise ValueError(f"growth_rate must have shape (..., {count}, K), got shape {xi.shape}")
     return rate * cumulative_simpson(xi, x=ts, axis=-2, initial=0)
 
 
@@ -87,7 +87,8 @@ def rank_correlation(z: ArrayLike, score: ArrayLike) -> float:
     from scipy.stats import spearmanr  # it takes long to import
 
     z, score = _record("z", z), _record("score", score)
-    require_same_shape("(...)", [z.ndim], z=z, score=score)
+    if z.shape != score.shape:
+        raise ValueError(f"z and score must have one shape, got {z.shape} and {score.shape}")
     pairs = ~np.isnan(score)
     if np.count_nonzero(pairs) < 3:
         return float("nan")

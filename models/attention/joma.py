@@ -16,6 +16,7 @@ from dynamics.arguments import (
     as_concrete,
     as_real,
     require_choice,
+    require_dtype,
     require_indices,
     require_number,
     require_positive,
@@ -167,9 +168,7 @@ class JomaBlock(nnx.Module):
         if dim < tokens + queries:
             raise ValueError(f"dim must be at least tokens + queries = {tokens + queries}, got {dim}")
         key_embedding, key_weights = jax.random.split(key)
-        U = jax.random.orthogonal(
-            key_embedding, dim, dtype=jnp.result_type(float) if dtype is None else dtype
-        )
+        U = jax.random.orthogonal(key_embedding, dim, dtype=require_dtype(dtype))
         W = require_number("scale", scale, U.dtype, at_least=0) * jax.random.normal(
             key_weights, (dim, hidden), U.dtype
         )

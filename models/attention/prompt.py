@@ -12,7 +12,7 @@ from flax import nnx
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, PyTree
 
-from dynamics.arguments import ArrayLike, as_real, require_sizes
+from dynamics.arguments import ArrayLike, as_real, require_dtype, require_sizes
 from models.functional import Frozen
 
 
@@ -174,6 +174,7 @@ class PromptAttention(nnx.Module):
             raise ValueError(f"queries must be 1 where heads is None, got {queries}")
         key_prompt, key_value = jax.random.split(key)
         shape = (dim,) if heads is None else (heads, queries, dim)
+        dtype = require_dtype(dtype)
         prompt = jax.random.normal(key_prompt, shape, dtype)
         leading = () if heads is None else (heads,)
         trailing = () if outputs is None else (outputs,)

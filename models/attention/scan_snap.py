@@ -14,6 +14,7 @@ from dynamics.arguments import (
     ArrayLike,
     as_real,
     one_hot,
+    require_dtype,
     require_every,
     require_indices,
     require_shapes,
@@ -75,8 +76,7 @@ class ScanSnapAttention(nnx.Module):
             True
         """
         (M,) = require_sizes(vocab_size=vocab_size)
-        dtype = jnp.result_type(float) if dtype is None else dtype
-        Y, Z = jax.random.uniform(key, (2, M, M), dtype, -(M**-0.5), M**-0.5)
+        Y, Z = jax.random.uniform(key, (2, M, M), require_dtype(dtype), -(M**-0.5), M**-0.5)
         return cls(Y, Z)
 
     def __call__(self, contexts: Contexts) -> Array:
@@ -93,7 +93,7 @@ class ScanSnapAttention(nnx.Module):
         if counts.shape != (*query.shape, len(Z)):
             shapes = f"{counts.shape} and {query.shape}"
             raise ValueError(f"counts and query must have shapes (..., {len(Z)}) and (...), got {shapes}")
-        counts, z = require_every("counts", counts, lambda N: N >= 0, ">= 0"), rows(Z, query)
+        counts, z = require_every("counts", counts, lambda n: n >= 0, ">= 0"), rows(Z, query)
         # Only tokens that occur set the scale: it cancels, and without it those that occur may underflow.
         occurs = counts != 0
         top = jnp.max(z, axis=-1, keepdims=True, where=occurs, initial=-jnp.inf)

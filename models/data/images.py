@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dynamics.arguments import ArrayLike, as_real, require_choice
+from dynamics.arguments import ArrayLike, as_real, require_choice, require_dtype
 
 Split = Literal["train", "test"]
 
@@ -253,4 +253,4 @@ def _require_labels(path: Path, labels: np.ndarray, classes: int) -> None:
 
 def _to_unit(pixels: np.ndarray, largest: int, dtype: Any) -> Array:
     """Whole numbers as numbers in [0, 1]."""
-    return as_real("dtype", jnp.asarray(pixels, jnp.result_type(float) if dtype is None else dtype) / largest)
+    return jnp.asarray(pixels, require_dtype(dtype)) / largest

@@ -19,6 +19,7 @@ from dynamics.arguments import (
     as_real,
     is_traced,
     nan_unless,
+    require_dtype,
     require_every,
     require_finite,
     require_number,
@@ -129,9 +130,9 @@ def orthogonal_keys(
     samples, tokens, dim = require_sizes(samples=samples, tokens=tokens, dim=dim)
     if dim < samples * tokens:
         raise ValueError(f"dim must be >= samples * tokens = {samples * tokens}, got {dim}")
-    dtype = jnp.result_type(float) if dtype is None else dtype
+    dtype = require_dtype(dtype)
     scale = require_positive("scale", scale, dtype)
-    rows = as_real("dtype", jax.random.orthogonal(key, samples * tokens, dtype=dtype, m=dim))
+    rows = jax.random.orthogonal(key, samples * tokens, dtype=dtype, m=dim)
     return (jnp.sqrt(scale) * rows).reshape(samples, tokens, dim)
 
 
@@ -236,7 +237,7 @@ def diagonal_teacher(
         (True, (2,))
     """
     samples, tokens, dim = require_sizes(samples=samples, tokens=tokens, dim=dim)
-    dtype = jnp.result_type(float) if dtype is None else dtype
+    dtype = require_dtype(dtype)
     scales = (
         require_number("kq_scale", kq_scale, dtype, at_least=0),
         require_number("vo_scale", vo_scale, dtype, at_least=0),

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from dynamics.arguments import require_integer, require_shape
+from dynamics.arguments import require_dtype, require_integer, require_shape
 from dynamics.scan_snap import SequenceClasses
 from models.data.tokens import Contexts
 
@@ -190,8 +190,7 @@ def next_token_classes(
         places.append(here)
         label.append(np.full(len(here), n))
     label, places = np.concatenate(label), np.concatenate(places)
-    dtype = jnp.result_type(float) if dtype is None else dtype
-    counts = np.zeros((len(places), vocab_size + 1), dtype)
+    counts = np.zeros((len(places), vocab_size + 1), require_dtype(dtype))
     windows = np.lib.stride_tricks.sliding_window_view(before, window)[places]
     np.add.at(counts, (np.arange(len(places))[:, None], windows), 1)
     counts = counts[:, :-1]

@@ -13,6 +13,7 @@ from dynamics.arguments import (
     ArrayLike,
     is_traced,
     nan_unless,
+    require_dtype,
     require_indices,
     require_integer,
     require_number,
@@ -98,7 +99,7 @@ def synthetic_classes(
     P /= P.sum(axis=1, keepdims=True)
     query = first_query + np.arange(K) // next_per_query
     next_token = first_query + num_queries + np.arange(K)
-    dtype = jnp.result_type(float) if dtype is None else dtype
+    dtype = require_dtype(dtype)
     return SequenceClasses(jnp.asarray(P, dtype), jnp.asarray(query), jnp.asarray(next_token))
 
 
@@ -248,7 +249,7 @@ def count_tokens(tokens: ArrayLike, vocab_size: int, dtype: Any = None) -> Conte
         [[1.0, 2.0, 0.0]]
     """
     tokens = require_sequences(tokens, vocab_size)
-    dtype = jnp.result_type(float) if dtype is None else dtype
+    dtype = require_dtype(dtype)
     context = tokens[:, :-1]
     known = jnp.all((context >= 0) & (context < vocab_size), axis=1, keepdims=True)
     return Contexts(nan_unless(known, _count(context, vocab_size, dtype)), tokens[:, -1])

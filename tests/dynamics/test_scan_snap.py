@@ -375,8 +375,8 @@ def test_nothing_comes_of_traced_classes_that_are_bad(name):
 COUNTS = np.array([[2.0, 1, 0, 0, 0, 0, 3], [0, 0, 1, 0, 0, 0, 0]])
 TOKENS = {
     "attended_features": (lambda m: scan_snap.attended_features(LOGITS[0], COUNTS, m), "query"),
-    "loss_gradient, query": (lambda m: scan_snap.loss_gradient(*LOGITS, COUNTS, m, [1, 2]), "query"),
-    "loss_gradient, next": (lambda n: scan_snap.loss_gradient(*LOGITS, COUNTS, [1, 2], n), "next_token"),
+    "loss_gradient, query": (lambda m: scan_snap.loss_gradient(*WEIGHTS, COUNTS, m, [1, 2]), "query"),
+    "loss_gradient, next": (lambda n: scan_snap.loss_gradient(*WEIGHTS, COUNTS, [1, 2], n), "next_token"),
     "log_relative_gain, token": (
         lambda token: scan_snap.log_relative_gain(LOGITS[0], ONE_COMMON, token, [0, 0]),
         "token",
