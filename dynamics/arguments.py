@@ -293,6 +293,9 @@ def require_shapes(**arrays: tuple[Array, str]) -> None:
         wanted = [f"({', '.join(letters)}{',' * (len(letters) == 1)})" for letters in axes]
         word = "shape" if len(arrays) == 1 else "shapes"
         raise ValueError(f"{_listed(arrays)} must have {word} {_listed(wanted)}, got {_listed(shapes)}")
+    for name, (array, _) in arrays.items():
+        if array.size == 0:
+            raise ValueError(f"{name} must not be empty, got shape {array.shape}")
 
 
 def require_same_shape(axes: str, dims: Sequence[int], **arrays: Array) -> None:

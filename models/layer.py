@@ -40,6 +40,7 @@ def leaky_relu(z: Array, slope: Array | float) -> Array:
         >>> leaky_relu(jnp.array([-1.0, 2.0]), 0.5).tolist()
         [-0.5, 2.0]
     """
+    z, slope = as_real("z", z), as_real("slope", slope)
     return jnp.where(z > 0, z, slope * z)
 
 

@@ -49,10 +49,10 @@ def attend(z: ArrayLike, x: ArrayLike, kind: Kind | str, temperature: ArrayLike 
     """
     z, x = as_real("z", z), as_real("x", x)
     require_choice("kind", kind, get_args(Kind))
-    if x.ndim < 1:
-        raise ValueError("x must have shape (..., M), got a number")
-    if z.shape not in (x.shape[-1:], x.shape):
-        raise ValueError(f"z must have shape {x.shape[-1:]} or {x.shape}, got shape {z.shape}")
+    if x.ndim < 1 or x.size == 0 or z.shape not in (x.shape[-1:], x.shape):
+        raise ValueError(
+            f"z and x must have shapes (M,) or (..., M), and (..., M), got {z.shape} and {x.shape}"
+        )
     dtype = jnp.promote_types(z.dtype, x.dtype)
     temperature = require_positive("temperature", temperature, dtype)
     x = require_every("x", x, lambda x: x >= 0, ">= 0").astype(dtype)
@@ -193,7 +193,7 @@ def saliency(gradient: ArrayLike, x: ArrayLike) -> Array:
         [0.0, 0.25, -0.25]
     """
     gradient, x = as_real("gradient", gradient), as_real("x", x)
-    if x.ndim != 2 or gradient.ndim not in (1, 2) or len(gradient) != len(x) or not len(x):
+    if x.ndim != 2 or gradient.ndim not in (1, 2) or len(gradient) != len(x) or 0 in (x.size, gradient.size):
         raise ValueError(
             f"gradient and x must have shapes (S,) or (S, K), and (S, M), got {gradient.shape} and {x.shape}"
         )

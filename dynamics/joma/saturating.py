@@ -95,13 +95,14 @@ def rate_ratio(mu: ArrayLike, reference: ArrayLike) -> Array:
         The ratio, of the shape of `mu`.
 
     Raises:
-        ValueError: `reference` has another shape.
+        ValueError: `reference` has another shape, or a number is not finite and can be looked at.
 
     Example:
         >>> float(rate_ratio(2.0, 0.0)).__round__(6)  # e^2
         7.389056
     """
-    mu, reference = as_real("mu", mu), as_real("reference", reference)
+    mu = require_finite("mu", as_real("mu", mu))
+    reference = require_finite("reference", as_real("reference", reference))
     if reference.shape not in ((), mu.shape):
         raise ValueError(f"reference must be a number or of shape {mu.shape}, got shape {reference.shape}")
     reference = reference.astype(mu.dtype)

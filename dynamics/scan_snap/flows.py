@@ -218,8 +218,9 @@ def attended_features(Z: ArrayLike, counts: ArrayLike, query: ArrayLike) -> Floa
 
 def _require_sequences(Z: ArrayLike, counts: ArrayLike, query: ArrayLike) -> tuple[Array, Array, Array]:
     Z, counts = as_real("Z", Z), as_real("counts", counts)
-    query = require_indices("query", query, len(Z) if Z.ndim else 0)
-    require_shapes(Z=(Z, "M M"), counts=(counts, "B M"), query=(query, "B"))
+    require_shapes(Z=(Z, "M M"), counts=(counts, "B M"))
+    query = require_indices("query", query, len(Z))
+    require_shapes(counts=(counts, "B M"), query=(query, "B"))
     return Z, require_every("counts", counts, lambda n: (n >= 0) & (n < jnp.inf), "finite and >= 0"), query
 
 
@@ -262,7 +263,8 @@ def loss_gradient(
     Y = as_real("Y", Y)
     Z, counts, query = _require_sequences(Z, counts, query)
     next_token = require_indices("next_token", next_token, len(Z))
-    require_shapes(Y=(Y, "M M"), Z=(Z, "M M"), query=(query, "B"), next_token=(next_token, "B"))
+    require_shape("Y", Y, Z.shape)
+    require_shape("next_token", next_token, query.shape)
     f = _attend(rows(Z, query), counts)
     return jax.tree.map(
         jnp.negative, _direction(Weights(Y, Z), f, one_hot(next_token, len(Y), Y.dtype), query)
@@ -380,6 +382,7 @@ def weak_growth_rate(
         [0.0, 0.0]
     """
     K, M = classes.num_classes, classes.vocab_size
+    t = require_number("t", t, classes.P.dtype, at_least=0)
     u = M * decoder_margin(t, learning_rate_Y, K, M)
     others = jnp.sum(class_overlap(Z, classes), axis=-1) - 1
     return u / (M - 1 + jnp.exp(u)) / K * others
@@ -398,11 +401,15 @@ def row_sums(weights: Weights) -> Weights:
     Returns:
         The sums, shapes (..., M).
 
+    Raises:
+        ValueError: the shapes do not fit.
+
     Example:
         >>> row_sums(Weights(jnp.eye(2), jnp.ones((2, 2)))).Z.tolist()
         [2.0, 2.0]
     """
     Y, Z = (as_real(name, array) for name, array in zip(Weights._fields, weights, strict=True))
+    require_shapes(Y=(Y, "... M M"), Z=(Z, "... M M"))
     return Weights(jnp.sum(Y, axis=-1), jnp.sum(Z, axis=-1))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dynamics.arguments import ArrayLike, as_real, require_every, require_times
+from dynamics.arguments import ArrayLike, as_real, is_traced, require_every, require_times
 
 
 def attention_error(Z: ArrayLike, theory: ArrayLike) -> np.ndarray:
@@ -23,17 +23,18 @@ def attention_error(Z: ArrayLike, theory: ArrayLike) -> np.ndarray:
         Errors in the Euclidean norm over the last two axes, shape (...); |Z| where the theory is zero.
 
     Raises:
-        ValueError: an array has less than two axes.
+        ValueError: an array has less than two axes, or the shapes do not broadcast.
 
     Example:
         >>> float(attention_error([[3.0, 0.0]], [[3.0, 4.0]]))
         0.8
     """
     Z, theory = _record("Z", Z), _record("theory", theory)
-    if min(Z.ndim, theory.ndim) < 2:
+    if min(Z.ndim, theory.ndim) < 2 or Z.shape[-2:] != theory.shape[-2:] or 0 in (Z.size, theory.size):
         raise ValueError(f"Z and theory must have shapes (..., M, M), got {Z.shape} and {theory.shape}")
     size = np.linalg.norm(theory, axis=(-2, -1))
-    return np.asarray(np.linalg.norm(Z - theory, axis=(-2, -1)) / np.where(size == 0, 1, size))
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.linalg.norm(Z - theory, axis=(-2, -1)) / np.where(size == 0, 1, size))
 
 
 def growth_along(growth_rate: ArrayLike, ts: ArrayLike, learning_rate_Z: ArrayLike) -> np.ndarray:
@@ -58,13 +59,15 @@ def growth_along(growth_rate: ArrayLike, ts: ArrayLike, learning_rate_Z: ArrayLi
     """
     from scipy.integrate import cumulative_simpson  # it takes long to import
 
-    rate = as_real("learning_rate_Z", learning_rate_Z)
-    require_every("learning_rate_Z", rate, lambda rate: rate >= 0, ">= 0")
+    require_every("learning_rate_Z", as_real("learning_rate_Z", learning_rate_Z), lambda x: x >= 0, ">= 0")
     count = require_times(ts, float).size
-    xi, ts, rate = _record("growth_rate", growth_rate), np.asarray(ts, float), np.asarray(rate)
-    if xi.ndim < 2 or xi.shape[-2] != count:
-        raise ValueError(f"growth_rate must have shape (..., {count}, K), got shape {xi.shape}")
-    return rate * cumulative_simpson(xi, x=ts, axis=-2, initial=0)
+    xi, rate = _record("growth_rate", growth_rate), _record("learning_rate_Z", learning_rate_Z)
+    if xi.ndim < 2 or xi.shape[-2] != count or xi.size == 0:
+        raise ValueError(f"growth_rate must have shape (..., {count}, K), as ts has, got shape {xi.shape}")
+    if any(size not in (1, own) for size, own in zip(rate.shape[:-3:-1], xi.shape[::-1], strict=False)):
+        raise ValueError(f"learning_rate_Z must broadcast against {xi.shape}, got shape {rate.shape}")
+    with np.errstate(invalid="ignore"):
+        return rate * cumulative_simpson(xi, x=_record("ts", ts), axis=-2, initial=0)
 
 
 def rank_correlation(z: ArrayLike, score: ArrayLike) -> float:
@@ -90,13 +93,15 @@ def rank_correlation(z: ArrayLike, score: ArrayLike) -> float:
     if z.shape != score.shape:
         raise ValueError(f"z and score must have one shape, got {z.shape} and {score.shape}")
     pairs = ~np.isnan(score)
-    if np.count_nonzero(pairs) < 3:
+    z, score = z[pairs], score[pairs]
+    if z.size < 3 or np.all(z == z[0]) or np.all(score == score[0]):
         return float("nan")
-    found: Any = spearmanr(z[pairs], score[pairs])
+    found: Any = spearmanr(z, score)
     return float(found.statistic)
 
 
 def _record(name: str, value: ArrayLike) -> np.ndarray:
     """A recorded array in NumPy: JAX would take it down to its own default precision."""
-    as_real(name, value)
+    if is_traced(as_real(name, value)):
+        raise ValueError(f"{name} must be concrete, since it is looked at on the host, got a traced array")
     return np.asarray(value, float)

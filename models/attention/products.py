@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dynamics.arguments import as_real
+from dynamics.arguments import as_real, nan_unless
 
 HEAD_WEIGHTS = ("key", "query", "value", "output")
 
@@ -89,7 +89,9 @@ def thin_products(
                 jnp.concatenate([B, B - start[right]], axis=-1),
             )
         R_left, R_right = (jnp.linalg.qr(factor, mode="r") for factor in (A, B))
-        return R_left @ jnp.swapaxes(R_right, -1, -2)
+        # The decomposition of a matrix with an infinite number may be finite.
+        good = [jnp.all(jnp.isfinite(factor), axis=(-2, -1), keepdims=True) for factor in (A, B)]
+        return nan_unless(good[0] & good[1], R_left @ jnp.swapaxes(R_right, -1, -2))
 
     return core("key", "query"), core("value", "output")
 
@@ -99,7 +101,7 @@ def require_weights(params: Mapping[str, Any]) -> dict[str, Array]:
     missing = [name for name in HEAD_WEIGHTS if name not in params]
     if missing:
         raise ValueError(f"params must hold {', '.join(HEAD_WEIGHTS)}, got no {', '.join(missing)}")
-    return {name: as_real(name, jnp.asarray(params[name])) for name in HEAD_WEIGHTS}
+    return {name: as_real(name, params[name]) for name in HEAD_WEIGHTS}
 
 
 def _require_heads(params: Mapping[str, Any]) -> dict[str, Array]:

@@ -177,7 +177,7 @@ def patches(images: ArrayLike, shape: tuple[int, int], *, colour: bool = False) 
     """
     images = as_real("images", images)
     axes = ("H", "W", "C") if colour else ("H", "W")
-    if images.ndim < len(axes):
+    if images.ndim < len(axes) or images.size == 0:
         raise ValueError(f"images must have shape (..., {', '.join(axes)}), got shape {images.shape}")
     *batch, height, width, channels = images.shape if colour else (*images.shape, 1)
     h, w = shape

@@ -195,7 +195,7 @@ def next_token_classes(
     np.add.at(counts, (np.arange(len(places))[:, None], windows), 1)
     counts = counts[:, :-1]
     P = _context_law(counts, label, [vocabulary[word] for word in next_token])
-    classes = SequenceClasses(P, jnp.asarray(psi[next_token]), jnp.asarray(next_token))
+    classes = SequenceClasses(P, psi[next_token], next_token)
     contexts = Contexts(jnp.asarray(counts), jnp.asarray(psi[next_token][label]))
     return TextClasses(classes, vocabulary, contexts, next_token[label], label, places + window)
 

@@ -99,8 +99,7 @@ def synthetic_classes(
     P /= P.sum(axis=1, keepdims=True)
     query = first_query + np.arange(K) // next_per_query
     next_token = first_query + num_queries + np.arange(K)
-    dtype = require_dtype(dtype)
-    return SequenceClasses(jnp.asarray(P, dtype), jnp.asarray(query), jnp.asarray(next_token))
+    return SequenceClasses(P.astype(require_dtype(dtype)), query, next_token)
 
 
 def one_common_token(

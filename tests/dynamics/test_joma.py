@@ -488,7 +488,7 @@ def test_entropy_dips_and_recovers():
         (lambda: joma.attend([1.0], [1.0], "cosine"), "kind must be one of"),
         (
             lambda: joma.attend([1.0, 2.0], [1.0], "exp"),
-            r"z must have shape \(1,\) or \(1,\), got shape \(2,\)",
+            r"z and x must have shapes \(M,\) or \(\.\.\., M\), and \(\.\.\., M\), got \(2,\) and \(1,\)",
         ),
         (lambda: joma.attend([1.0], [1.0], "exp", 0.0), "temperature must be a positive number"),
         (lambda: joma.attend([1.0], [-1.0], "exp"), "x must be >= 0, got -1.0"),

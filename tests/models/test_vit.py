@@ -141,6 +141,15 @@ def test_a_small_change_is_not_lost_in_float32():
     assert float(jnp.linalg.norm(thin)) == pytest.approx(np.linalg.norm(change), rel=1e-5)
 
 
+def test_an_infinite_weight_has_no_products():
+    rng = np.random.default_rng(0)
+    weights = {name: jnp.asarray(rng.normal(size=(2, 3, 2))) for name in NAMES}
+    for bad in (jnp.inf, -jnp.inf, jnp.nan):
+        KQ, VO = thin_products({**weights, "output": weights["output"].at[0, 0, 0].set(bad)})
+        assert np.all(np.isfinite(KQ))
+        assert np.isnan(VO).all(axis=(1, 2)).tolist() == [True, False]
+
+
 def test_bad_input_is_refused():
     def build(**changes):
         options = {"image_shape": (4, 6), "classes": 2, **SIZES, **changes}
