@@ -204,18 +204,18 @@ def _require_number(name: str, value: Any, dtype: Any, holds: Callable[[Any], An
     return number
 
 
-def require_times(ts: Any, dtype: Any) -> Float[Array, " T"]:
+def require_times(ts: Any, dtype: Any, name: str = "ts") -> Float[Array, " T"]:
     """Times as an array of a dtype that are finite and increase strictly; NaN if traced ones do not."""
-    times = cast(as_real("ts", ts), dtype)
+    times = cast(as_real(name, ts), dtype)
     if times.ndim != 1 or times.size == 0:
-        raise ValueError(f"ts must have shape (T,) with T >= 1, got shape {times.shape}")
+        raise ValueError(f"{name} must have shape (T,) with T >= 1, got shape {times.shape}")
     values = as_concrete(times)
     if values is None:
         return nan_unless(jnp.all(jnp.isfinite(times)) & jnp.all(jnp.diff(times) > 0), times)
     if not np.all(np.isfinite(values)):
-        raise ValueError("ts must be finite, got NaN or infinity")
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
     if np.any(np.diff(values) <= 0):
-        raise ValueError(f"ts must increase strictly (in {times.dtype}), got {brief(values)}")
+        raise ValueError(f"{name} must increase strictly (in {times.dtype}), got {brief(values)}")
     return times
 
 

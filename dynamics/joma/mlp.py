@@ -8,7 +8,15 @@ import jax.numpy as jnp
 from jax.scipy.special import erfinv
 from jaxtyping import Array, Float
 
-from dynamics.arguments import ArrayLike, as_real, cast, require_every, require_finite, require_same_shape
+from dynamics.arguments import (
+    ArrayLike,
+    as_real,
+    cast,
+    require_every,
+    require_finite,
+    require_same_shape,
+    require_times,
+)
 from dynamics.flow import Trajectory, integrate
 
 # Near the blow-up a step is long in v, and what is interpolated inside it is worse than its ends.
@@ -93,6 +101,7 @@ def rescaled_mlp_flow(V0: ArrayLike, delta: ArrayLike, taus: ArrayLike, **option
     """
     V0, delta = _require_delta(V0, delta)
     start = Rescaled(V0, jnp.zeros((), V0.dtype))
+    taus = require_times(taus, V0.dtype, "taus")
     return integrate(_rescaled_field, start, taus, delta, **{**_TIGHT, **options})
 
 
@@ -199,4 +208,4 @@ def _require_saliency(delta: ArrayLike) -> Array:
 def _require_delta(V0: ArrayLike, delta: ArrayLike) -> tuple[Array, Array]:
     V0, delta = as_real("V0", V0), as_real("delta", delta)
     require_same_shape("(M,) or (M, K)", [1, 2], V0=V0, delta=delta)
-    return V0, cast(require_finite("delta", delta), V0.dtype)
+    return require_finite("V0", V0), cast(require_finite("delta", delta), V0.dtype)

@@ -41,7 +41,7 @@ def saturating_flow(v0: ArrayLike, mu: ArrayLike, ts: ArrayLike, **options: Any)
         >>> saturating_flow([0.0], [1.0], [0.0, 50.0]).ys[-1].round(6).tolist()
         [1.0]
     """
-    v0, mu = as_real("v0", v0), _require_mu(mu)
+    v0, mu = require_finite("v0", as_real("v0", v0)), _require_mu(mu)
     require_same_shape("(M,)", [1], v0=v0, mu=mu)
     options = {"solver": diffrax.Kvaerno5(), **options}
     if jnp.finfo(v0.dtype).bits < 64:

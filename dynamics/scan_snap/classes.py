@@ -205,5 +205,5 @@ def distinct_entropy(Z: ArrayLike, classes: SequenceClasses) -> Float[Array, " K
     log_share = jax.nn.log_softmax(jnp.where(kept, log_context_weights(Z, classes), 0), axis=-1, where=kept)
     log_share = jnp.where(kept, log_share, 0)
     entropy = 0 - jnp.sum(jnp.exp(log_share) * log_share, axis=-1)
-    # Nothing is distinct in classes that are NaN.
-    return nan_unless(jnp.all(jnp.isfinite(classes.P), axis=-1), jnp.where(has_distinct[:, 0], entropy, 0))
+    # What is distinct for a class depends on all of them.
+    return nan_unless(jnp.all(jnp.isfinite(classes.P)), jnp.where(has_distinct[:, 0], entropy, 0))

@@ -19,6 +19,7 @@ from dynamics.arguments import (
     require_indices,
     require_number,
     require_positive,
+    require_shape,
     rows,
 )
 from dynamics.scan_snap.classes import SequenceClasses, log_context_weights
@@ -305,6 +306,7 @@ def log_relative_gain_closed_form(
     """
     Z = as_real("Z", Z)
     Z0 = jnp.zeros_like(Z) if Z0 is None else as_real("Z0", Z0)
+    require_shape("Z0", Z0, (classes.vocab_size, classes.vocab_size))
     initial = jnp.expm1(log_relative_gain(Z0, classes, token, reference))
     gained = log_context_weights(Z, classes) - log_context_weights(Z0, classes)
     gained = jax.vmap(rows)(gained, _require_tokens("token", token, classes))

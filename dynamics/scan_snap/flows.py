@@ -324,8 +324,8 @@ def growth_rate(weights: Weights, classes: SequenceClasses) -> Float[Array, " K"
     # z'_l = f_l (v_l - f_l <f, v>) / K.
     attended = jnp.any(distinct, axis=-1) & (f_l != 0)
     xi = v_l / jnp.where(attended, f_l, 1) - jnp.sum(f * v, axis=-1)
-    # Nothing is distinct in classes that are NaN.
-    good = jnp.all(jnp.isfinite(classes.P), axis=-1)
+    # What is distinct for a class depends on all of them.
+    good = jnp.all(jnp.isfinite(classes.P))
     return nan_unless(good, jnp.where(attended, xi / classes.num_classes, 0))
 
 

@@ -13,6 +13,7 @@ from dynamics.arguments import (
     ArrayLike,
     is_traced,
     nan_unless,
+    require_concrete,
     require_dtype,
     require_indices,
     require_integer,
@@ -124,7 +125,7 @@ def one_common_token(
         >>> round(float(P[0] @ P[1] / (P[0] @ P[0])), 6)
         0.36
     """
-    overlap = float(require_number("overlap", overlap, float))
+    overlap = float(require_concrete("overlap", require_number("overlap", overlap, float)))
     if not 0 < overlap < 1:
         raise ValueError(f"overlap must be above 0 and below 1, got {overlap}")
     own = np.linalg.norm(np.linspace(0.1, 1.0, num_distinct))
