@@ -149,6 +149,8 @@ SETTING: dict[str, Any] = {
     "num_classes": number(2.0, 0.5),
     "vocab_size": number(5.0, 1.0),
 }
+# A decoder may stand still.
+AT_REST: dict[str, Any] = {"learning_rate_Y": RATE}
 GROWTH: dict[str, Any] = {
     "t": Real(np.array([0.5, 2.0]), (np.array([-1.0, -2.0]),), ANY),
     **SETTING,
@@ -459,12 +461,12 @@ CALLS: dict[str, Call] = {
     "dynamics.scan_snap.log_context_weights": call(
         lambda f, **a: jnp.exp(of_classes(f, **a)), **CLASSES, Z=LOGITS
     ),
-    "dynamics.scan_snap.attention_growth": call(**GROWTH | {"learning_rate_Y": RATE}),
+    "dynamics.scan_snap.attention_growth": call(**GROWTH | AT_REST),
     "dynamics.scan_snap.attention_growth_printed": call(**GROWTH),
-    "dynamics.scan_snap.attention_growth_scanning": call(**GROWTH | {"learning_rate_Y": RATE}),
+    "dynamics.scan_snap.attention_growth_scanning": call(**GROWTH | AT_REST),
     "dynamics.scan_snap.attention_growth_snapping": call(**GROWTH),
     "dynamics.scan_snap.crossover_time": call(**SETTING),
-    "dynamics.scan_snap.decoder_margin": call(t=GROWTH["t"], **SETTING | {"learning_rate_Y": RATE}),
+    "dynamics.scan_snap.decoder_margin": call(t=GROWTH["t"], **SETTING | AT_REST),
     "dynamics.scan_snap.log_relative_gain": call(
         of_classes,
         **CLASSES,
