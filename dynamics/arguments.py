@@ -69,6 +69,20 @@ def as_real(name: str, value: Any) -> Array:
     return array
 
 
+def require_dtype(dtype: Any) -> Any:
+    """The dtype of numbers that are made: float32 or float64, and JAX's default float where None.
+
+    Example:
+        >>> require_dtype("int32")
+        Traceback (most recent call last):
+        ValueError: dtype must be float32 or float64, got int32
+    """
+    dtype = jnp.dtype(jnp.result_type(float) if dtype is None else dtype)
+    if dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(f"dtype must be float32 or float64, got {dtype}")
+    return dtype
+
+
 def _as_array(name: str, value: Any) -> Array:
     if isinstance(value, np.ma.MaskedArray):
         raise ValueError(f"{name} must be an array without a mask, got a masked array")
@@ -190,18 +204,18 @@ def _require_number(name: str, value: Any, dtype: Any, holds: Callable[[Any], An
     return number
 
 
-def require_times(ts: Any, dtype: Any) -> Float[Array, " T"]:
+def require_times(ts: Any, dtype: Any, name: str = "ts") -> Float[Array, " T"]:
     """Times as an array of a dtype that are finite and increase strictly; NaN if traced ones do not."""
-    times = cast(as_real("ts", ts), dtype)
+    times = cast(as_real(name, ts), dtype)
     if times.ndim != 1 or times.size == 0:
-        raise ValueError(f"ts must have shape (T,) with T >= 1, got shape {times.shape}")
+        raise ValueError(f"{name} must have shape (T,) with T >= 1, got shape {times.shape}")
     values = as_concrete(times)
     if values is None:
         return nan_unless(jnp.all(jnp.isfinite(times)) & jnp.all(jnp.diff(times) > 0), times)
     if not np.all(np.isfinite(values)):
-        raise ValueError("ts must be finite, got NaN or infinity")
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
     if np.any(np.diff(values) <= 0):
-        raise ValueError(f"ts must increase strictly (in {times.dtype}), got {brief(values)}")
+        raise ValueError(f"{name} must increase strictly (in {times.dtype}), got {brief(values)}")
     return times
 
 
@@ -279,6 +293,9 @@ def require_shapes(**arrays: tuple[Array, str]) -> None:
         wanted = [f"({', '.join(letters)}{',' * (len(letters) == 1)})" for letters in axes]
         word = "shape" if len(arrays) == 1 else "shapes"
         raise ValueError(f"{_listed(arrays)} must have {word} {_listed(wanted)}, got {_listed(shapes)}")
+    for name, (array, _) in arrays.items():
+        if array.size == 0:
+            raise ValueError(f"{name} must not be empty, got shape {array.shape}")
 
 
 def require_same_shape(axes: str, dims: Sequence[int], **arrays: Array) -> None:

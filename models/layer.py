@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dynamics.flow import ArrayLike
+from dynamics.arguments import ArrayLike, as_real, require_integer, require_shapes
 from dynamics.galore import bound_counterexample
 
 
@@ -21,11 +21,15 @@ def layer_outputs(W: ArrayLike, surroundings: tuple[ArrayLike, ArrayLike]) -> Fl
     Returns:
         (N, d), or (N, d, L).
 
+    Raises:
+        ValueError: the shapes do not fit.
+
     Example:
         >>> layer_outputs(jnp.array([[3.0]]), (jnp.array([[[2.0]]]), jnp.array([[5.0]]))).tolist()
         [[30.0]]
     """
-    J, F = surroundings
+    W, J, F = (as_real(name, array) for name, array in zip("WJF", (W, *surroundings), strict=True))
+    require_shapes(W=(W, "m n"), J=(J, "N d m"), F=(F, "N n L" if F.ndim == 3 else "N n"))
     return jnp.einsum("adm,mn,an...->ad...", J, W, F)
 
 
@@ -36,6 +40,7 @@ def leaky_relu(z: Array, slope: Array | float) -> Array:
         >>> leaky_relu(jnp.array([-1.0, 2.0]), 0.5).tolist()
         [-0.5, 2.0]
     """
+    z, slope = as_real("z", z), as_real("slope", slope)
     return jnp.where(z > 0, z, slope * z)
 
 
@@ -47,12 +52,16 @@ def mlp_tail(z: Float[Array, "N m"], weights: tuple[Array, Array, Array], slope:
         weights: V (h, m), U (d, h), and the biases of the first (h,), which may be zero.
         slope: of the activation below zero.
 
+    Raises:
+        ValueError: the shapes do not fit.
+
     Example:
         >>> one = jnp.ones((1, 1))
         >>> mlp_tail(-one, (one, 3 * one, jnp.array([2.0])), 0.5).tolist()  # 3 (-0.5 + 2)
         [[4.5]]
     """
     V, U, bias = weights
+    require_shapes(z=(z, "N m"), V=(V, "h m"), U=(U, "d h"), bias=(bias, "h"))
     return leaky_relu(leaky_relu(z, slope) @ V.T + bias[None], slope) @ U.T
 
 
@@ -61,12 +70,16 @@ def mlp_outputs(W: Array, surroundings: tuple[Array, tuple[Array, Array, Array],
 
     The inputs f of the layer are (N, n).
 
+    Raises:
+        ValueError: the shapes do not fit.
+
     Example:
         >>> one = jnp.ones((1, 1))
         >>> mlp_outputs(2 * one, (one, (one, one, jnp.zeros(1)), 0.5)).tolist()
         [[2.0]]
     """
     f, weights, slope = surroundings
+    require_shapes(W=(W, "m n"), f=(f, "N n"))
     return mlp_tail(f @ W.T, weights, slope)
 
 
@@ -86,10 +99,15 @@ def counterexample_network(m: int, n: int, samples: int) -> tuple[np.ndarray, np
     Returns:
         J (samples, m, m), f (samples, n) and targets y (samples, m), for `layer_outputs`.
 
+    Raises:
+        ValueError: a size is too small.
+
     Example:
         >>> [part.shape for part in counterexample_network(3, 2, 8)]
         [(8, 3, 3), (8, 2), (8, 3)]
     """
+    m, n = require_integer("m", m, at_least=2), require_integer("n", n, at_least=2)
+    samples = require_integer("samples", samples, at_least=n + 6)
     G0, B, C = (np.asarray(array) for array in bound_counterexample())
     pairs = len(B)
     # All of the pairs have rank one.

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from dynamics.arguments import nan_unless, require_indices, rows
 from models.galore import Stack
 
 Size = Literal["60M", "130M", "350M", "1B", "7B"]
@@ -66,8 +67,15 @@ def param_shapes(shape: Shape, dtype: Any = jnp.bfloat16) -> Stack:
 
 
 def embed(outer: dict[str, Any], tokens: Int[Array, " T"]) -> Float[Array, "seen d"]:
-    """Embeddings of all tokens of a sequence but the last: those that the next one is predicted from."""
-    return outer["embedding"][tokens[:-1]]
+    """Embeddings of all tokens of a sequence but the last: those that the next one is predicted from.
+
+    They are NaN where a traced token lies outside of the vocabulary.
+
+    Raises:
+        ValueError: a token lies outside of the vocabulary and can be looked at.
+    """
+    embedding = outer["embedding"]
+    return rows(embedding, require_indices("tokens", tokens, len(embedding))[:-1])
 
 
 def block(layer: dict[str, Any], x: Float[Array, "T d"], heads: int) -> Float[Array, "T d"]:
@@ -93,9 +101,18 @@ def block(layer: dict[str, Any], x: Float[Array, "T d"], heads: int) -> Float[Ar
 
 
 def next_token_loss(outer: dict[str, Any], x: Float[Array, "seen d"], tokens: Int[Array, " T"]) -> Array:
-    """Mean cross-entropy of every next token, from the output of the last layer."""
+    """Mean cross-entropy of every next token, from the output of the last layer.
+
+    It is NaN where a traced token lies outside of the vocabulary.
+
+    Raises:
+        ValueError: a token lies outside of the vocabulary and can be looked at.
+    """
     logits = _norm(x, outer["norm"]) @ outer["head"]
-    return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, tokens[1:]))
+    labels = require_indices("tokens", tokens, logits.shape[-1])[1:]
+    loss = jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
+    # A negative label would be counted from the end.
+    return nan_unless(jnp.all(labels >= 0), loss)
 
 
 def joint_step(optimizer: optax.GradientTransformation, heads: int) -> Callable[..., tuple[Any, Any, Array]]:

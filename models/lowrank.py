@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import optax
 from jax.tree_util import Partial
 from jaxtyping import Array, PyTree
 
-from dynamics.arguments import require_sizes
+from dynamics.arguments import brief, require_number, require_sizes
 
 Predict = Callable[[PyTree, Any], Any]
 
@@ -33,11 +34,11 @@ class LoraParams(NamedTuple):
 
     Attributes:
         trained: the model's parameters, with `Factors` in the place of every adapted matrix.
-        frozen: the adapted matrices themselves, W_0, by path.
+        frozen: the adapted matrices themselves, W_0, in their places in the same tree; None in all others.
     """
 
     trained: PyTree
-    frozen: dict[str, Array]
+    frozen: PyTree
 
 
 class ReloraState(NamedTuple):
@@ -74,22 +75,21 @@ def lora_params(params: PyTree, rank: Any, key: Array) -> LoraParams:
 
     Example:
         >>> start = lora_params({"kernel": jnp.eye(3, 4), "bias": jnp.zeros(4)}, 2, jax.random.key(0))
-        >>> start.trained["kernel"].A.shape, start.trained["kernel"].B.shape, list(start.frozen)
-        ((3, 2), (2, 4), ['kernel'])
+        >>> start.trained["kernel"].A.shape, start.trained["kernel"].B.shape
+        ((3, 2), (2, 4))
+        >>> jax.tree.map(jnp.shape, start.frozen)
+        {'bias': None, 'kernel': (3, 4)}
     """
     ranks = _ranks(params, rank)
-    leaves = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
-    def start(path, leaf):
-        r = ranks.get(_name(path))
+    def zeros(leaf, r):
         if r is None:
             return leaf
         *batch, m, n = leaf.shape
-        A = _fresh(key, sorted(ranks).index(_name(path)), (*batch, m, r), leaf.dtype)
-        return Factors(A, jnp.zeros((*batch, r, n), leaf.dtype))
+        return Factors(jnp.zeros((*batch, m, r), leaf.dtype), jnp.zeros((*batch, r, n), leaf.dtype))
 
-    trained = jax.tree_util.tree_map_with_path(start, params)
-    return LoraParams(trained, {name: leaves[name] for name in ranks})
+    frozen = jax.tree.map(lambda leaf, r: None if r is None else leaf, params, ranks)
+    return LoraParams(_fresh(jax.tree.map(zeros, params, ranks), key), frozen)
 
 
 def low_rank_params(params: PyTree, rank: Any) -> PyTree:
@@ -112,17 +112,18 @@ def low_rank_params(params: PyTree, rank: Any) -> PyTree:
         >>> (factors.A @ factors.B).tolist()
         [[4.0, 0.0], [0.0, 0.0]]
     """
-    ranks = _ranks(params, rank)
 
-    def start(path, leaf):
-        r = ranks.get(_name(path))
+    def start(leaf, r):
         if r is None:
             return leaf
-        U, s, Vh = jnp.linalg.svd(leaf, full_matrices=False)
+        # In half precision there is no decomposition.
+        exact = jnp.promote_types(leaf.dtype, jnp.float32)
+        U, s, Vh = jnp.linalg.svd(leaf.astype(exact), full_matrices=False)
         root = jnp.sqrt(s[..., :r])
-        return Factors(U[..., :, :r] * root[..., None, :], root[..., :, None] * Vh[..., :r, :])
+        A, B = U[..., :, :r] * root[..., None, :], root[..., :, None] * Vh[..., :r, :]
+        return Factors(A.astype(leaf.dtype), B.astype(leaf.dtype))
 
-    return jax.tree_util.tree_map_with_path(start, params)
+    return jax.tree.map(start, params, _ranks(params, rank))
 
 
 def merge(params: PyTree, scale: Any = 1.0) -> PyTree:
@@ -135,7 +136,10 @@ def merge(params: PyTree, scale: Any = 1.0) -> PyTree:
         scale: factor of the adaptors, alpha / r in the paper; of `LoraParams` only.
 
     Returns:
-        Parameters of the model itself.
+        Parameters of the model itself; NaN where a traced `scale` is not finite.
+
+    Raises:
+        ValueError: `scale` is no finite number and can be looked at.
 
     Example:
         >>> merge({"kernel": Factors(jnp.ones((2, 1)), jnp.ones((1, 2)))})["kernel"].tolist()
@@ -146,12 +150,10 @@ def merge(params: PyTree, scale: Any = 1.0) -> PyTree:
             lambda node: node.A @ node.B if _is_factors(node) else node, params, is_leaf=_is_factors
         )
 
-    def dense(path, node):
-        if not _is_factors(node):
-            return node
-        return jax.lax.stop_gradient(params.frozen[_name(path)]) + scale * (node.A @ node.B)
+    def dense(node, W):
+        return jax.lax.stop_gradient(W) + _adaptor(node, scale) if _is_factors(node) else node
 
-    return jax.tree_util.tree_map_with_path(dense, params.trained, is_leaf=_is_factors)
+    return jax.tree.map(dense, params.trained, params.frozen, is_leaf=_is_factors)
 
 
 def on_factors(predict: Predict, scale: Any = 1.0) -> Partial:
@@ -183,8 +185,8 @@ def on_trained(optimizer: optax.GradientTransformation) -> optax.GradientTransfo
         return optimizer.init(_require_lora(params).trained)
 
     def update(updates, state, params=None):
-        trained = None if params is None else params.trained
-        steps, state = optimizer.update(updates.trained, state, trained)
+        trained = None if params is None else _require_lora(params).trained
+        steps, state = optimizer.update(_require_lora(updates).trained, state, trained)
         return LoraParams(steps, jax.tree.map(jnp.zeros_like, updates.frozen)), state
 
     return optax.GradientTransformation(init, update)
@@ -213,7 +215,8 @@ def relora(
         An optimizer of `LoraParams`; its `update` needs the parameters.
 
     Raises:
-        ValueError: `restart_every` is not a positive integer, or parameters are missing or no `LoraParams`.
+        ValueError: `restart_every` is not a positive integer, `key` is no PRNG key, `scale` is no finite
+            number, or parameters are missing or no `LoraParams`.
 
     Example:
         >>> params = lora_params(jnp.eye(2), 1, jax.random.key(0))
@@ -223,6 +226,8 @@ def relora(
         [[0.0, 0.0]]
     """
     require_sizes(restart_every=restart_every)
+    require_number("scale", scale, float)
+    _require_key(key)
 
     def init(params):
         return ReloraState(jnp.zeros((), jnp.int32), optimizer.init(_require_lora(params).trained))
@@ -249,18 +254,16 @@ def relora(
 
 def _restart(params: LoraParams, key: Array, scale: Any) -> LoraParams:
     """The same model with what the adaptors learned in W_0, and new adaptors that do nothing yet."""
-    names = sorted(params.frozen)
-    merged = {}
 
-    def renew(path, node):
-        if not _is_factors(node):
-            return node
-        name = _name(path)
-        merged[name] = params.frozen[name] + scale * (node.A @ node.B)
-        return Factors(_fresh(key, names.index(name), node.A.shape, node.A.dtype), jnp.zeros_like(node.B))
+    def learned(node, W):
+        return W + _adaptor(node, scale) if _is_factors(node) else None
 
-    trained = jax.tree_util.tree_map_with_path(renew, params.trained, is_leaf=_is_factors)
-    return LoraParams(trained, {name: merged[name] for name in names})
+    merged = jax.tree.map(learned, params.trained, params.frozen, is_leaf=_is_factors)
+    return LoraParams(_fresh(params.trained, key), merged)
+
+
+def _adaptor(factors: Factors, scale: Any) -> Array:
+    return require_number("scale", scale, factors.A.dtype) * (factors.A @ factors.B)
 
 
 def _forget(optimizer: optax.GradientTransformation, state: Any, trained: PyTree) -> Any:
@@ -273,35 +276,51 @@ def _forget(optimizer: optax.GradientTransformation, state: Any, trained: PyTree
     )
 
 
-def _fresh(key: Array, place: int, shape: tuple[int, ...], dtype: Any) -> Array:
-    return jax.random.normal(jax.random.fold_in(key, place), shape, dtype) / shape[-2] ** 0.5
+def _fresh(trained: PyTree, key: Array) -> PyTree:
+    """The tree with all A drawn anew, each from the key of its place, and all B zero."""
+    nodes, structure = jax.tree.flatten(trained, is_leaf=_is_factors)
+    places = itertools.count()
+
+    def renewed(node):
+        if not _is_factors(node):
+            return node
+        A = jax.random.normal(jax.random.fold_in(key, next(places)), node.A.shape, node.A.dtype)
+        return Factors(A / node.A.shape[-2] ** 0.5, jnp.zeros_like(node.B))
+
+    return structure.unflatten([renewed(node) for node in nodes])
 
 
 def _is_factors(node: Any) -> bool:
     return isinstance(node, Factors)
 
 
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _ranks(params: PyTree, rank: Any) -> dict[str, int]:
-    """Ranks of the leaves that are replaced, by path, in the order of the tree."""
-    ranks = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name, leaf = _name(path), jnp.asarray(leaf)
-        r = rank(name, leaf) if callable(rank) else rank if leaf.ndim == 2 else None
-        if r is None:
-            continue
-        (r,) = require_sizes(**{f"rank of {name!r}": r})
-        if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
-                f"rank must be None for what is no real matrix, got {r} for {name!r}: {leaf.shape}"
-            )
-        ranks[name] = min(r, *leaf.shape[-2:])
-    if not ranks:
+def _ranks(params: PyTree, rank: Any) -> PyTree:
+    """The ranks of the leaves that are replaced, in their places in the tree; None in all others."""
+    places, structure = jax.tree_util.tree_flatten_with_path(params)
+    ranks = [
+        _rank(jax.tree_util.keystr(path, simple=True, separator="/"), leaf, rank) for path, leaf in places
+    ]
+    if not any(ranks):
         raise ValueError("params must hold a matrix to replace, got none")
-    return ranks
+    return structure.unflatten(ranks)
+
+
+def _rank(name: str, leaf: Any, rank: Any) -> int | None:
+    leaf = jnp.asarray(leaf)
+    r = rank(name, leaf) if callable(rank) else rank if leaf.ndim == 2 else None
+    if r is None:
+        return None
+    (r,) = require_sizes(**{f"rank of {name!r}": r})
+    if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise ValueError(f"rank must be None for what is no real matrix, got {r} for {name!r}: {leaf.shape}")
+    return min(r, *leaf.shape[-2:])
+
+
+def _require_key(key: Any) -> None:
+    try:
+        jax.eval_shape(jax.random.fold_in, key, 0)
+    except (TypeError, ValueError):
+        raise ValueError(f"key must be a PRNG key, got {brief(key)}") from None
 
 
 def _require_lora(params: Any) -> LoraParams:

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
-from dynamics.arguments import require_choice, require_integer
-from dynamics.flow import ArrayLike, require_number
+from dynamics.arguments import ArrayLike, as_real, require_choice, require_integer, require_number
 from models.data.images import patches
 
 EMBEDDER = "embedder"
@@ -113,7 +112,7 @@ class VisionTransformer(nnx.Module):
         require_choice("pool", pool, ("mean", "class"))
         dtype = jnp.result_type(float) if dtype is None else dtype
         rngs = nnx.Rngs(key)
-        self.patch, self.colour = patch, len(image_shape) == 3
+        self.image_shape, self.patch, self.colour = tuple(image_shape), patch, len(image_shape) == 3
         cut = jax.eval_shape(lambda image: patches(image, patch, colour=self.colour), jnp.zeros(image_shape))
         count, pixels = cut.shape
         self.embedder = nnx.Linear(pixels, width, param_dtype=dtype, rngs=rngs)
@@ -127,7 +126,15 @@ class VisionTransformer(nnx.Module):
         self.head = nnx.Linear(width, classes, param_dtype=dtype, rngs=rngs)
 
     def __call__(self, images: ArrayLike) -> Float[Array, "B classes"]:
-        """Logits of the classes for images (B, H, W) or (B, H, W, C)."""
+        """Logits of the classes for images (B, H, W) or (B, H, W, C).
+
+        Raises:
+            ValueError: the images have another shape.
+        """
+        images = as_real("images", images)
+        if images.ndim == 0 or images.shape[1:] != self.image_shape:
+            sizes = ", ".join(map(str, self.image_shape))
+            raise ValueError(f"images must have shape (B, {sizes}), got shape {images.shape}")
         x = self.embedder(patches(images, self.patch, colour=self.colour))
         if self.class_token is not None:
             first = jnp.broadcast_to(self.class_token[...][None, None], (len(x), 1, x.shape[-1]))

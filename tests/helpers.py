@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 
 @contextmanager
@@ -28,3 +31,14 @@ def count_compilations() -> Iterator[list[str]]:
             yield names
     finally:
         logger.handlers, logger.propagate = handlers, propagate
+
+
+def assert_bad_lanes_are_nan(call: Callable[[Any], Any], good: Any, *bad: Any) -> None:
+    """A bad traced value gives NaN in every array of its own lane, and no other lane is touched."""
+    lanes = jnp.stack([jnp.asarray(value) for value in (good, *bad)])
+    for leaf, alone in zip(
+        jax.tree.leaves(jax.vmap(call)(lanes)), jax.tree.leaves(call(lanes[0])), strict=True
+    ):
+        np.testing.assert_allclose(leaf[0], alone, rtol=1e-6, atol=1e-9)
+        assert not np.any(np.isnan(alone))
+        assert np.all(np.any(np.isnan(leaf[1:]).reshape(len(bad), -1), axis=1)), leaf

@@ -137,16 +137,20 @@ FLOW: dict[str, Any] = {
 P = np.array([[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]])
 CLASSES: dict[str, Any] = {
     "P": Real(P, (P + 0.1, np.array([[1.5, -0.5, 0.0], [1.5, -0.5, 0.0]]))),
-    "query": Index(np.array([1, 2]), 3),
+    "query": Index(np.array([0, 2]), 3),
     "next_token": Index(np.array([1, 2]), 3),
 }
-LOGITS = Real(np.arange(9.0).reshape(3, 3) / 10)
-DECODER = Real(np.eye(3))
+# A logit of minus infinity is a probability of zero.
+ZERO = "infinite-one"
+LOGITS = Real(np.arange(9.0).reshape(3, 3) / 10, fine=ZERO)
+DECODER = Real(np.eye(3), fine=ZERO)
 SETTING: dict[str, Any] = {
     "learning_rate_Y": POSITIVE,
     "num_classes": number(2.0, 0.5),
     "vocab_size": number(5.0, 1.0),
 }
+# A decoder may stand still.
+AT_REST: dict[str, Any] = {"learning_rate_Y": RATE}
 GROWTH: dict[str, Any] = {
     "t": Real(np.array([0.5, 2.0]), (np.array([-1.0, -2.0]),), ANY),
     **SETTING,
@@ -159,9 +163,8 @@ def of_classes(function, P, query, next_token, **arguments):
     return function(classes=SequenceClasses(P, query, next_token), **arguments)
 
 
-def of_weights(function, Y, Z, P=None, query=None, next_token=None):
-    classes = () if P is None else (SequenceClasses(P, query, next_token),)
-    return function(Weights(Y, Z), *classes)
+def of_weights(function, Y, Z, **classes):
+    return function(Weights(Y, Z), *([SequenceClasses(**classes)] if classes else []))
 
 
 def quiet_of_classes(function, **arguments):
@@ -169,10 +172,12 @@ def quiet_of_classes(function, **arguments):
 
 
 COUNTS = np.array([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0]])
-CONTEXTS: dict[str, Any] = {"counts": Real(COUNTS, (-1 - COUNTS,)), "query": Index(np.array([1, 2]), 3)}
+CONTEXTS: dict[str, Any] = {"counts": Real(COUNTS, (-1 - COUNTS,)), "query": Index(np.array([0, 2]), 3)}
 TOKENS = Index(np.array([[0, 1, 1, 2]]), 3)
 
 X = np.array([[[0.3, -0.2], [0.5, 0.1], [-0.4, 0.7]]])
+# Other tokens may pay no attention to one that is infinite.
+TOKENS_OF_HEADS = Real(X, fine="deeper infinite-one")
 HEAD: dict[str, Any] = {
     name: Real(np.array([[0.5, 0.1], [-0.2, 0.4]]), fine=BATCH)
     for name in ("key", "query", "value", "output")
@@ -202,11 +207,12 @@ PREDICTION: dict[str, Any] = {
     "targets": Real(np.full((4, 2), 0.5)),
 }
 J = Real(np.ones((3, 2, 2)), fine=HALF)
+# ReLU of minus infinity is zero.
 BLOCK: dict[str, Any] = {
-    "embedding": Real(np.eye(3)[:, :2]),
-    "query_embedding": Real(np.eye(3)[:, 2:]),
-    "W": Real(np.ones((3, 1))),
-    "z": Real(np.full((1, 2), 0.5)),
+    "embedding": Real(np.eye(3)[:, :2], fine="infinite-one"),
+    "query_embedding": Real(np.eye(3)[:, 2:], fine="infinite-one"),
+    "W": Real(np.ones((3, 1)), fine="infinite-one"),
+    "z": Real(np.full((1, 2), 0.5), fine=ZERO),
 }
 
 CALLS: dict[str, Call] = {
@@ -396,8 +402,8 @@ CALLS: dict[str, Call] = {
     ),
     # dynamics.joma
     "dynamics.joma.attend": call(
-        z=Real(np.array([0.1, 0.2])),
-        x=Real(np.array([1.0, 2.0]), (np.array([-1.0, -2.0]),)),
+        z=Real(np.array([0.1, 0.2]), fine=ZERO),
+        x=Real(np.array([1.0, 2.0]), (np.array([-1.0, -2.0]),), BATCH),
         kind="softmax",
         temperature=POSITIVE,
     ),
@@ -435,25 +441,32 @@ CALLS: dict[str, Call] = {
         norm=number(2.0, -1.0),
         width=POSITIVE,
     ),
-    "dynamics.joma.blow_up_time": call(delta=VECTOR),
+    "dynamics.joma.blow_up_time": call(delta=Real(VECTOR.value, fine="shorter")),
     "dynamics.joma.modified_mlp_flow": call(solve, V0=VECTOR, delta=VECTOR, ts=TIMES),
-    "dynamics.joma.modified_mlp_solution": call(t=Real(0.3, fine=ANY), delta=VECTOR),
+    "dynamics.joma.modified_mlp_solution": call(
+        t=Real(0.3, fine=f"{ANY} infinite"), delta=Real(VECTOR.value, fine="shorter")
+    ),
     "dynamics.joma.rescaled_mlp_flow": call(solve, V0=VECTOR, delta=VECTOR, taus=TIMES),
-    "dynamics.joma.log_residual_flow": call(solve, mu=VECTOR, ts=TIMES),
+    "dynamics.joma.log_residual_flow": call(solve, mu=Real(VECTOR.value, fine="shorter"), ts=TIMES),
     "dynamics.joma.onset_delay": call(mu=Real(np.array([0.5, 1.0]), fine=ANY)),
     "dynamics.joma.rate_ratio": call(mu=Real(np.array([0.5, 1.0]), fine=ANY), reference=Real(0.2, fine=ANY)),
     "dynamics.joma.saturating_flow": call(solve, v0=VECTOR, mu=VECTOR, ts=TIMES),
     # dynamics.scan_snap
     "dynamics.scan_snap.SequenceClasses": call(lambda f, **a: f(**a).P, **CLASSES),
     "dynamics.scan_snap.context_distribution": call(of_classes, **CLASSES, Z=LOGITS),
-    "dynamics.scan_snap.distinct_entropy": call(of_classes, **CLASSES, Z=LOGITS),
-    "dynamics.scan_snap.log_context_weights": call(of_classes, **CLASSES, Z=LOGITS),
-    "dynamics.scan_snap.attention_growth": call(**GROWTH | {"learning_rate_Y": RATE}),
+    # A token that is common has no say.
+    "dynamics.scan_snap.distinct_entropy": call(
+        of_classes, **CLASSES, Z=Real(LOGITS.value, fine="nan-one infinite-one")
+    ),
+    "dynamics.scan_snap.log_context_weights": call(
+        lambda f, **a: jnp.exp(of_classes(f, **a)), **CLASSES, Z=LOGITS
+    ),
+    "dynamics.scan_snap.attention_growth": call(**GROWTH | AT_REST),
     "dynamics.scan_snap.attention_growth_printed": call(**GROWTH),
-    "dynamics.scan_snap.attention_growth_scanning": call(**GROWTH | {"learning_rate_Y": RATE}),
+    "dynamics.scan_snap.attention_growth_scanning": call(**GROWTH | AT_REST),
     "dynamics.scan_snap.attention_growth_snapping": call(**GROWTH),
     "dynamics.scan_snap.crossover_time": call(**SETTING),
-    "dynamics.scan_snap.decoder_margin": call(t=GROWTH["t"], **SETTING | {"learning_rate_Y": RATE}),
+    "dynamics.scan_snap.decoder_margin": call(t=GROWTH["t"], **SETTING | AT_REST),
     "dynamics.scan_snap.log_relative_gain": call(
         of_classes,
         **CLASSES,
@@ -508,24 +521,20 @@ CALLS: dict[str, Call] = {
     ),
     "dynamics.scan_snap.rank_correlation": call(
         host=True,
-        z=Real(np.array([1.0, 2.0, 9.0, 3.0]), fine="deeper"),
-        score=Real(np.array([0.1, 0.2, 0.3, 0.25]), fine="deeper nan-one"),
+        z=Real(np.array([1.0, 2.0, 9.0, 3.0]), fine="deeper infinite"),
+        score=Real(np.array([0.1, 0.2, 0.3, 0.25]), fine="deeper nan-one infinite"),
     ),
     # models.attention
-    "models.attention.AttentionHead": call(
-        lambda f, X, **a: f(**a)(X), **DIAGONAL, X=Real(X, fine="deeper shorter")
-    ),
-    "models.attention.AttentionStack": call(
-        lambda f, X, **a: f(**a)(X), **STACK, X=Real(X, fine="deeper shorter")
-    ),
+    "models.attention.AttentionHead": call(lambda f, X, **a: f(**a)(X), **DIAGONAL, X=TOKENS_OF_HEADS),
+    "models.attention.AttentionStack": call(lambda f, X, **a: f(**a)(X), **STACK, X=TOKENS_OF_HEADS),
     "models.attention.diagonal_head": call(
-        kq=Real(np.array([0.5, -0.2])), vo=Real(np.array([0.5, 0.2])), X=Real(X, fine=BATCH)
+        kq=Real(np.array([0.5, -0.2])), vo=Real(np.array([0.5, 0.2])), X=TOKENS_OF_HEADS
     ),
     "models.attention.diagonal_head_loss": call(
         beta=Real(np.array([0.5, -0.2, 0.3, 0.1])), X=Real(X), Y=Real(X)
     ),
     "models.attention.diagonal_stack": call(
-        kq=Real(np.array([[[0.5, -0.2]]])), vo=Real(np.array([[[0.5, 0.2]]])), X=Real(X, fine=BATCH)
+        kq=Real(np.array([[[0.5, -0.2]]])), vo=Real(np.array([[[0.5, 0.2]]])), X=TOKENS_OF_HEADS
     ),
     "models.attention.observe_products": call(of_params, **DIAGONAL),
     "models.attention.product_coordinates": call(of_params, **DIAGONAL),
@@ -550,7 +559,9 @@ CALLS: dict[str, Call] = {
     "models.attention.attention_logits": call(
         prompt=VECTOR, tokens=Real(X, fine=BATCH), key_weights=Real(np.eye(2))
     ),
-    "models.attention.log_mean_ratio": call(log_ratios=Real(np.array([0.5, 2.0]), fine="deeper shorter")),
+    "models.attention.log_mean_ratio": call(
+        log_ratios=Real(np.array([0.5, 2.0]), fine="deeper shorter infinite-one")
+    ),
     "models.attention.prompt_attention": call(
         prompt=VECTOR, value=VECTOR, tokens=Real(X, fine=BATCH), key_weights=Real(np.eye(2))
     ),
@@ -560,7 +571,7 @@ CALLS: dict[str, Call] = {
     # models.data
     "models.data.images.patches": call(images=Real(np.ones((2, 4, 4)), fine=BATCH), shape=(2, 2)),
     "models.data.teachers.teacher_with_ratio": call(
-        lambda f, **a: f(KEY, **a), keys=Real(X), ratio=number(5.0, 0.5)
+        lambda f, **a: f(KEY, **a), keys=Real(X, fine="shorter"), ratio=number(5.0, 0.5)
     ),
     "models.data.teachers.orthogonal_keys": call(lambda f, scale: f(KEY, 1, 2, 3, scale), scale=POSITIVE),
     "models.data.teachers.nearly_orthogonal_keys": call(

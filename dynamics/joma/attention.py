@@ -8,8 +8,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dynamics.arguments import require_choice, require_every, require_positive, require_shape, require_shapes
-from dynamics.flow import ArrayLike, as_inexact, require_number
+from dynamics.arguments import (
+    ArrayLike,
+    as_real,
+    require_choice,
+    require_every,
+    require_number,
+    require_positive,
+    require_shape,
+    require_shapes,
+)
 
 Kind = Literal["linear", "exp", "softmax"]
 
@@ -28,38 +36,37 @@ def attend(z: ArrayLike, x: ArrayLike, kind: Kind | str, temperature: ArrayLike 
         temperature: a positive number.
 
     Returns:
-        b, the shape of `x`. Softmax is over the tokens that occur, and zero where none does.
+        b, the shape of `x`. Softmax is over the tokens that occur, and zero where none does. NaN where a
+        traced count or temperature is out of range.
 
     Raises:
-        ValueError: the kind is unknown, the shapes do not fit, the temperature is not positive, or `x` is
-            negative.
+        ValueError: the kind is unknown, the shapes do not fit, or the temperature is not positive or `x` is
+            negative and can be looked at.
 
     Example:
         >>> attend([1000.0, 1000.0, 9999.0], [1.0, 3.0, 0.0], "softmax").tolist()
         [0.25, 0.75, 0.0]
     """
-    z, x = as_inexact(z), as_inexact(x)
+    z, x = as_real("z", z), as_real("x", x)
     require_choice("kind", kind, get_args(Kind))
-    if x.ndim < 1:
-        raise ValueError("x must have shape (..., M), got a number")
-    if z.shape not in (x.shape[-1:], x.shape):
-        raise ValueError(f"z must have shape {x.shape[-1:]} or {x.shape}, got shape {z.shape}")
+    if x.ndim < 1 or x.size == 0 or z.shape not in (x.shape[-1:], x.shape):
+        raise ValueError(
+            f"z and x must have shapes (M,) or (..., M), and (..., M), got {z.shape} and {x.shape}"
+        )
     dtype = jnp.promote_types(z.dtype, x.dtype)
     temperature = require_positive("temperature", temperature, dtype)
-    require_every("x", x, lambda x: x >= 0, ">= 0")
-    temperature = jnp.where(temperature > 0, temperature, jnp.nan)
-    x = x.astype(dtype)
+    x = require_every("x", x, lambda x: x >= 0, ">= 0").astype(dtype)
     z = jnp.broadcast_to(z.astype(dtype), x.shape) / temperature
     if kind == "linear":
         return x * z
-    occurs = x > 0
+    occurs = x != 0
     if kind == "exp":
         return x * jnp.exp(jnp.where(occurs, z, 0))
     # Tokens that do not occur have no say in the scale: what occurs must not underflow beside them.
     top = jnp.max(z, axis=-1, keepdims=True, where=occurs, initial=-jnp.inf)
     weights = x * jnp.exp(jnp.where(occurs, z - jax.lax.stop_gradient(top), 0))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    return weights / jnp.where(total > 0, total, 1)
+    return weights / jnp.where(total == 0, 1, total)
 
 
 def invariant(
@@ -93,7 +100,7 @@ def invariant(
         mean_attention: mean of b over the query's samples, shape (M,); for "softmax" only.
 
     Returns:
-        The conserved vector, shape (M,).
+        The conserved vector, shape (M,); NaN where a traced rate is not positive.
 
     Raises:
         ValueError: the kind is unknown, the shapes do not fit, a rate is not positive, or `mean_attention` is
@@ -103,7 +110,7 @@ def invariant(
         >>> invariant([[2.0], [0.0]], [2.0, 1.0], "exp").tolist()
         [0.0, 1.0]
     """
-    V, z = as_inexact(V), as_inexact(z)
+    V, z = as_real("V", V), as_real("z", z)
     require_choice("kind", kind, get_args(Kind))
     require_shapes(V=(V, "M K"), z=(z, "M"))
     if (mean_attention is None) == (kind == "softmax"):
@@ -118,7 +125,7 @@ def invariant(
     conserved = z / rate_z - square / (2 * rate_w)
     if mean_attention is None:
         return conserved
-    mean_attention = as_inexact(mean_attention).astype(dtype)
+    mean_attention = as_real("mean_attention", mean_attention).astype(dtype)
     require_shape("mean_attention", mean_attention, z.shape)
     return conserved + jnp.sum(square) * mean_attention / (2 * rate_w)
 
@@ -139,22 +146,22 @@ def softmax_logits(
         V: hidden weights along the path, shape (T, M, K).
         mean_attention: mean of b over the query's samples along the path, shape (T, M).
         z0: logits at its start, shape (M,).
-        rate_ratio: learning_rate_z / learning_rate_w.
+        rate_ratio: learning_rate_z / learning_rate_w, a number >= 0.
 
     Returns:
-        Logits along the path, shape (T, M).
+        Logits along the path, shape (T, M); NaN where a traced `rate_ratio` is negative.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or `rate_ratio` is negative and can be looked at.
 
     Example:
         >>> V = jnp.array([[[0.0], [0.0]], [[2.0], [0.0]]])
         >>> softmax_logits(V, jnp.full((2, 2), 0.5), jnp.zeros(2))[-1].tolist()
         [1.0, -1.0]
     """
-    V, mean, z0 = as_inexact(V), as_inexact(mean_attention), as_inexact(z0)
+    V, mean, z0 = as_real("V", V), as_real("mean_attention", mean_attention), as_real("z0", z0)
     require_shapes(V=(V, "T M K"), mean_attention=(mean, "T M"), z0=(z0, "M"))
-    rate_ratio = require_number("rate_ratio", rate_ratio, V.dtype)
+    rate_ratio = require_number("rate_ratio", rate_ratio, V.dtype, at_least=0)
     half_square = jnp.sum(V**2, axis=-1) / 2
     grown = jnp.diff(half_square, axis=0)
     midway = (mean[1:] + mean[:-1]) / 2
@@ -185,8 +192,8 @@ def saliency(gradient: ArrayLike, x: ArrayLike) -> Array:
         >>> saliency([1.0, -1.0], [[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]]).tolist()
         [0.0, 0.25, -0.25]
     """
-    gradient, x = as_inexact(gradient), as_inexact(x)
-    if x.ndim != 2 or gradient.ndim not in (1, 2) or len(gradient) != len(x) or not len(x):
+    gradient, x = as_real("gradient", gradient), as_real("x", x)
+    if x.ndim != 2 or gradient.ndim not in (1, 2) or len(gradient) != len(x) or 0 in (x.size, gradient.size):
         raise ValueError(
             f"gradient and x must have shapes (S,) or (S, K), and (S, M), got {gradient.shape} and {x.shape}"
         )

@@ -10,8 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dynamics.arguments import require_finite, require_positive, require_shapes
-from dynamics.flow import ArrayLike, as_inexact, require_number
+from dynamics.arguments import (
+    ArrayLike,
+    as_real,
+    nan_unless,
+    require_finite,
+    require_number,
+    require_positive,
+    require_shapes,
+)
 
 # An activation maps pre-activations to activations, elementwise; under vmap a scalar to a scalar.
 Activation = Callable[[Array], Array]
@@ -57,24 +64,22 @@ def isotropic_mixture_field(
         scale: standard deviation of a cluster along any axis, positive.
 
     Returns:
-        dv/dt, shape (d,).
+        dv/dt, shape (d,); NaN where a traced argument is out of range.
 
     Raises:
-        ValueError: a shape does not fit, a number is not finite, or `scale` is not positive.
+        ValueError: a shape does not fit, or a number that can be looked at is not finite or `scale` <= 0.
 
     Example:
         >>> isotropic_mixture_field([1.0, 0.0], [[0.0, 2.0]], [0.5], 0.0, lambda s: s, 1.0).round(9).tolist()
         [0.0, 1.0]
     """
-    v, centers, weights = as_inexact(v), as_inexact(centers), as_inexact(weights)
+    given = {"v": v, "centers": centers, "weights": weights, "bias": bias}
+    v, centers, weights, bias = (require_finite(name, as_real(name, x)) for name, x in given.items())
     require_shapes(v=(v, "d"), centers=(centers, "C d"), weights=(weights, "C"))
-    bias = as_inexact(bias)
     if bias.shape not in ((), weights.shape):
         raise ValueError(f"bias must be a number or of shape {weights.shape}, got shape {bias.shape}")
     dtype = jnp.result_type(v.dtype, centers.dtype, weights.dtype)
     v, centers, weights, bias = (array.astype(dtype) for array in (v, centers, weights, bias))
-    for name, array in (("v", v), ("centers", centers), ("weights", weights), ("bias", bias)):
-        require_finite(name, array)
     scale = require_positive("scale", scale, dtype)
     r = centers @ v + bias
     norm = _safe_norm(v)
@@ -97,7 +102,7 @@ def gaussian_moments(r: ArrayLike, norm: ArrayLike, activation: Activation, scal
         scale: standard deviation of u, positive.
 
     Returns:
-        The moments, scalars.
+        The moments, scalars; NaN where a traced argument is out of range.
 
     Raises:
         ValueError: an argument is out of range and can be looked at.
@@ -106,7 +111,7 @@ def gaussian_moments(r: ArrayLike, norm: ArrayLike, activation: Activation, scal
         >>> gaussian_moments(0.0, 2.0, jax.nn.relu, 1.0).gain.round(12).tolist()
         0.5
     """
-    r = as_inexact(r)
+    r = as_real("r", r)
     scale = require_positive("scale", scale, r.dtype)
 
     def density(u):
@@ -136,7 +141,7 @@ def isotropic_moments(
         width: u lies in [-width, width], positive.
 
     Returns:
-        The moments, scalars.
+        The moments, scalars; NaN where a traced argument is out of range.
 
     Raises:
         ValueError: an argument is out of range and can be looked at.
@@ -146,7 +151,8 @@ def isotropic_moments(
         >>> isotropic_moments(0.5, 1.0, jax.nn.relu, flat, 1.0).gain.round(12).tolist()
         0.75
     """
-    r = as_inexact(r)
+    r = as_real("r", r)
+    r = require_number("r", r, r.dtype)
     norm = require_number("norm", norm, r.dtype, at_least=0)
     width = require_positive("width", width, r.dtype)
     nodes, mass = (jnp.asarray(array, r.dtype) for array in _graded_quadrature())
@@ -162,7 +168,9 @@ def isotropic_moments(
     (gain_low, pull_low), (gain_high, pull_high) = over(-width), over(width)
     # At v = 0 the projection does not matter, and E[u phi'] vanishes with it.
     stretch = jnp.where(norm > 0, (pull_low + pull_high) / jnp.where(norm > 0, norm, 1), 0)
-    return Moments(gain_low + gain_high, stretch)
+    # The slope of an activation such as ReLU may be zero at NaN.
+    good = jnp.isfinite(r) & jnp.isfinite(norm)
+    return Moments(nan_unless(good, gain_low + gain_high), nan_unless(good, stretch))
 
 
 def _graded_quadrature() -> tuple[np.ndarray, np.ndarray]:

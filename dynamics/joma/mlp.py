@@ -8,8 +8,16 @@ import jax.numpy as jnp
 from jax.scipy.special import erfinv
 from jaxtyping import Array, Float
 
-from dynamics.arguments import require_every, require_finite, require_same_shape
-from dynamics.flow import ArrayLike, Trajectory, as_inexact, integrate
+from dynamics.arguments import (
+    ArrayLike,
+    as_real,
+    cast,
+    require_every,
+    require_finite,
+    require_same_shape,
+    require_times,
+)
+from dynamics.flow import Trajectory, integrate
 
 # Near the blow-up a step is long in v, and what is interpolated inside it is worse than its ends.
 _TIGHT: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12, "max_steps": 10_000}
@@ -93,6 +101,7 @@ def rescaled_mlp_flow(V0: ArrayLike, delta: ArrayLike, taus: ArrayLike, **option
     """
     V0, delta = _require_delta(V0, delta)
     start = Rescaled(V0, jnp.zeros((), V0.dtype))
+    taus = require_times(taus, V0.dtype, "taus")
     return integrate(_rescaled_field, start, taus, delta, **{**_TIGHT, **options})
 
 
@@ -113,33 +122,30 @@ def modified_mlp_solution(t: ArrayLike, delta: ArrayLike) -> Array:
         delta: saliency, shape (M,) or (M, K).
 
     Returns:
-        v, shape (*t.shape, *delta.shape); NaN where a traced t is negative.
+        v, shape (*t.shape, *delta.shape); NaN where a traced t is negative or a traced delta not finite.
 
     Raises:
-        ValueError: `t` is negative, or `delta` has another shape or is not finite.
+        ValueError: `delta` has another shape, or is not finite or `t` negative and can be looked at.
 
     Example:
         >>> modified_mlp_solution(9.0, [1.0, 0.5, 0.0]).round(5).tolist()
         [inf, 0.67449, 0.0]
     """
-    t, delta = as_inexact(t), as_inexact(delta)
-    if delta.ndim not in (1, 2) or delta.size == 0:
-        raise ValueError(f"delta must have shape (M,) or (M, K), got {delta.shape}")
-    require_finite("delta", delta)
-    require_every("t", t, lambda t: t >= 0, ">= 0")
+    t, delta = require_every("t", as_real("t", t), lambda t: t >= 0, ">= 0"), _require_saliency(delta)
     if delta.ndim == 2:
-        norm = jnp.linalg.norm(delta, axis=1)
-        direction = delta / jnp.where(norm > 0, norm, 1)[:, None]
+        norm = _row_norms(delta)
+        direction = delta / jnp.where(norm == 0, 1, norm)[:, None]
         direction = direction.reshape((1,) * t.ndim + delta.shape)
+        length = modified_mlp_solution(t, norm)[..., None]
         # A component that is zero stays so where its row is infinite.
-        return jnp.where(direction == 0, 0, modified_mlp_solution(t, norm)[..., None] * direction)
+        return jnp.where((direction == 0) & (length > 0), 0, length * direction)
     dtype = jnp.promote_types(t.dtype, delta.dtype)
     largest = jnp.max(jnp.abs(delta))
     # Winners must reach infinity: a quotient of equal numbers may be rounded below one.
-    share = delta / jnp.where(largest > 0, largest, 1)
+    share = delta / jnp.where(largest == 0, 1, largest)
     share = jnp.where(jnp.abs(delta) == largest, jnp.sign(delta), share).astype(dtype)
     progress = jnp.minimum(t.astype(dtype) * jnp.sqrt(2 / jnp.pi).astype(dtype) * largest, 1)
-    progress = jnp.where(t >= 0, jnp.where(largest > 0, progress, 0), jnp.nan)
+    progress = jnp.where(largest == 0, jnp.minimum(t, 0).astype(dtype), progress)
     share = share.reshape((1,) * t.ndim + share.shape)
     return jnp.sqrt(2.0).astype(dtype) * erfinv(progress[..., None] * share)
 
@@ -153,21 +159,17 @@ def blow_up_time(delta: ArrayLike) -> Float[Array, ""]:
         delta: saliency, shape (M,) or (M, K).
 
     Returns:
-        The time, a scalar; infinite where delta is zero.
+        The time, a scalar; infinite where delta is zero, NaN where it is traced and not finite.
 
     Raises:
-        ValueError: `delta` has another shape, or is not finite.
+        ValueError: `delta` has another shape, or is not finite and can be looked at.
 
     Example:
         >>> round(float(blow_up_time([1.0, -2.0])), 6)
         0.626657
     """
-    delta = as_inexact(delta)
-    if delta.ndim not in (1, 2) or delta.size == 0:
-        raise ValueError(f"delta must have shape (M,) or (M, K), got shape {delta.shape}")
-    require_finite("delta", delta)
-    rows = delta[:, None] if delta.ndim == 1 else delta
-    return jnp.sqrt(jnp.pi / 2).astype(delta.dtype) / jnp.max(jnp.linalg.norm(rows, axis=-1))
+    delta = _require_saliency(delta)
+    return jnp.sqrt(jnp.pi / 2).astype(delta.dtype) / jnp.max(_row_norms(delta))
 
 
 def _modified_mlp_field(t, V, delta):
@@ -188,8 +190,22 @@ def _by_row(factor: Array, delta: Array) -> Array:
     return factor * delta if delta.ndim == 1 else factor[:, None] * delta
 
 
+def _row_norms(delta: Array) -> Array:
+    """|row|, (M,), scaled before it is squared: small saliencies would vanish."""
+    if delta.ndim == 1:
+        return jnp.abs(delta)
+    peak = jnp.max(jnp.abs(delta))
+    return peak * jnp.linalg.norm(delta / jnp.where(peak == 0, 1, peak), axis=-1)
+
+
+def _require_saliency(delta: ArrayLike) -> Array:
+    delta = as_real("delta", delta)
+    if delta.ndim not in (1, 2) or delta.size == 0:
+        raise ValueError(f"delta must have shape (M,) or (M, K), got shape {delta.shape}")
+    return require_finite("delta", delta)
+
+
 def _require_delta(V0: ArrayLike, delta: ArrayLike) -> tuple[Array, Array]:
-    V0, delta = as_inexact(V0), as_inexact(delta)
+    V0, delta = as_real("V0", V0), as_real("delta", delta)
     require_same_shape("(M,) or (M, K)", [1, 2], V0=V0, delta=delta)
-    require_finite("delta", delta)
-    return V0, delta.astype(V0.dtype)
+    return require_finite("V0", V0), cast(require_finite("delta", delta), V0.dtype)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dynamics.arguments import require_finite, require_same_shape, require_vector
-from dynamics.flow import ArrayLike, Trajectory, as_inexact, integrate
+from dynamics.arguments import ArrayLike, as_real, cast, require_finite, require_same_shape, require_vector
+from dynamics.flow import Trajectory, integrate
 
 
 def saturating_flow(v0: ArrayLike, mu: ArrayLike, ts: ArrayLike, **options: Any) -> Trajectory:
@@ -41,13 +41,13 @@ def saturating_flow(v0: ArrayLike, mu: ArrayLike, ts: ArrayLike, **options: Any)
         >>> saturating_flow([0.0], [1.0], [0.0, 50.0]).ys[-1].round(6).tolist()
         [1.0]
     """
-    v0, mu = as_inexact(v0), _require_mu(mu)
+    v0, mu = require_finite("v0", as_real("v0", v0)), _require_mu(mu)
     require_same_shape("(M,)", [1], v0=v0, mu=mu)
     options = {"solver": diffrax.Kvaerno5(), **options}
     if jnp.finfo(v0.dtype).bits < 64:
         # An implicit solver's own root finding cannot meet tolerances near the rounding.
         options = {"rtol": 1e-4, "atol": 1e-5, **options}
-    return integrate(_saturating_field, v0, ts, mu.astype(v0.dtype), **options)
+    return integrate(_saturating_field, v0, ts, cast(mu, v0.dtype), **options)
 
 
 def log_residual_flow(mu: ArrayLike, ts: ArrayLike, **options: Any) -> Trajectory:
@@ -94,12 +94,19 @@ def rate_ratio(mu: ArrayLike, reference: ArrayLike) -> Array:
     Returns:
         The ratio, of the shape of `mu`.
 
+    Raises:
+        ValueError: `reference` has another shape, or a number is not finite and can be looked at.
+
     Example:
         >>> float(rate_ratio(2.0, 0.0)).__round__(6)  # e^2
         7.389056
     """
-    mu, reference = as_inexact(mu), as_inexact(reference)
-    return jnp.exp((mu**2 - reference**2) / 2)
+    mu = require_finite("mu", as_real("mu", mu))
+    reference = require_finite("reference", as_real("reference", reference))
+    if reference.shape not in ((), mu.shape):
+        raise ValueError(f"reference must be a number or of shape {mu.shape}, got shape {reference.shape}")
+    reference = reference.astype(mu.dtype)
+    return jnp.exp((mu - reference) * (mu + reference) / 2)
 
 
 def onset_delay(mu: ArrayLike) -> Array:
@@ -113,13 +120,13 @@ def onset_delay(mu: ArrayLike) -> Array:
         mu: what v tends to, any shape.
 
     Returns:
-        D, of the shape of `mu`.
+        D, of the shape of `mu`; NaN where exp(mu^2 / 2) is beyond the dtype.
 
     Example:
         >>> [round(float(D), 4) for D in onset_delay([0.5, 1.0, 1.5, 2.0])]
         [0.172, 0.5342, 0.8057, 0.8585]
     """
-    mu = as_inexact(mu)
+    mu = as_real("mu", mu)
     # With y = 1 - e^{-x} the range is finite, and the integrand is analytic up to its end.
     nodes, mass = np.polynomial.legendre.leggauss(64)
     y, mass = jnp.asarray((nodes + 1) / 2, mu.dtype), jnp.asarray(mass / 2, mu.dtype)
@@ -139,6 +146,4 @@ def _log_residual_field(t, s, mu):
 
 
 def _require_mu(mu: ArrayLike) -> Float[Array, " M"]:
-    mu = require_vector("mu", mu, "M")
-    require_finite("mu", mu)
-    return mu
+    return require_finite("mu", require_vector("mu", mu, "M"))

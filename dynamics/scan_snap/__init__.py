@@ -6,7 +6,6 @@ from dynamics.scan_snap.classes import context_distribution as context_distribut
 from dynamics.scan_snap.classes import distinct_entropy as distinct_entropy
 from dynamics.scan_snap.classes import distinct_tokens as distinct_tokens
 from dynamics.scan_snap.classes import log_context_weights as log_context_weights
-from dynamics.scan_snap.classes import require_tokens as require_tokens
 from dynamics.scan_snap.closed_forms import attention_growth as attention_growth
 from dynamics.scan_snap.closed_forms import attention_growth_printed as attention_growth_printed
 from dynamics.scan_snap.closed_forms import attention_growth_scanning as attention_growth_scanning

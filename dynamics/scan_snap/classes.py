@@ -8,10 +8,18 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from dynamics.arguments import require_real, require_shape
-from dynamics.flow import ArrayLike, as_inexact, is_traced
+from dynamics.arguments import (
+    ArrayLike,
+    as_concrete,
+    as_real,
+    is_traced,
+    nan_unless,
+    require_every,
+    require_indices,
+    require_shape,
+)
 
 
 class SequenceClasses(eqx.Module):
@@ -30,6 +38,7 @@ class SequenceClasses(eqx.Module):
 
     Raises:
         ValueError: a shape does not fit, a row of P is no distribution, a token is not in the vocabulary.
+            Where that is traced, P of the class is NaN.
 
     Example:
         >>> SequenceClasses(P=[[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]], query=[1, 2], next_token=[1, 2]).vocab_size
@@ -37,33 +46,25 @@ class SequenceClasses(eqx.Module):
     """
 
     # The fields are arrays, except while JAX takes the pytree apart.
-    P: Array | Any = eqx.field(converter=as_inexact)
-    query: Array | Any = eqx.field(converter=jnp.asarray)
-    next_token: Array | Any = eqx.field(converter=jnp.asarray)
+    P: Array | Any
+    query: Array | Any
+    next_token: Array | Any
 
-    def __check_init__(self):
-        P = self.P
-        require_real("P", P)
-        if P.ndim != 2 or P.shape[0] < 1 or P.shape[1] < 2:
-            raise ValueError(f"P must have shape (K, M) with K >= 1 and M >= 2, got shape {P.shape}")
-        if not is_traced(P):
-            values = np.asarray(P, float)
-            if not np.all(np.isfinite(values) & (values >= 0)):
-                raise ValueError("P must hold finite numbers >= 0, got a negative or infinite one or NaN")
-            # The tolerance allows rounding of M numbers, and probabilities written down with few digits.
-            deviation = np.abs(values.sum(axis=1) - 1)
-            if np.any(deviation > _sum_tolerance(P)):
-                row = int(np.argmax(deviation))
-                raise ValueError(f"P must have rows that sum to 1, got {values[row].sum():.6g} in row {row}")
-        for name, tokens in (("query", self.query), ("next_token", self.next_token)):
-            require_shape(name, tokens, P.shape[:1])
-            require_tokens(name, tokens, P.shape[1])
-
-    def are_valid(self) -> Bool[Array, ""]:
-        """Whether the values are what is required: for classes that were traced when they were made."""
-        sums = jnp.abs(jnp.sum(self.P, axis=1) - 1) <= _sum_tolerance(self.P)
-        inside = [(tokens >= 0) & (tokens < self.vocab_size) for tokens in (self.query, self.next_token)]
-        return jnp.all(self.P >= 0) & jnp.all(sums) & jnp.all(inside[0] & inside[1])
+    def __init__(self, P: ArrayLike, query: ArrayLike, next_token: ArrayLike):
+        """Build the classes from their arrays."""
+        law = as_real("P", P)
+        if law.ndim != 2 or law.shape[0] < 1 or law.shape[1] < 2:
+            raise ValueError(f"P must have shape (K, M) with K >= 1 and M >= 2, got shape {law.shape}")
+        K, M = law.shape
+        law = require_every("P", law, lambda p: (p >= 0) & (p < np.inf), "finite and >= 0")
+        law = _require_sums(law)
+        for name, tokens in (("query", query), ("next_token", next_token)):
+            tokens = require_indices(name, tokens, M)
+            require_shape(name, tokens, (K,))
+            if is_traced(tokens):
+                law = nan_unless(((tokens >= 0) & (tokens < M))[:, None], law)
+            setattr(self, name, tokens)
+        self.P = law
 
     @property
     def num_classes(self) -> int:
@@ -76,21 +77,17 @@ class SequenceClasses(eqx.Module):
         return self.P.shape[-1]
 
 
-def _sum_tolerance(P: Array) -> float:
-    return 1e-6 + P.shape[1] * float(jnp.finfo(P.dtype).eps)
-
-
-def require_tokens(name: str, tokens: ArrayLike, vocab_size: int) -> Int[Array, "..."]:
-    """Tokens as an array of integers, or `ValueError` unless they are 0 to vocab_size - 1 (if not traced)."""
-    tokens = jnp.asarray(tokens)
-    if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"{name} must hold integers, got dtype {tokens.dtype}")
-    if not is_traced(tokens):
-        values = np.asarray(tokens)
-        outside = values[(values < 0) | (values >= vocab_size)]
-        if outside.size:
-            raise ValueError(f"{name} must hold tokens 0 to {vocab_size - 1}, got {outside[0]}")
-    return tokens
+def _require_sums(P: Array) -> Array:
+    """P, whose rows sum to one up to rounding of M numbers, or of probabilities with few digits."""
+    tolerance = 1e-6 + P.shape[1] * float(jnp.finfo(P.dtype).eps)
+    values = as_concrete(P)
+    if values is None:
+        return nan_unless(jnp.abs(jnp.sum(P, axis=1, keepdims=True) - 1) <= tolerance, P)
+    sums = values.sum(axis=1, dtype=float)
+    row = int(np.argmax(np.abs(sums - 1)))
+    if abs(sums[row] - 1) > tolerance:
+        raise ValueError(f"P must have rows that sum to 1, got {sums[row]:.6g} in row {row}")
+    return P
 
 
 @jax.jit
@@ -167,16 +164,16 @@ def log_context_weights(Z: ArrayLike, classes: SequenceClasses) -> Float[Array, 
         >>> log_context_weights(jnp.ones((2, 2)), classes).tolist()
         [[1.0, -inf]]
     """
-    Z, M = as_inexact(Z), classes.vocab_size
+    Z, M = as_real("Z", Z), classes.vocab_size
     require_shape("Z", Z, (M, M))
     dtype = jnp.promote_types(Z.dtype, classes.P.dtype)
     return log_counts(classes.P).astype(dtype) + Z[classes.query].astype(dtype)
 
 
 def log_counts(counts: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Logarithm of numbers >= 0 with a gradient of zero, rather than NaN, where they are zero."""
-    occurs = counts > 0
-    return jnp.where(occurs, jnp.log(jnp.where(occurs, counts, 1)), -jnp.inf)
+    """Logarithm of numbers >= 0 with a gradient of zero, rather than NaN, where they are zero; else NaN."""
+    absent = counts == 0
+    return jnp.where(absent, -jnp.inf, jnp.log(jnp.where(absent, 1, counts)))
 
 
 def distinct_entropy(Z: ArrayLike, classes: SequenceClasses) -> Float[Array, " K"]:
@@ -208,4 +205,5 @@ def distinct_entropy(Z: ArrayLike, classes: SequenceClasses) -> Float[Array, " K
     log_share = jax.nn.log_softmax(jnp.where(kept, log_context_weights(Z, classes), 0), axis=-1, where=kept)
     log_share = jnp.where(kept, log_share, 0)
     entropy = 0 - jnp.sum(jnp.exp(log_share) * log_share, axis=-1)
-    return jnp.where(has_distinct[:, 0], entropy, 0)
+    # What is distinct for a class depends on all of them.
+    return nan_unless(jnp.all(jnp.isfinite(classes.P)), jnp.where(has_distinct[:, 0], entropy, 0))

@@ -11,9 +11,18 @@ import numpy as np
 import optimistix as optx
 from jaxtyping import Array, Float
 
-from dynamics.arguments import require_every, require_positive
-from dynamics.flow import ArrayLike, as_inexact, require_number
-from dynamics.scan_snap.classes import SequenceClasses, log_context_weights, require_tokens
+from dynamics.arguments import (
+    ArrayLike,
+    as_real,
+    nan_unless,
+    require_every,
+    require_indices,
+    require_number,
+    require_positive,
+    require_shape,
+    rows,
+)
+from dynamics.scan_snap.classes import SequenceClasses, log_context_weights
 
 
 def decoder_margin(
@@ -50,8 +59,7 @@ def decoder_margin(
     t, rate, K, M = _require_setting(t, learning_rate_Y, num_classes, vocab_size)
     drive = M * rate * t / K
     u = jax.vmap(_solve_margin, in_axes=(0, None))(drive.reshape(-1), M).reshape(drive.shape)
-    good = (t >= 0) & (rate >= 0) & (K >= 1) & (M >= 2) & jnp.isfinite(drive)
-    return jnp.where(good, u / M, jnp.nan)
+    return nan_unless(jnp.isfinite(drive), u / M)
 
 
 @eqx.filter_jit
@@ -85,17 +93,17 @@ def crossover_time(learning_rate_Y: ArrayLike, num_classes: ArrayLike, vocab_siz
         vocab_size: size of the vocabulary M, at least 2.
 
     Returns:
-        The time, a scalar.
+        The time, a scalar; NaN where a traced argument is out of range.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range and can be looked at.
 
     Example:
         >>> round(float(crossover_time(1.0, num_classes=2, vocab_size=34)), 2)
         8.67
     """
     _, rate, K, M = _require_setting(0.0, learning_rate_Y, num_classes, vocab_size)
-    require_positive("learning_rate_Y", rate, rate.dtype)
+    rate = require_positive("learning_rate_Y", rate, rate.dtype)
     return K / rate * ((M - 1) / M * jnp.log(M - 1) + (M - 2) / M)
 
 
@@ -195,7 +203,7 @@ def attention_growth_snapping(
     """
     t, rate_Y, K, M = _require_setting(t, learning_rate_Y, num_classes, vocab_size)
     rate_Z, C0 = _require_growth(learning_rate_Z, C0, t.dtype)
-    require_positive("learning_rate_Y", rate_Y, rate_Y.dtype)
+    rate_Y = require_positive("learning_rate_Y", rate_Y, rate_Y.dtype)
     square = jnp.log(M * rate_Y * t / K) ** 2
     return jnp.log1p(2 * K * (1 - 1 / M) ** 2 / C0 * rate_Z / rate_Y * square) / 4
 
@@ -224,7 +232,7 @@ def attention_growth_printed(
     """
     t, rate_Y, K, M = _require_setting(t, learning_rate_Y, num_classes, vocab_size)
     rate_Z, C0 = _require_growth(learning_rate_Z, C0, t.dtype)
-    require_positive("learning_rate_Y", rate_Y, rate_Y.dtype)
+    rate_Y = require_positive("learning_rate_Y", rate_Y, rate_Y.dtype)
     return jnp.log(C0 + 2 * K * rate_Z / rate_Y * jnp.log(M * rate_Y * t / K) ** 2)
 
 
@@ -244,7 +252,7 @@ def log_relative_gain(
         reference: l' of each class, integers, shape (K,) or ().
 
     Returns:
-        ln(1 + r), shape (K,).
+        ln(1 + r), shape (K,); NaN where a traced token lies outside of the vocabulary.
 
     Raises:
         ValueError: `Z` has the wrong shape, or a token lies outside of the vocabulary.
@@ -259,8 +267,7 @@ def log_relative_gain(
         _require_tokens("token", token, classes),
         _require_tokens("reference", reference, classes),
     )
-    rows = jnp.arange(classes.num_classes)
-    return 2 * (log_weights[rows, token] - log_weights[rows, reference])
+    return 2 * (jax.vmap(rows)(log_weights, token) - jax.vmap(rows)(log_weights, reference))
 
 
 def log_relative_gain_closed_form(
@@ -297,16 +304,17 @@ def log_relative_gain_closed_form(
         >>> round(float(log_relative_gain_closed_form(zeros, classes, 0, 1)[0]), 6)
         2.772589
     """
-    Z = as_inexact(Z)
-    Z0 = jnp.zeros_like(Z) if Z0 is None else as_inexact(Z0)
+    Z = as_real("Z", Z)
+    Z0 = jnp.zeros_like(Z) if Z0 is None else as_real("Z0", Z0)
+    require_shape("Z0", Z0, (classes.vocab_size, classes.vocab_size))
     initial = jnp.expm1(log_relative_gain(Z0, classes, token, reference))
     gained = log_context_weights(Z, classes) - log_context_weights(Z0, classes)
-    rows, token = jnp.arange(classes.num_classes), _require_tokens("token", token, classes)
-    return jnp.log1p(initial * jnp.exp(2 * gained[rows, token]))
+    gained = jax.vmap(rows)(gained, _require_tokens("token", token, classes))
+    return jnp.log1p(initial * jnp.exp(2 * gained))
 
 
 def _require_tokens(name: str, tokens: ArrayLike, classes: SequenceClasses) -> Array:
-    tokens = require_tokens(name, tokens, classes.vocab_size)
+    tokens = require_indices(name, tokens, classes.vocab_size)
     if tokens.shape not in ((), (classes.num_classes,)):
         raise ValueError(f"{name} must have shape () or ({classes.num_classes},), got shape {tokens.shape}")
     return jnp.broadcast_to(tokens, (classes.num_classes,))
@@ -315,8 +323,7 @@ def _require_tokens(name: str, tokens: ArrayLike, classes: SequenceClasses) -> A
 def _require_setting(
     t: ArrayLike, learning_rate_Y: ArrayLike, num_classes: ArrayLike, vocab_size: ArrayLike
 ) -> tuple[Array, Array, Array, Array]:
-    t = as_inexact(t)
-    require_every("t", t, lambda t: (t >= 0) & (t < np.inf), "finite and >= 0")
+    t = require_every("t", as_real("t", t), lambda t: (t >= 0) & (t < np.inf), "finite and >= 0")
     rate = require_number("learning_rate_Y", learning_rate_Y, t.dtype, at_least=0)
     K = require_number("num_classes", num_classes, t.dtype, at_least=1)
     return t, rate, K, require_number("vocab_size", vocab_size, t.dtype, at_least=2)

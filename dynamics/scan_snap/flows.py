@@ -7,10 +7,24 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from dynamics.arguments import require_finite, require_shape
-from dynamics.flow import ArrayLike, Trajectory, as_inexact, integrate, is_traced, require_number
+from dynamics.arguments import (
+    ArrayLike,
+    as_real,
+    cast,
+    is_traced,
+    nan_unless,
+    one_hot,
+    require_every,
+    require_finite,
+    require_indices,
+    require_number,
+    require_shape,
+    require_shapes,
+    rows,
+)
+from dynamics.flow import Trajectory, all_finite, integrate
 from dynamics.scan_snap.classes import SequenceClasses, distinct_tokens, log_counts
 from dynamics.scan_snap.closed_forms import decoder_margin
 
@@ -176,37 +190,49 @@ def weak_correlation_flow(
     return _with_decoder(Trajectory(path.ts, (A, Z), path.ok), classes)
 
 
-def attended_features(
-    Z: Float[Array, "M M"], counts: Float[Array, "B M"], query: Int[Array, " B"]
-) -> Float[Array, "B M"]:
+def attended_features(Z: ArrayLike, counts: ArrayLike, query: ArrayLike) -> Float[Array, "B M"]:
     r"""What attention hands to the decoder, f = b / |b| with b_l proportional to N_l exp(z_ml).
 
     Source: tian2023scan, section 2 and Lemma 1.
 
     Args:
-        Z: attention logits [query, context token].
-        counts: how often each token occurs in each context, or probabilities; not negative.
-        query: last tokens m.
+        Z: attention logits [query, context token], shape (M, M).
+        counts: how often each token occurs in each context, or probabilities, shape (B, M); not negative.
+        query: last tokens m, integers in 0, ..., M - 1, shape (B,).
 
     Returns:
-        f of unit length, a row per sequence; zero for an empty context.
+        f of unit length, a row per sequence; zero for an empty context. NaN where a traced query or count is
+        out of range.
+
+    Raises:
+        ValueError: the shapes do not fit, or a query or count is out of range and can be looked at.
 
     Example:
         >>> f = attended_features(jnp.zeros((2, 2)), jnp.array([[3.0, 4.0]]), jnp.array([0]))
         >>> [round(float(entry), 6) for entry in f[0]]
         [0.6, 0.8]
     """
+    Z, counts, query = _require_sequences(Z, counts, query)
+    return _attend(rows(Z, query), counts)
+
+
+def _require_sequences(Z: ArrayLike, counts: ArrayLike, query: ArrayLike) -> tuple[Array, Array, Array]:
+    Z, counts = as_real("Z", Z), as_real("counts", counts)
+    require_shapes(Z=(Z, "M M"), counts=(counts, "B M"))
+    query = require_indices("query", query, len(Z))
+    require_shapes(counts=(counts, "B M"), query=(query, "B"))
+    return Z, require_every("counts", counts, lambda n: (n >= 0) & (n < jnp.inf), "finite and >= 0"), query
+
+
+def _attend(z: Array, counts: Array) -> Array:
+    """The `attended_features` of contexts with attention logits z, a row each."""
     empty = jnp.all(counts == 0, axis=-1, keepdims=True)
-    b = jax.nn.softmax(jnp.where(empty, 0, log_counts(counts) + Z[query]), axis=-1)
+    b = jax.nn.softmax(jnp.where(empty, 0, log_counts(counts) + z), axis=-1)
     return jnp.where(empty, 0, b / jnp.linalg.norm(b, axis=-1, keepdims=True))
 
 
 def loss_gradient(
-    Y: Float[Array, "M M"],
-    Z: Float[Array, "M M"],
-    counts: Float[Array, "B M"],
-    query: Int[Array, " B"],
-    next_token: Int[Array, " B"],
+    Y: ArrayLike, Z: ArrayLike, counts: ArrayLike, query: ArrayLike, next_token: ArrayLike
 ) -> Weights:
     r"""Gradient of the mean cross-entropy of B sequences in Y and Z, written out.
 
@@ -217,24 +243,41 @@ def loss_gradient(
     Source: tian2023scan, Lemma 1.
 
     Args:
-        Y: decoder [context token, next token].
-        Z: attention logits [query, context token].
-        counts: how often each token occurs in each context, or probabilities.
-        query: last tokens.
-        next_token: next tokens.
+        Y: decoder [context token, next token], shape (M, M).
+        Z: attention logits [query, context token], shape (M, M).
+        counts: how often each token occurs in each context, or probabilities, shape (B, M).
+        query: last tokens, integers in 0, ..., M - 1, shape (B,).
+        next_token: next tokens, alike.
 
     Returns:
-        The gradient as `Weights`.
+        The gradient as `Weights`; NaN where a traced token or count is out of range.
+
+    Raises:
+        ValueError: the shapes do not fit, or a token or count is out of range and can be looked at.
 
     Example:
         >>> zeros = jnp.zeros((2, 2))
         >>> loss_gradient(zeros, zeros, jnp.eye(2)[:1], jnp.array([1]), jnp.array([0])).Y[0].tolist()
         [-0.5, 0.5]
     """
-    f = attended_features(Z, counts, query)
-    g = jax.nn.one_hot(next_token, len(Y), dtype=Y.dtype) - jax.nn.softmax(f @ Y, axis=-1)
-    dz = -_pull(f, g @ Y.T) / len(f)
-    return Weights(-f.T @ g / len(f), jnp.zeros_like(Z).at[query].add(dz))
+    Y = as_real("Y", Y)
+    Z, counts, query = _require_sequences(Z, counts, query)
+    next_token = require_indices("next_token", next_token, len(Z))
+    require_shape("Y", Y, Z.shape)
+    require_shape("next_token", next_token, query.shape)
+    f = _attend(rows(Z, query), counts)
+    return jax.tree.map(
+        jnp.negative, _direction(Weights(Y, Z), f, one_hot(next_token, len(Y), Y.dtype), query)
+    )
+
+
+def _direction(weights: Weights, f: Array, labels: Array, query: Array) -> Weights:
+    """Minus the gradient, of sequences with features f and one-hot next tokens."""
+    Y, Z = weights
+    g = labels - jax.nn.softmax(f @ Y, axis=-1)
+    # A query that is out of range has a row of its own that is not there: no row is known then.
+    start = nan_unless(jnp.all((query >= 0) & (query < len(Z))), jnp.zeros_like(Z))
+    return Weights(f.T @ g / len(f), start.at[query].add(_pull(f, g @ Y.T) / len(f)))
 
 
 def population_field(weights: Weights, classes: SequenceClasses) -> Weights:
@@ -245,8 +288,9 @@ def population_field(weights: Weights, classes: SequenceClasses) -> Weights:
         >>> population_field(Weights(jnp.zeros((2, 2)), jnp.zeros((2, 2))), classes).Y[0].tolist()
         [0.5, -0.5]
     """
-    gradient = loss_gradient(*weights, classes.P.astype(weights.Z.dtype), classes.query, classes.next_token)
-    return jax.tree.map(jnp.negative, gradient)
+    weights = _require_weights(weights, classes)
+    f = _features(weights.Z, classes)
+    return _direction(weights, f, _one_hot(classes, f.dtype), classes.query)
 
 
 def growth_rate(weights: Weights, classes: SequenceClasses) -> Float[Array, " K"]:
@@ -270,7 +314,7 @@ def growth_rate(weights: Weights, classes: SequenceClasses) -> Float[Array, " K"
         >>> growth_rate(Weights(jnp.zeros((3, 3)), jnp.zeros((3, 3))), classes).tolist()
         [0.0, 0.0]
     """
-    Y, Z = weights
+    Y, Z = _require_weights(weights, classes)
     f = _features(Z, classes)
     g = _one_hot(classes, f.dtype) - jax.nn.softmax(f @ Y, axis=-1)
     v = g @ Y.T
@@ -278,9 +322,11 @@ def growth_rate(weights: Weights, classes: SequenceClasses) -> Float[Array, " K"
     likeliest = jnp.argmax(jnp.where(distinct, classes.P, -1), axis=-1)[:, None]
     f_l, v_l = (jnp.take_along_axis(a, likeliest, axis=-1)[:, 0] for a in (f, v))
     # z'_l = f_l (v_l - f_l <f, v>) / K.
-    attended = jnp.any(distinct, axis=-1) & (f_l > 0)
+    attended = jnp.any(distinct, axis=-1) & (f_l != 0)
     xi = v_l / jnp.where(attended, f_l, 1) - jnp.sum(f * v, axis=-1)
-    return jnp.where(attended, xi / classes.num_classes, 0)
+    # What is distinct for a class depends on all of them.
+    good = jnp.all(jnp.isfinite(classes.P))
+    return nan_unless(good, jnp.where(attended, xi / classes.num_classes, 0))
 
 
 def class_overlap(Z: ArrayLike, classes: SequenceClasses) -> Float[Array, "K K"]:
@@ -297,12 +343,17 @@ def class_overlap(Z: ArrayLike, classes: SequenceClasses) -> Float[Array, "K K"]
     Returns:
         The Gram matrix F F^T, shape (K, K), ones on the diagonal.
 
+    Raises:
+        ValueError: `Z` has the wrong shape.
+
     Example:
         >>> classes = SequenceClasses([[0.5, 0.5, 0.0], [0.5, 0.0, 0.5]], [1, 2], [1, 2])
         >>> class_overlap(jnp.zeros((3, 3)), classes).round(6).tolist()
         [[1.0, 0.5], [0.5, 1.0]]
     """
-    f = _features(as_inexact(Z), classes)
+    Z = as_real("Z", Z)
+    require_shape("Z", Z, (classes.vocab_size, classes.vocab_size))
+    f = _features(Z, classes)
     return f @ f.T
 
 
@@ -331,6 +382,7 @@ def weak_growth_rate(
         [0.0, 0.0]
     """
     K, M = classes.num_classes, classes.vocab_size
+    t = require_number("t", t, classes.P.dtype, at_least=0)
     u = M * decoder_margin(t, learning_rate_Y, K, M)
     others = jnp.sum(class_overlap(Z, classes), axis=-1) - 1
     return u / (M - 1 + jnp.exp(u)) / K * others
@@ -349,11 +401,16 @@ def row_sums(weights: Weights) -> Weights:
     Returns:
         The sums, shapes (..., M).
 
+    Raises:
+        ValueError: the shapes do not fit.
+
     Example:
         >>> row_sums(Weights(jnp.eye(2), jnp.ones((2, 2)))).Z.tolist()
         [2.0, 2.0]
     """
-    return Weights(jnp.sum(weights.Y, axis=-1), jnp.sum(weights.Z, axis=-1))
+    Y, Z = (as_real(name, array) for name, array in zip(Weights._fields, weights, strict=True))
+    require_shapes(Y=(Y, "... M M"), Z=(Z, "... M M"))
+    return Weights(jnp.sum(Y, axis=-1), jnp.sum(Z, axis=-1))
 
 
 def _pull(f: Array, v: Array) -> Array:
@@ -363,7 +420,7 @@ def _pull(f: Array, v: Array) -> Array:
 
 def _features(Z: Array, classes: SequenceClasses) -> Array:
     """f_n = c_n / |c_n|, shape (K, M)."""
-    return attended_features(Z, classes.P.astype(Z.dtype), classes.query)
+    return _attend(Z[classes.query], classes.P.astype(Z.dtype))
 
 
 def _one_hot(classes: SequenceClasses, dtype: Any) -> Array:
@@ -420,18 +477,24 @@ def _require_start(name: str, start: ArrayLike | None, classes: SequenceClasses,
     M = classes.vocab_size
     if start is None:
         return jnp.zeros((M, M), dtype)
-    start = as_inexact(start).astype(dtype)
+    start = cast(as_real(name, start), dtype)
     require_shape(name, start, (M, M))
-    require_finite(name, start)
-    return start
+    return require_finite(name, start)
+
+
+def _require_weights(weights: Weights, classes: SequenceClasses) -> Weights:
+    arrays = {name: as_real(name, array) for name, array in zip(Weights._fields, weights, strict=True)}
+    for name, array in arrays.items():
+        require_shape(name, array, (classes.vocab_size, classes.vocab_size))
+    return Weights(**arrays)
 
 
 def _guard(start: Any, rates: tuple, classes: SequenceClasses) -> Any:
     """Bad traced rates or classes become a start that is not finite, which `integrate` flags."""
     if not is_traced(rates, classes):  # they have been looked at
         return start
-    good = (rates[0] >= 0) & (rates[1] >= 0) & classes.are_valid()
-    return jax.tree.map(lambda leaf: jnp.where(good, leaf, jnp.nan), start)
+    good = all_finite((rates, classes.P))
+    return jax.tree.map(lambda leaf: nan_unless(good, leaf), start)
 
 
 # The full flow and its reductions by the names under which they are compared.

@@ -1,4 +1,7 @@
-"""Measures of what attention has learned: its error against a theory, its growth, and its order."""
+"""Measures of what attention has learned: its error against a theory, its growth, and its order.
+
+They are for records, which they look at in NumPy and in 64-bit.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dynamics.flow import ArrayLike
+from dynamics.arguments import ArrayLike, as_real, is_traced, require_every, require_times
 
 
 def attention_error(Z: ArrayLike, theory: ArrayLike) -> np.ndarray:
@@ -19,13 +22,19 @@ def attention_error(Z: ArrayLike, theory: ArrayLike) -> np.ndarray:
     Returns:
         Errors in the Euclidean norm over the last two axes, shape (...); |Z| where the theory is zero.
 
+    Raises:
+        ValueError: an array has less than two axes, or the shapes do not broadcast.
+
     Example:
         >>> float(attention_error([[3.0, 0.0]], [[3.0, 4.0]]))
         0.8
     """
-    Z, theory = np.asarray(Z), np.asarray(theory)
+    Z, theory = _record("Z", Z), _record("theory", theory)
+    if min(Z.ndim, theory.ndim) < 2 or Z.shape[-2:] != theory.shape[-2:] or 0 in (Z.size, theory.size):
+        raise ValueError(f"Z and theory must have shapes (..., M, M), got {Z.shape} and {theory.shape}")
     size = np.linalg.norm(theory, axis=(-2, -1))
-    return np.asarray(np.linalg.norm(Z - theory, axis=(-2, -1)) / np.where(size == 0, 1, size))
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.linalg.norm(Z - theory, axis=(-2, -1)) / np.where(size == 0, 1, size))
 
 
 def growth_along(growth_rate: ArrayLike, ts: ArrayLike, learning_rate_Z: ArrayLike) -> np.ndarray:
@@ -35,11 +44,14 @@ def growth_along(growth_rate: ArrayLike, ts: ArrayLike, learning_rate_Z: ArrayLi
 
     Args:
         growth_rate: xi at the times, as `dynamics.scan_snap.growth_rate` gives it, shape (..., T, K).
-        ts: the times, shape (T,).
-        learning_rate_Z: learning rate of attention, of a shape that broadcasts against `growth_rate`.
+        ts: the times, which increase strictly, shape (T,).
+        learning_rate_Z: learning rate of attention, >= 0, of a shape that broadcasts against `growth_rate`.
 
     Returns:
         B, shape (..., T, K), zero at the first time.
+
+    Raises:
+        ValueError: a learning rate is negative, or the times do not increase or are not as many as the rates.
 
     Example:
         >>> growth_along([[0.0], [2.0], [4.0]], [0.0, 1.0, 2.0], 0.5).round(6).tolist()
@@ -47,8 +59,15 @@ def growth_along(growth_rate: ArrayLike, ts: ArrayLike, learning_rate_Z: ArrayLi
     """
     from scipy.integrate import cumulative_simpson  # it takes long to import
 
-    xi, ts = np.asarray(growth_rate), np.asarray(ts)
-    return np.asarray(learning_rate_Z) * cumulative_simpson(xi, x=ts, axis=-2, initial=0)
+    require_every("learning_rate_Z", as_real("learning_rate_Z", learning_rate_Z), lambda x: x >= 0, ">= 0")
+    count = require_times(ts, float).size
+    xi, rate = _record("growth_rate", growth_rate), _record("learning_rate_Z", learning_rate_Z)
+    if xi.ndim < 2 or xi.shape[-2] != count or xi.size == 0:
+        raise ValueError(f"growth_rate must have shape (..., {count}, K), as ts has, got shape {xi.shape}")
+    if any(size not in (1, own) for size, own in zip(rate.shape[:-3:-1], xi.shape[::-1], strict=False)):
+        raise ValueError(f"learning_rate_Z must broadcast against {xi.shape}, got shape {rate.shape}")
+    with np.errstate(invalid="ignore"):
+        return rate * cumulative_simpson(xi, x=_record("ts", ts), axis=-2, initial=0)
 
 
 def rank_correlation(z: ArrayLike, score: ArrayLike) -> float:
@@ -59,7 +78,10 @@ def rank_correlation(z: ArrayLike, score: ArrayLike) -> float:
         score: scores of the same shape; pairs whose score is NaN are left out.
 
     Returns:
-        The correlation; NaN for fewer than three pairs, or where either does not vary.
+        The correlation; NaN for fewer than three pairs, where either does not vary, or where a logit is NaN.
+
+    Raises:
+        ValueError: the shapes differ.
 
     Example:
         >>> rank_correlation([1.0, 2.0, 9.0, 3.0], [0.1, 0.2, 0.3, float("nan")])
@@ -67,9 +89,19 @@ def rank_correlation(z: ArrayLike, score: ArrayLike) -> float:
     """
     from scipy.stats import spearmanr  # it takes long to import
 
-    z, score = np.asarray(z), np.asarray(score)
-    pairs = np.isfinite(score)
-    if np.count_nonzero(pairs) < 3:
+    z, score = _record("z", z), _record("score", score)
+    if z.shape != score.shape:
+        raise ValueError(f"z and score must have one shape, got {z.shape} and {score.shape}")
+    pairs = ~np.isnan(score)
+    z, score = z[pairs], score[pairs]
+    if z.size < 3 or np.all(z == z[0]) or np.all(score == score[0]):
         return float("nan")
-    found: Any = spearmanr(z[pairs], score[pairs])
+    found: Any = spearmanr(z, score)
     return float(found.statistic)
+
+
+def _record(name: str, value: ArrayLike) -> np.ndarray:
+    """A recorded array in NumPy: JAX would take it down to its own default precision."""
+    if is_traced(as_real(name, value)):
+        raise ValueError(f"{name} must be concrete, since it is looked at on the host, got a traced array")
+    return np.asarray(value, float)

@@ -10,9 +10,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from dynamics.arguments import require_same_shape
-from dynamics.flow import ArrayLike, as_inexact
-from models.attention.products import HEAD_WEIGHTS
+from dynamics.arguments import (
+    ArrayLike,
+    as_real,
+    require_same_shape,
+    require_shape,
+    require_shapes,
+    require_sizes,
+)
+from models.attention.products import HEAD_WEIGHTS, require_weights
 from models.functional import Frozen
 from models.losses import mean_squared_error
 
@@ -42,11 +48,15 @@ def diagonal_head(kq: ArrayLike, vo: ArrayLike, X: ArrayLike) -> Array:
     Returns:
         Outputs, (..., n, d).
 
+    Raises:
+        ValueError: the shapes do not fit.
+
     Example:
         >>> diagonal_head([0.0], [2.0], [[1.0], [3.0]]).tolist()  # no logits: the mean, doubled
         [[4.0], [4.0]]
     """
-    kq, vo, X = as_inexact(kq), as_inexact(vo), as_inexact(X)
+    kq, vo, X = as_real("kq", kq), as_real("vo", vo), as_real("X", X)
+    require_shapes(kq=(kq, "d"), vo=(vo, "d"), X=(X, "... n d"))
     logits = jnp.einsum("...ad,d,...bd->...ab", X, kq, X)
     return jnp.einsum("...ab,...bd,d->...ad", _softmax(logits), X, vo)
 
@@ -59,11 +69,16 @@ def diagonal_head_loss(beta: ArrayLike, X: ArrayLike, Y: ArrayLike) -> Array:
         X: tokens, (N, n, d).
         Y: targets, alike.
 
+    Raises:
+        ValueError: the shapes do not fit.
+
     Example:
         >>> float(diagonal_head_loss([0.0, 2.0], [[[1.0], [3.0]]], [[[4.0], [6.0]]]))
         2.0
     """
-    return mean_squared_error(beta, (_diagonal_head, as_inexact(X), as_inexact(Y)))
+    X, Y = as_real("X", X), as_real("Y", Y)
+    require_same_shape("(N, n, d)", [3], X=X, Y=Y)
+    return mean_squared_error(beta, (_diagonal_head, X, Y))
 
 
 def _diagonal_head(beta: ArrayLike, X: Array) -> Array:
@@ -94,11 +109,17 @@ def diagonal_stack(
     Returns:
         Outputs Z, (..., n, d).
 
+    Raises:
+        ValueError: the shapes do not fit.
+
     Example:
         >>> diagonal_stack(jnp.zeros((1, 2, 1)), jnp.ones((1, 2, 1)), [[1.0], [3.0]]).tolist()
         [[5.0], [7.0]]
     """
-    kq, vo, Z = as_inexact(kq), as_inexact(vo), as_inexact(X)
+    kq, vo, Z = as_real("kq", kq), as_real("vo", vo), as_real("X", X)
+    require_shapes(kq=(kq, "layers heads d"), vo=(vo, "layers heads d"), X=(Z, "... n d"))
+    if feedforward is not None:
+        feedforward = _require_feedforward(feedforward, kq.shape[0], kq.shape[2])
     for layer in range(kq.shape[0]):
         heads = jax.vmap(diagonal_head, in_axes=(0, 0, None))(kq[layer], vo[layer], Z)
         Z = Z + jnp.sum(heads, axis=0)
@@ -130,13 +151,13 @@ class AttentionHead(nnx.Module):
         Raises:
             ValueError: the weights do not have one shape (d,) or (d, d').
         """
-        weights = [as_inexact(weight) for weight in (key, query, value, output)]
-        require_same_shape("(d,) or (d, d')", [1, 2], **dict(zip(HEAD_WEIGHTS, weights, strict=True)))
+        weights = _require_alike("(d,) or (d, d')", [1, 2], key, query, value, output)
         self.key, self.query, self.value, self.output = map(nnx.Param, weights)
 
     def __call__(self, X: ArrayLike) -> Array:
         """Outputs for tokens X (..., n, d): the same shape."""
-        return _head([getattr(self, name)[...] for name in HEAD_WEIGHTS], as_inexact(X))
+        weights = [getattr(self, name)[...] for name in HEAD_WEIGHTS]
+        return _head(weights, _require_inputs(X, weights[0].shape[0]))
 
 
 class AttentionStack(nnx.Module):
@@ -174,16 +195,11 @@ class AttentionStack(nnx.Module):
         Raises:
             ValueError: the shapes do not fit.
         """
-        weights = [as_inexact(weight) for weight in (key, query, value, output)]
         axes = "(layers, heads, d) or (layers, heads, d, d')"
-        require_same_shape(axes, [3, 4], **dict(zip(HEAD_WEIGHTS, weights, strict=True)))
+        weights = _require_alike(axes, [3, 4], key, query, value, output)
         layers, _, dim = weights[0].shape[:3]
         if feedforward is not None:
-            up, down = map(as_inexact, feedforward)
-            if up.shape != down.shape or up.shape[:-1] != (layers, dim):
-                raise ValueError(
-                    f"feedforward must hold two arrays ({layers}, {dim}, m), got {up.shape} and {down.shape}"
-                )
+            up, down = _require_feedforward(feedforward, layers, dim)
             self.up, self.down = Frozen(up), Frozen(down)
         else:
             self.up = self.down = None
@@ -193,7 +209,7 @@ class AttentionStack(nnx.Module):
     def __call__(self, X: ArrayLike) -> Array:
         """Outputs for tokens X (..., n, d): the same shape."""
         weights = [getattr(self, name)[...] for name in HEAD_WEIGHTS]
-        Z = as_inexact(X)
+        Z = _require_inputs(X, weights[0].shape[2])
         for layer in range(weights[0].shape[0]):
             heads = jax.vmap(_head, in_axes=(0, None))([weight[layer] for weight in weights], Z)
             Z = Z + jnp.sum(heads, axis=0)
@@ -208,12 +224,16 @@ def product_coordinates(params: Any) -> tuple[Array, Array]:
     Args:
         params: a mapping with `key`, `query`, `value` and `output`, each (..., d): a head or a stack.
 
+    Raises:
+        ValueError: a name is missing, or the shapes differ.
+
     Example:
         >>> weights = {"key": [1.0], "query": [2.0], "value": [3.0], "output": [4.0]}
         >>> [x.tolist() for x in product_coordinates(weights)]
         [[1.0, 3.0], [2.0, 4.0]]
     """
-    key, query, value, output = (as_inexact(jnp.asarray(params[name])) for name in HEAD_WEIGHTS)
+    key, query, value, output = (weights := require_weights(params)).values()
+    require_same_shape("(..., d)", range(1, key.ndim + 1), **weights)
     u, v = jnp.stack([key, value], axis=-2), jnp.stack([query, output], axis=-2)
     return u.ravel(), v.ravel()
 
@@ -235,12 +255,40 @@ def split_products(beta: ArrayLike, dim: int, layers: int = 1, heads: int = 1) -
 
     Coordinates run over layers, heads, the two kinds (KQ first), and d.
 
+    Raises:
+        ValueError: a size is not a positive integer, or `beta` has another shape.
+
     Example:
         >>> [x.ravel().tolist() for x in split_products([1.0, 2.0, 3.0, 4.0], 2)]
         [[1.0, 2.0], [3.0, 4.0]]
     """
-    parts = as_inexact(beta).reshape(layers, heads, 2, dim)
+    dim, layers, heads = require_sizes(dim=dim, layers=layers, heads=heads)
+    beta = as_real("beta", beta)
+    require_shape("beta", beta, (2 * dim * layers * heads,))
+    parts = beta.reshape(layers, heads, 2, dim)
     return parts[:, :, 0], parts[:, :, 1]
+
+
+def _require_alike(axes: str, dims: list[int], *weights: ArrayLike) -> list[Array]:
+    arrays = {name: as_real(name, weight) for name, weight in zip(HEAD_WEIGHTS, weights, strict=True)}
+    require_same_shape(axes, dims, **arrays)
+    return list(arrays.values())
+
+
+def _require_feedforward(feedforward: Feedforward, layers: int, dim: int) -> Feedforward:
+    up, down = (as_real("feedforward", weight) for weight in feedforward)
+    if up.shape != down.shape or up.shape[:-1] != (layers, dim):
+        raise ValueError(
+            f"feedforward must hold two arrays ({layers}, {dim}, m), got {up.shape} and {down.shape}"
+        )
+    return Feedforward(up, down)
+
+
+def _require_inputs(X: ArrayLike, dim: int) -> Array:
+    X = as_real("X", X)
+    if X.ndim < 2 or X.shape[-1] != dim:
+        raise ValueError(f"X must have shape (..., n, {dim}), got shape {X.shape}")
+    return X
 
 
 def _head(weights: list[Array], X: Array) -> Array:

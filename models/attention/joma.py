@@ -11,8 +11,19 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, PyTree
 
-from dynamics.arguments import require_choice, require_shapes
-from dynamics.flow import ArrayLike, as_inexact, is_traced
+from dynamics.arguments import (
+    ArrayLike,
+    as_concrete,
+    as_real,
+    require_choice,
+    require_dtype,
+    require_indices,
+    require_number,
+    require_positive,
+    require_shapes,
+    require_sizes,
+    rows,
+)
 from dynamics.joma import Kind, attend
 from models.functional import Frozen
 
@@ -22,7 +33,7 @@ class JomaInputs(NamedTuple):
 
     Attributes:
         x: how often each context token occurs, shape (B, M), not negative.
-        query: which query each sample has, integers, shape (B,).
+        query: which query each sample has, integers in 0, ..., Q - 1, shape (B,).
     """
 
     x: Array
@@ -88,15 +99,19 @@ class JomaBlock(nnx.Module):
             head: the layers above, such as an nnx.Linear or nnx.Sequential.
 
         Raises:
-            ValueError: the shapes do not fit, or the kind is unknown; or attention is linear and the logits
-                of a query are all zero: it sees nothing and, from zero hidden weights, never learns.
+            ValueError: the shapes do not fit, the kind is unknown, or the temperature is not positive; or
+                attention is linear and the logits of a query are all zero: it sees nothing and, from zero
+                hidden weights, never learns.
         """
-        embedding, query_embedding, W, z = map(as_inexact, (embedding, query_embedding, W, z))
+        given = {"embedding": embedding, "query_embedding": query_embedding, "W": W, "z": z}
+        embedding, query_embedding, W, z = (as_real(name, array) for name, array in given.items())
         embeddings = {"embedding": (embedding, "d M"), "query_embedding": (query_embedding, "d Q")}
         require_shapes(**embeddings, W=(W, "d K"), z=(z, "Q M"))
+        require_positive("temperature", temperature, z.dtype)
         if not callable(kind):
             require_choice("kind", kind, get_args(Kind))
-        if kind == "linear" and not is_traced(z) and not np.all(np.any(np.asarray(z) != 0, axis=1)):
+        seen = as_concrete(z)
+        if kind == "linear" and seen is not None and not np.all(np.any(seen != 0, axis=1)):
             raise ValueError(
                 "z must not be zero for linear attention: no token is seen, and from zero hidden weights, a "
                 "dead saddle, nothing is ever learned; start from one"
@@ -140,24 +155,23 @@ class JomaBlock(nnx.Module):
             The block.
 
         Raises:
-            ValueError: a size is not positive, or `dim` is too small for orthonormal embeddings.
+            ValueError: a size is not a positive integer, `scale` is negative, or `dim` is too small for
+                orthonormal embeddings.
 
         Example:
             >>> block = JomaBlock.standard(jax.random.key(0), tokens=3, hidden=2, kind="exp")
             >>> block.embedding.shape, block.W.shape, block.z.shape
             ((4, 3), (4, 2), (1, 3))
         """
-        for name, size in {"tokens": tokens, "hidden": hidden, "queries": queries}.items():
-            if size < 1:
-                raise ValueError(f"{name} must be a positive integer, got {size}")
-        dim = tokens + queries if dim is None else dim
+        require_sizes(tokens=tokens, hidden=hidden, queries=queries)
+        dim = tokens + queries if dim is None else require_sizes(dim=dim)[0]
         if dim < tokens + queries:
             raise ValueError(f"dim must be at least tokens + queries = {tokens + queries}, got {dim}")
         key_embedding, key_weights = jax.random.split(key)
-        U = jax.random.orthogonal(
-            key_embedding, dim, dtype=jnp.result_type(float) if dtype is None else dtype
+        U = jax.random.orthogonal(key_embedding, dim, dtype=require_dtype(dtype))
+        W = require_number("scale", scale, U.dtype, at_least=0) * jax.random.normal(
+            key_weights, (dim, hidden), U.dtype
         )
-        W = scale * jax.random.normal(key_weights, (dim, hidden), U.dtype)
         z = jnp.full((queries, tokens), float(kind == "linear"), U.dtype)
         return cls(
             U[:, :tokens],
@@ -171,16 +185,26 @@ class JomaBlock(nnx.Module):
         )
 
     def attention(self, inputs: JomaInputs) -> Array:
-        """Attention b, shape (B, M)."""
-        z = self.z[...][inputs.query]
+        """Attention b, shape (B, M); NaN where a traced query does not exist."""
+        z = rows(self.z[...], self._query(inputs))
         if callable(self.kind):
-            return self.kind(z / self.temperature, inputs.x)
+            return self.kind(z / require_positive("temperature", self.temperature, z.dtype), inputs.x)
         return attend(z, inputs.x, self.kind, self.temperature)
 
     def hidden(self, inputs: JomaInputs) -> Array:
         """Hidden activations h = phi(W^T (U_C b + u_q)), shape (B, K)."""
+        # A query that does not exist has made its attention NaN.
         features = self.attention(inputs) @ self.embedding[...].T + self.query_embedding[...].T[inputs.query]
         return self.activation(features @ self.W[...])
+
+    def _query(self, inputs: JomaInputs) -> Array:
+        query = require_indices("query", inputs.query, len(self.z[...]))
+        if np.shape(inputs.x) != (*query.shape, self.z.shape[-1]):
+            shapes = f"{np.shape(inputs.x)} and {query.shape}"
+            raise ValueError(
+                f"x and query must have shapes (..., {self.z.shape[-1]}) and (...), got {shapes}"
+            )
+        return query
 
     def __call__(self, inputs: JomaInputs) -> Array:
         """What the layers above make of h; h itself where there are none."""

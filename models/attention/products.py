@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dynamics.flow import as_inexact
+from dynamics.arguments import as_real, nan_unless
 
 HEAD_WEIGHTS = ("key", "query", "value", "output")
 
@@ -89,17 +89,24 @@ def thin_products(
                 jnp.concatenate([B, B - start[right]], axis=-1),
             )
         R_left, R_right = (jnp.linalg.qr(factor, mode="r") for factor in (A, B))
-        return R_left @ jnp.swapaxes(R_right, -1, -2)
+        # The decomposition of a matrix with an infinite number may be finite.
+        good = [jnp.all(jnp.isfinite(factor), axis=(-2, -1), keepdims=True) for factor in (A, B)]
+        return nan_unless(good[0] & good[1], R_left @ jnp.swapaxes(R_right, -1, -2))
 
     return core("key", "query"), core("value", "output")
 
 
-def _require_heads(params: Mapping[str, Any]) -> dict[str, Array]:
-    """The four weights as arrays, or `ValueError` unless they are there and fit."""
+def require_weights(params: Mapping[str, Any]) -> dict[str, Array]:
+    """The four weights by name as arrays, or `ValueError` unless they are there."""
     missing = [name for name in HEAD_WEIGHTS if name not in params]
     if missing:
         raise ValueError(f"params must hold {', '.join(HEAD_WEIGHTS)}, got no {', '.join(missing)}")
-    weights = {name: as_inexact(jnp.asarray(params[name])) for name in HEAD_WEIGHTS}
+    return {name: as_real(name, params[name]) for name in HEAD_WEIGHTS}
+
+
+def _require_heads(params: Mapping[str, Any]) -> dict[str, Array]:
+    """The four weights, or `ValueError` unless they are there and fit."""
+    weights = require_weights(params)
     shapes = {name: array.shape for name, array in weights.items()}
     for left, right in (("key", "query"), ("value", "output")):
         if len(shapes[left]) < 2 or shapes[left] != shapes[right]:

@@ -7,12 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, PyTree
 
-from dynamics.flow import ArrayLike, as_inexact
+from dynamics.arguments import ArrayLike, as_real, require_dtype, require_sizes
 from models.functional import Frozen
 
 
@@ -36,12 +35,18 @@ def attention_logits(prompt: ArrayLike, tokens: ArrayLike, key_weights: ArrayLik
         >>> attention_logits([1.0, 2.0], [[1.0, 0.0], [0.0, 1.0]]).tolist()
         [1.0, 2.0]
     """
-    prompt, tokens = as_inexact(prompt), as_inexact(tokens)
-    _require_prompt(prompt, key_weights)
+    return _logits(prompt, "tokens", tokens, key_weights)
+
+
+def _logits(prompt: ArrayLike, name: str, tokens: ArrayLike, key_weights: ArrayLike | None = None) -> Array:
+    """`attention_logits`, where the tokens have a name of their own in errors."""
+    prompt, tokens = as_real("prompt", prompt), as_real(name, tokens)
+    key_weights = _require_prompt(prompt, key_weights)
     d = prompt.shape[-1]
     if tokens.ndim < 2 or tokens.shape[-2] == 0 or tokens.shape[-1] != d:
-        raise ValueError(f"tokens must have shape (..., n, {d}) with n >= 1, got shape {tokens.shape}")
-    keys = tokens if key_weights is None else tokens @ as_inexact(key_weights)
+        shape = f"(..., n, {d}) with n >= 1 for a prompt of {d} numbers"
+        raise ValueError(f"{name} must have shape {shape}, got shape {tokens.shape}")
+    keys = tokens if key_weights is None else tokens @ key_weights
     return keys @ prompt if prompt.ndim == 1 else jnp.einsum("...nd,hqd->...hqn", keys, prompt)
 
 
@@ -71,7 +76,7 @@ def prompt_attention(
         >>> float(prompt_attention([0.0, 0.0], [1.0, 3.0], [[1.0, 0.0], [0.0, 1.0]]))
         2.0
     """
-    prompt, value, tokens = as_inexact(prompt), as_inexact(value), as_inexact(tokens)
+    prompt, value, tokens = as_real("prompt", prompt), as_real("value", value), as_real("tokens", tokens)
     _require_prompt(prompt, key_weights)
     _require_value(prompt, value)
     attention = jax.nn.softmax(attention_logits(prompt, tokens, key_weights), axis=-1)
@@ -82,19 +87,25 @@ def prompt_attention(
     return jnp.einsum(product, attention, tokens, value)
 
 
-def _require_prompt(prompt: Array, key_weights: ArrayLike | None) -> None:
-    if prompt.ndim not in (1, 3):
+def _require_prompt(prompt: Array, key_weights: ArrayLike | None) -> Array | None:
+    """The key weights, where they are not the identity."""
+    if prompt.ndim not in (1, 3) or prompt.size == 0:
         raise ValueError(f"prompt must have shape (d,) or (heads, queries, d), got shape {prompt.shape}")
-    d = prompt.shape[-1]
-    if key_weights is not None and np.shape(key_weights) != (d, d):
-        raise ValueError(f"key_weights must have shape ({d}, {d}), got shape {np.shape(key_weights)}")
+    if key_weights is None:
+        return None
+    weights, d = as_real("key_weights", key_weights), prompt.shape[-1]
+    if weights.shape != (d, d):
+        shape = f"({d}, {d}) for a prompt of {d} numbers"
+        raise ValueError(f"key_weights must have shape {shape}, got shape {weights.shape}")
+    return weights
 
 
 def _require_value(prompt: Array, value: Array) -> None:
     expected = prompt.shape if prompt.ndim == 1 else (prompt.shape[0], prompt.shape[2])
     if value.shape[: len(expected)] != expected or value.ndim not in (len(expected), len(expected) + 1):
         sizes = ", ".join(map(str, expected))
-        raise ValueError(f"value must have shape ({sizes}) or ({sizes}, m), got shape {value.shape}")
+        shapes = f"({sizes}) or ({sizes}, m) for a prompt of shape {prompt.shape}"
+        raise ValueError(f"value must have shape {shapes}, got shape {value.shape}")
 
 
 class PromptAttention(nnx.Module):
@@ -126,12 +137,12 @@ class PromptAttention(nnx.Module):
         Raises:
             ValueError: the shapes do not fit.
         """
-        prompt, value = as_inexact(prompt), as_inexact(value)
-        _require_prompt(prompt, key_weights)
+        prompt, value = as_real("prompt", prompt), as_real("value", value)
+        weights = _require_prompt(prompt, key_weights)
         _require_value(prompt, value)
         self.prompt = nnx.Param(prompt)
         self.value = nnx.Param(value) if train_value else Frozen(value)
-        self.key_weights = None if key_weights is None else Frozen(as_inexact(key_weights))
+        self.key_weights = None if weights is None else Frozen(weights)
 
     @classmethod
     def standard(
@@ -169,13 +180,12 @@ class PromptAttention(nnx.Module):
             (1, 3)
         """
         sizes = {"dim": dim, "outputs": outputs, "heads": heads, "queries": queries}
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{name} must be a positive integer, got {size}")
+        require_sizes(**{name: size for name, size in sizes.items() if size is not None})
         if heads is None and queries != 1:
             raise ValueError(f"queries must be 1 where heads is None, got {queries}")
         key_prompt, key_value = jax.random.split(key)
         shape = (dim,) if heads is None else (heads, queries, dim)
+        dtype = require_dtype(dtype)
         prompt = jax.random.normal(key_prompt, shape, dtype)
         leading = () if heads is None else (heads,)
         trailing = () if outputs is None else (outputs,)
@@ -235,7 +245,7 @@ def attention_log_ratio(prompt: ArrayLike, keys: ArrayLike) -> Array:
         >>> float(attention_log_ratio([1.0], [[3.0], [5.0], [4.0]]))
         2.0
     """
-    logits = attention_logits(prompt, keys)
+    logits = _logits(prompt, "keys", keys)
     return jnp.max(logits, axis=-1) - jnp.min(logits, axis=-1)
 
 
@@ -252,9 +262,14 @@ def log_mean_ratio(log_ratios: ArrayLike, axis: int = -1) -> Array:
     Returns:
         log((1/N) sum_i exp(log_ratios_i)), shape (...).
 
+    Raises:
+        ValueError: there are no ratios.
+
     Example:
         >>> round(float(log_mean_ratio([0.0, 1000.0])), 4)  # 1000 - log 2
         999.3069
     """
-    log_ratios = as_inexact(log_ratios)
+    log_ratios = as_real("log_ratios", log_ratios)
+    if log_ratios.ndim == 0 or log_ratios.size == 0:
+        raise ValueError(f"log_ratios must have shape (..., N) with N >= 1, got shape {log_ratios.shape}")
     return logsumexp(log_ratios, axis=axis) - jnp.log(log_ratios.shape[axis]).astype(log_ratios.dtype)

@@ -10,9 +10,18 @@ from flax import nnx
 from jax.tree_util import Partial
 from jaxtyping import Array, PyTree
 
-from dynamics.arguments import require_shapes
-from dynamics.flow import ArrayLike, as_inexact
-from dynamics.scan_snap import SequenceClasses, Weights, require_tokens
+from dynamics.arguments import (
+    ArrayLike,
+    as_real,
+    one_hot,
+    require_dtype,
+    require_every,
+    require_indices,
+    require_shapes,
+    require_sizes,
+    rows,
+)
+from dynamics.scan_snap import SequenceClasses, Weights
 from models.data.tokens import Contexts, population_contexts, require_sequences
 from models.functional import as_function
 from models.losses import bind, cross_entropy
@@ -43,7 +52,7 @@ class ScanSnapAttention(nnx.Module):
         Raises:
             ValueError: the weights are not two square matrices of one size.
         """
-        Y, Z = as_inexact(Y), as_inexact(Z)
+        Y, Z = as_real("Y", Y), as_real("Z", Z)
         require_shapes(Y=(Y, "M M"), Z=(Z, "M M"))
         self.Y, self.Z = nnx.Param(Y), nnx.Param(Z)
 
@@ -55,7 +64,8 @@ class ScanSnapAttention(nnx.Module):
             >>> ScanSnapAttention.zeros(3).of_tokens([[0, 1, 2]]).tolist()
             [[0.0, 0.0, 0.0]]
         """
-        return cls(jnp.zeros((vocab_size, vocab_size), dtype), jnp.zeros((vocab_size, vocab_size), dtype))
+        (M,) = require_sizes(vocab_size=vocab_size)
+        return cls(jnp.zeros((M, M), dtype), jnp.zeros((M, M), dtype))
 
     @classmethod
     def uniform(cls, key: Array, vocab_size: int, dtype: Any = None) -> ScanSnapAttention:
@@ -65,44 +75,52 @@ class ScanSnapAttention(nnx.Module):
             >>> bool(jnp.max(jnp.abs(ScanSnapAttention.uniform(jax.random.key(0), 4).Y[...])) < 0.5)
             True
         """
-        bound = vocab_size**-0.5
-        dtype = jnp.result_type(float) if dtype is None else dtype
-        Y, Z = jax.random.uniform(key, (2, vocab_size, vocab_size), dtype, -bound, bound)
+        (M,) = require_sizes(vocab_size=vocab_size)
+        Y, Z = jax.random.uniform(key, (2, M, M), require_dtype(dtype), -(M**-0.5), M**-0.5)
         return cls(Y, Z)
 
     def __call__(self, contexts: Contexts) -> Array:
         """Logits (..., M) of the next token from counts: what occurs N times gets N shares.
 
+        They are NaN where a traced query or count is out of range.
+
         Raises:
-            ValueError: the shapes do not fit, or a query lies outside of the vocabulary.
+            ValueError: the shapes do not fit; a query lies outside of the vocabulary, or a count is negative,
+                and can be looked at.
         """
         Z = self.Z[...]
-        query = require_tokens("query", contexts.query, len(Z))
-        if jnp.shape(contexts.counts) != (*query.shape, len(Z)):
-            shapes = f"{jnp.shape(contexts.counts)} and {query.shape}"
+        query, counts = require_indices("query", contexts.query, len(Z)), as_real("counts", contexts.counts)
+        if counts.shape != (*query.shape, len(Z)):
+            shapes = f"{counts.shape} and {query.shape}"
             raise ValueError(f"counts and query must have shapes (..., {len(Z)}) and (...), got {shapes}")
-        z = Z[query]
+        counts, z = require_every("counts", counts, lambda n: n >= 0, ">= 0"), rows(Z, query)
         # Only tokens that occur set the scale: it cancels, and without it those that occur may underflow.
-        occurs = contexts.counts > 0
+        occurs = counts != 0
         top = jnp.max(z, axis=-1, keepdims=True, where=occurs, initial=-jnp.inf)
-        return self._decode(contexts.counts * jnp.exp(jnp.where(occurs, z - jax.lax.stop_gradient(top), 0)))
+        return self._decode(counts * jnp.exp(jnp.where(occurs, z - jax.lax.stop_gradient(top), 0)))
 
     def of_tokens(self, tokens: ArrayLike) -> Array:
         """Logits (B, M) of the next token, position by position, for sequences (B, T) with T >= 2.
 
+        They are NaN where a traced token lies outside of the vocabulary.
+
         Raises:
-            ValueError: the shape does not fit, or a token lies outside of the vocabulary.
+            ValueError: the shape does not fit; a token lies outside of the vocabulary and can be looked at.
         """
-        tokens = require_sequences(tokens, len(self.Z[...]))
-        context, query = tokens[:, :-1], tokens[:, -1:]
-        attention = jax.nn.softmax(self.Z[...][query, context], axis=-1)
-        one_hot = jax.nn.one_hot(context, len(self.Y[...]), dtype=attention.dtype)
-        return self._decode(jnp.einsum("bt,btl->bl", attention, one_hot))
+        Z = self.Z[...]
+        tokens = require_sequences(tokens, len(Z))
+        context, query = tokens[:, :-1], tokens[:, -1]
+        logits = jnp.take_along_axis(rows(Z, query), context, axis=-1, mode="clip")
+        shares = one_hot(context, len(Z), logits.dtype)
+        return self._decode(jnp.einsum("bt,btl->bl", jax.nn.softmax(logits, axis=-1), shares))
 
     def _decode(self, b: Array) -> Array:
+        # Attention is scaled before it is squared: counts may be small probabilities.
+        peak = jax.lax.stop_gradient(jnp.max(b, axis=-1, keepdims=True))
+        b = b / jnp.where(peak == 0, 1, peak)
         square = jnp.sum(b**2, axis=-1, keepdims=True)
-        # Nothing to attend to gives zero logits; the second `where` keeps its gradient from being NaN.
-        f = jnp.where(square > 0, b / jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+        # Nothing to attend to gives zero logits, and a gradient of zero.
+        f = jnp.where(square == 0, 0, b / jnp.sqrt(jnp.where(square == 0, 1, square)))
         return f @ self.Y[...]
 
 

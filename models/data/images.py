@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dynamics.arguments import require_choice
-from dynamics.flow import ArrayLike, as_inexact
+from dynamics.arguments import ArrayLike, as_real, require_choice, require_dtype
 
 Split = Literal["train", "test"]
 
@@ -40,8 +39,7 @@ def digits(dtype: Any = None) -> tuple[Float[Array, "1797 8 8"], Int[Array, "179
     from sklearn.datasets import load_digits  # takes a second to import
 
     pixels, labels = load_digits(return_X_y=True)
-    images = jnp.asarray(pixels.reshape(-1, 8, 8) / 16, jnp.result_type(float) if dtype is None else dtype)
-    return images, jnp.asarray(labels, jnp.int32)
+    return _to_unit(pixels.reshape(-1, 8, 8), 16, dtype), jnp.asarray(labels, jnp.int32)
 
 
 def mnist(
@@ -79,7 +77,7 @@ def mnist(
             f"{label_path} must have one label for each of {len(pixels)} images, got {len(labels)}"
         )
     _require_labels(label_path, labels, 10)
-    return _to_unit(pixels, dtype), jnp.asarray(labels, jnp.int32)
+    return _to_unit(pixels, 255, dtype), jnp.asarray(labels, jnp.int32)
 
 
 def cifar10(
@@ -116,7 +114,7 @@ def cifar10(
     paths = _find(data_dir, ("", folder, "cifar-10", f"cifar-10/{folder}"), names)
     parts = [_read_cifar(path, classes=(10,)) for path in paths]
     labels, pixels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return _to_unit(pixels, dtype), jnp.asarray(labels[:, 0], jnp.int32)
+    return _to_unit(pixels, 255, dtype), jnp.asarray(labels[:, 0], jnp.int32)
 
 
 def cifar100(
@@ -156,7 +154,7 @@ def cifar100(
     folders = ("", folder, "cifar-100", f"cifar-100/{folder}")
     (path,) = _find(data_dir, folders, [f"{_require_split(split)}.bin"])
     both, pixels = _read_cifar(path, classes=(20, 100))
-    return _to_unit(pixels, dtype), jnp.asarray(both[:, 0 if labels == "coarse" else 1], jnp.int32)
+    return _to_unit(pixels, 255, dtype), jnp.asarray(both[:, 0 if labels == "coarse" else 1], jnp.int32)
 
 
 def patches(images: ArrayLike, shape: tuple[int, int], *, colour: bool = False) -> Array:
@@ -171,15 +169,15 @@ def patches(images: ArrayLike, shape: tuple[int, int], *, colour: bool = False) 
         colour: whether the last axis is that of the channels.
 
     Raises:
-        ValueError: the patches do not tile the images.
+        ValueError: the patches do not tile the images, or these have too few axes.
 
     Example:
         >>> patches([[1, 2, 3, 4], [5, 6, 7, 8]], (2, 2)).tolist()
         [[1.0, 2.0, 5.0, 6.0], [3.0, 4.0, 7.0, 8.0]]
     """
-    images = as_inexact(images)
+    images = as_real("images", images)
     axes = ("H", "W", "C") if colour else ("H", "W")
-    if images.ndim < len(axes):
+    if images.ndim < len(axes) or images.size == 0:
         raise ValueError(f"images must have shape (..., {', '.join(axes)}), got shape {images.shape}")
     *batch, height, width, channels = images.shape if colour else (*images.shape, 1)
     h, w = shape
@@ -253,6 +251,6 @@ def _require_labels(path: Path, labels: np.ndarray, classes: int) -> None:
         raise ValueError(f"{path} must hold labels from 0 to {classes - 1}, {found}")
 
 
-def _to_unit(pixels: np.ndarray, dtype: Any) -> Array:
-    """Bytes as numbers in [0, 1]."""
-    return jnp.asarray(pixels, jnp.result_type(float) if dtype is None else dtype) / 255
+def _to_unit(pixels: np.ndarray, largest: int, dtype: Any) -> Array:
+    """Whole numbers as numbers in [0, 1]."""
+    return jnp.asarray(pixels, require_dtype(dtype)) / largest

@@ -45,7 +45,14 @@ _STD = (
 
 
 def figure_6(queries: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Recorded means and standard deviations, (len(queries), 4, 4) each."""
+    """Recorded means and standard deviations, (len(queries), 4, 4) each.
+
+    Raises:
+        ValueError: a number of queries was not recorded.
+    """
+    unknown = [number for number in queries if number not in FIGURE_6_QUERIES]
+    if unknown:
+        raise ValueError(f"queries must be among {FIGURE_6_QUERIES}, got {unknown[0]}")
     rows = [FIGURE_6_QUERIES.index(number) for number in queries]
     mean, std = (np.asarray(values).reshape(4, 4, 4)[rows] for values in (_MEAN, _STD))
     return mean, std

@@ -13,8 +13,19 @@ import numpy as np
 import optimistix as optx
 from jaxtyping import Array
 
-from dynamics.arguments import require_real, require_sizes
-from dynamics.flow import ArrayLike, as_inexact, is_traced
+from dynamics.arguments import (
+    ArrayLike,
+    as_concrete,
+    as_real,
+    is_traced,
+    nan_unless,
+    require_dtype,
+    require_every,
+    require_finite,
+    require_number,
+    require_positive,
+    require_sizes,
+)
 from models.attention import attention_log_ratio, diagonal_head, log_mean_ratio
 
 
@@ -47,24 +58,21 @@ def teacher_with_ratio(key: Array, keys: ArrayLike, ratio: ArrayLike) -> Array:
         >>> round(float(log_mean_ratio(attention_log_ratio(p, keys))) / math.log(10), 6)
         25.0
     """
-    keys = as_inexact(keys)
+    keys = as_real("keys", keys)
     if keys.ndim != 3 or keys.shape[0] < 1 or keys.shape[1] < 2 or keys.shape[2] < 1:
         raise ValueError(f"keys must have shape (N, n, d) with n >= 2 tokens, got shape {keys.shape}")
-    require_real("keys", keys)
-    if np.shape(ratio) != ():
-        raise ValueError(f"ratio must be a number, got shape {np.shape(ratio)}")
-    if not is_traced(keys):
-        values = np.asarray(keys, float)
-        if not np.all(np.isfinite(values)):
-            raise ValueError("keys must be finite, got NaN or infinity")
-        if not np.any(np.ptp(values, axis=1)):
-            raise ValueError("keys must differ between the tokens of some sample, got equal ones")
+    keys = require_finite("keys", keys)
+    values = as_concrete(keys)
+    if values is not None and not np.any(np.ptp(values, axis=1)):
+        raise ValueError("keys must differ between the tokens of some sample, got equal ones")
     if is_traced(ratio):
-        log_ratio = jnp.log(as_inexact(ratio)).astype(keys.dtype)
+        ratio = as_real("ratio", ratio)
+        log_ratio = jnp.log(require_number("ratio", ratio, ratio.dtype, at_least=1)).astype(keys.dtype)
     else:
         # The logarithm is taken before the number is cast: 1e50 is infinite in 32-bit.
+        as_real("ratio", ratio)
         value = np.asarray(ratio, float)
-        if not 1 <= value < np.inf:
+        if value.ndim or not 1 <= value < np.inf:
             raise ValueError(f"ratio must be a finite number >= 1, got {ratio}")
         log_ratio = jnp.asarray(np.log(value), keys.dtype)
     return _teacher(key, keys, log_ratio)
@@ -87,7 +95,7 @@ def _teacher(key, keys, log_ratio):
     scale = optx.root_find(excess, newton, upper, max_steps=64, throw=False).value
     scale = jnp.where(log_ratio == 0, 0, scale)
     solvable = (log_ratio == 0) | ((log_ratio > 0) & jnp.isfinite(log_ratio) & (largest > 0))
-    return jnp.where(solvable, scale, jnp.nan) * direction
+    return nan_unless(solvable & jnp.isfinite(largest), scale) * direction
 
 
 def orthogonal_keys(
@@ -109,7 +117,7 @@ def orthogonal_keys(
         dtype: floating dtype; JAX's default where None.
 
     Returns:
-        Keys of shape (N, n, d), uniform over all such keys.
+        Keys of shape (N, n, d), uniform over all such keys; NaN where a traced `scale` is not positive.
 
     Raises:
         ValueError: a size is not positive, dim < N n, or `scale` is not positive and can be looked at.
@@ -119,9 +127,13 @@ def orthogonal_keys(
         >>> bool(jnp.allclose(K @ K.T, 4 * jnp.eye(2)))
         True
     """
-    _require_keys(samples, tokens, dim, scale)
+    samples, tokens, dim = require_sizes(samples=samples, tokens=tokens, dim=dim)
+    if dim < samples * tokens:
+        raise ValueError(f"dim must be >= samples * tokens = {samples * tokens}, got {dim}")
+    dtype = require_dtype(dtype)
+    scale = require_positive("scale", scale, dtype)
     rows = jax.random.orthogonal(key, samples * tokens, dtype=dtype, m=dim)
-    return (jnp.sqrt(jnp.asarray(scale, rows.dtype)) * rows).reshape(samples, tokens, dim)
+    return (jnp.sqrt(scale) * rows).reshape(samples, tokens, dim)
 
 
 def nearly_orthogonal_keys(
@@ -148,7 +160,7 @@ def nearly_orthogonal_keys(
         dtype: floating dtype; JAX's default where None.
 
     Returns:
-        Keys of shape (N, n, d); NaN where a traced |eps| is too large for a Gram matrix.
+        Keys of shape (N, n, d); NaN where a traced |eps| is 1 or more, or a traced `scale` not positive.
 
     Raises:
         ValueError: as `orthogonal_keys`; |eps| >= 1 and it can be looked at.
@@ -158,16 +170,15 @@ def nearly_orthogonal_keys(
         >>> round(float(jnp.linalg.norm(K @ K.T - jnp.eye(2), 2)), 6)
         0.1
     """
-    _require_keys(samples, tokens, dim, scale)
-    if not is_traced(eps) and not np.abs(np.asarray(eps, float)) < 1:
-        raise ValueError(f"eps must be a number with |eps| < 1, got {eps}")
     key_rows, key_gram = key, jax.random.fold_in(key, 1)
     keys = orthogonal_keys(key_rows, samples, tokens, dim, scale, dtype)
+    eps = require_number("eps", eps, keys.dtype)
+    eps = require_every("eps", eps, lambda eps: abs(eps) < 1, "a number with |eps| < 1")
     rows = keys.reshape(samples * tokens, dim)
     noise = jax.random.normal(key_gram, (len(rows), len(rows)), rows.dtype)
     deviation = noise + noise.T
     deviation = deviation / jnp.linalg.norm(deviation, 2)
-    gram = jnp.eye(len(rows), dtype=rows.dtype) + jnp.asarray(eps, rows.dtype) * deviation
+    gram = jnp.eye(len(rows), dtype=rows.dtype) + eps * deviation
     return (jnp.linalg.cholesky(gram) @ rows).reshape(keys.shape)
 
 
@@ -210,12 +221,15 @@ def diagonal_teacher(
         samples: number N of samples.
         tokens: number n of tokens of a sample.
         dim: dimension d.
-        kq_scale: standard deviation of the entries of kq.
-        vo_scale: standard deviation of the entries of vo.
+        kq_scale: standard deviation of the entries of kq, >= 0.
+        vo_scale: standard deviation of the entries of vo, >= 0.
         dtype: floating dtype; JAX's default where None.
 
+    Returns:
+        The tokens, the outputs and the products; NaN where a traced scale is negative.
+
     Raises:
-        ValueError: a size is not a positive integer.
+        ValueError: a size is not a positive integer, or a scale is negative and can be looked at.
 
     Example:
         >>> task = diagonal_teacher(jax.random.key(0), 5, 3, 2)
@@ -223,8 +237,11 @@ def diagonal_teacher(
         (True, (2,))
     """
     samples, tokens, dim = require_sizes(samples=samples, tokens=tokens, dim=dim)
-    dtype = jnp.result_type(float) if dtype is None else dtype
-    scales = jnp.asarray(kq_scale, dtype), jnp.asarray(vo_scale, dtype)
+    dtype = require_dtype(dtype)
+    scales = (
+        require_number("kq_scale", kq_scale, dtype, at_least=0),
+        require_number("vo_scale", vo_scale, dtype, at_least=0),
+    )
     return _diagonal_teacher(key, *scales, (samples, tokens, dim))
 
 
@@ -235,12 +252,3 @@ def _diagonal_teacher(key: Array, kq_scale: Array, vo_scale: Array, shape: tuple
     kq = kq_scale * jax.random.normal(of_kq, shape[2:], kq_scale.dtype)
     vo = vo_scale * jax.random.normal(of_vo, shape[2:], vo_scale.dtype)
     return HeadTask(X, diagonal_head(kq, vo, X), kq, vo)
-
-
-def _require_keys(samples: int, tokens: int, dim: int, scale: ArrayLike) -> None:
-    if samples < 1 or tokens < 1:
-        raise ValueError(f"samples and tokens must be positive integers, got {samples} and {tokens}")
-    if dim < samples * tokens:
-        raise ValueError(f"dim must be >= samples * tokens = {samples * tokens}, got {dim}")
-    if not is_traced(scale) and not 0 < np.asarray(scale, float) < np.inf:
-        raise ValueError(f"scale must be positive and finite, got {scale}")

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from dynamics.arguments import require_integer, require_shape
+from dynamics.arguments import require_dtype, require_integer, require_shape
 from dynamics.scan_snap import SequenceClasses
 from models.data.tokens import Contexts
 
@@ -190,13 +190,12 @@ def next_token_classes(
         places.append(here)
         label.append(np.full(len(here), n))
     label, places = np.concatenate(label), np.concatenate(places)
-    dtype = jnp.result_type(float) if dtype is None else dtype
-    counts = np.zeros((len(places), vocab_size + 1), dtype)
+    counts = np.zeros((len(places), vocab_size + 1), require_dtype(dtype))
     windows = np.lib.stride_tricks.sliding_window_view(before, window)[places]
     np.add.at(counts, (np.arange(len(places))[:, None], windows), 1)
     counts = counts[:, :-1]
     P = _context_law(counts, label, [vocabulary[word] for word in next_token])
-    classes = SequenceClasses(P, jnp.asarray(psi[next_token]), jnp.asarray(next_token))
+    classes = SequenceClasses(P, psi[next_token], next_token)
     contexts = Contexts(jnp.asarray(counts), jnp.asarray(psi[next_token][label]))
     return TextClasses(classes, vocabulary, contexts, next_token[label], label, places + window)
 
@@ -219,8 +218,10 @@ def select_windows(text: TextClasses, keep: np.ndarray) -> TextClasses:
         >>> select_windows(text, text.position > 5).classes.P.tolist()
         [[0.0, 0.5, 0.0, 0.5]]
     """
-    keep = np.asarray(keep, bool)
+    keep = np.asarray(keep)
     require_shape("keep", keep, text.label.shape)
+    if keep.dtype != bool:
+        raise ValueError(f"keep must hold booleans, got dtype {keep.dtype}")
     counts = np.asarray(text.contexts.counts)[keep]
     names = [text.words[word] for word in np.asarray(text.classes.next_token)]
     P = _context_law(counts, text.label[keep], names)

@@ -9,9 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from dynamics.arguments import require_integer
-from dynamics.flow import ArrayLike, as_inexact, is_traced
-from dynamics.scan_snap import SequenceClasses, require_tokens
+from dynamics.arguments import (
+    ArrayLike,
+    is_traced,
+    nan_unless,
+    require_concrete,
+    require_dtype,
+    require_indices,
+    require_integer,
+    require_number,
+)
+from dynamics.scan_snap import SequenceClasses
 
 
 class Contexts(NamedTuple):
@@ -83,9 +91,7 @@ def synthetic_classes(
     K = num_queries * next_per_query
     first_query = num_common + K * num_distinct
     needed = first_query + num_queries + K
-    M = needed if vocab_size is None else vocab_size
-    if needed > M:
-        raise ValueError(f"vocab_size must be at least {needed}, got {vocab_size}")
+    M = needed if vocab_size is None else require_integer("vocab_size", vocab_size, at_least=needed)
     P = np.zeros((K, M))
     P[:, :num_common] = common_weight
     for n in range(K):
@@ -94,8 +100,7 @@ def synthetic_classes(
     P /= P.sum(axis=1, keepdims=True)
     query = first_query + np.arange(K) // next_per_query
     next_token = first_query + num_queries + np.arange(K)
-    dtype = jnp.result_type(float) if dtype is None else dtype
-    return SequenceClasses(jnp.asarray(P, dtype), jnp.asarray(query), jnp.asarray(next_token))
+    return SequenceClasses(P.astype(require_dtype(dtype)), query, next_token)
 
 
 def one_common_token(
@@ -107,16 +112,22 @@ def one_common_token(
     w^2 / (w^2 + |d|^2).
 
     Args:
-        overlap: the cosine, in [0, 1).
+        overlap: the cosine, above 0 and below 1.
         num_classes: K, each with a query of its own.
         num_distinct: tokens of each class alone, with the weights of `synthetic_classes`.
         vocab_size: M; by default just large enough.
+
+    Raises:
+        ValueError: the overlap or a size is out of range.
 
     Example:
         >>> P = one_common_token(0.36).P
         >>> round(float(P[0] @ P[1] / (P[0] @ P[0])), 6)
         0.36
     """
+    overlap = float(require_concrete("overlap", require_number("overlap", overlap, float)))
+    if not 0 < overlap < 1:
+        raise ValueError(f"overlap must be above 0 and below 1, got {overlap}")
     own = np.linalg.norm(np.linspace(0.1, 1.0, num_distinct))
     weight = float(own * np.sqrt(overlap / (1 - overlap)))
     return synthetic_classes(
@@ -128,6 +139,8 @@ def sample_tokens(
     key: Array, classes: SequenceClasses, length: int, batch: int
 ) -> tuple[Int[Array, "batch length"], Int[Array, " batch"]]:
     """Sequences of a given length and their next tokens; every class is equally likely.
+
+    Context tokens are -1 where traced classes are bad, and networks give NaN for them.
 
     Args:
         key: PRNG key.
@@ -177,7 +190,7 @@ def sample_contexts(
     _require_sizes(length, batch)
     which, context = _sample_context(key, classes, length, batch)
     counts = _count(context, classes.vocab_size, classes.P.dtype)
-    return Contexts(counts, classes.query[which]), classes.next_token[which]
+    return Contexts(nan_unless(context[:, :1] >= 0, counts), classes.query[which]), classes.next_token[which]
 
 
 def sample_long_contexts(
@@ -195,7 +208,8 @@ def sample_long_contexts(
         batch: number of sequences B.
 
     Returns:
-        The contexts, with counts of shape (B, M), and the next tokens, shape (B,).
+        The contexts, with counts of shape (B, M), and the next tokens, shape (B,). Counts are NaN where a
+        traced length is too small.
 
     Raises:
         ValueError: `length` or `batch` is too small, and can be looked at.
@@ -211,6 +225,8 @@ def sample_long_contexts(
     dtype = classes.P.dtype
     drawn = jnp.broadcast_to(jnp.asarray(length, dtype) - 1, (batch,))
     counts = jax.random.multinomial(key_count, drawn, classes.P[which], dtype=dtype)
+    good = (drawn >= 1)[:, None] & jnp.all(jnp.isfinite(classes.P[which]), axis=1, keepdims=True)
+    counts = nan_unless(good, counts)
     return Contexts(counts, classes.query[which]), classes.next_token[which]
 
 
@@ -223,23 +239,25 @@ def count_tokens(tokens: ArrayLike, vocab_size: int, dtype: Any = None) -> Conte
         dtype: floating dtype of the counts; JAX's default where None.
 
     Returns:
-        The contexts, with counts of shape (B, M).
+        The contexts, with counts of shape (B, M); NaN where a traced token lies outside of the vocabulary.
 
     Raises:
-        ValueError: the shape does not fit, or a token lies outside of the vocabulary.
+        ValueError: the shape does not fit, or a token lies outside of the vocabulary and can be looked at.
 
     Example:
         >>> count_tokens([[0, 1, 1, 2]], vocab_size=3).counts.tolist()
         [[1.0, 2.0, 0.0]]
     """
     tokens = require_sequences(tokens, vocab_size)
-    dtype = jnp.result_type(float) if dtype is None else dtype
-    return Contexts(_count(tokens[:, :-1], vocab_size, dtype), tokens[:, -1])
+    dtype = require_dtype(dtype)
+    context = tokens[:, :-1]
+    known = jnp.all((context >= 0) & (context < vocab_size), axis=1, keepdims=True)
+    return Contexts(nan_unless(known, _count(context, vocab_size, dtype)), tokens[:, -1])
 
 
 def require_sequences(tokens: ArrayLike, vocab_size: int) -> Int[Array, "B T"]:
     """Sequences as an array, or `ValueError` unless they are tokens of the vocabulary (B, T) with T >= 2."""
-    tokens = require_tokens("tokens", tokens, vocab_size)
+    tokens = require_indices("tokens", tokens, vocab_size)
     if tokens.ndim != 2 or tokens.shape[1] < 2:
         raise ValueError(f"tokens must have shape (B, T) with T >= 2, got shape {tokens.shape}")
     return tokens
@@ -253,7 +271,7 @@ def population_contexts(classes: SequenceClasses) -> tuple[Contexts, Int[Array, 
         >>> contexts.counts.shape, next_token.tolist()
         ((2, 34), [32, 33])
     """
-    return Contexts(as_inexact(classes.P), classes.query), classes.next_token
+    return Contexts(classes.P, classes.query), classes.next_token
 
 
 def _require_sizes(length: Any, batch: int) -> None:
@@ -271,7 +289,8 @@ def _sample_context(key: Array, classes: SequenceClasses, length: int, batch: in
     # The last entry is exactly one and uniforms are below it: a token of probability zero is never drawn.
     cdf = (cdf / cdf[:, -1:])[which]
     uniform = jax.random.uniform(key_token, (batch, length - 1), cdf.dtype)
-    return which, jax.vmap(lambda row, u: jnp.searchsorted(row, u, side="right"))(cdf, uniform)
+    tokens = jax.vmap(lambda row, u: jnp.searchsorted(row, u, side="right"))(cdf, uniform)
+    return which, jnp.where(jnp.isfinite(cdf[:, -1:]), tokens, -1)
 
 
 def _count(tokens: Array, vocab_size: int, dtype: Any) -> Array:

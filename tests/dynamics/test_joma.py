@@ -14,7 +14,7 @@ from scipy.stats import norm
 from dynamics import joma
 from dynamics.flow import Trajectory, integrate
 from dynamics.spectra import entropy, stable_rank
-from tests.helpers import count_compilations
+from tests.helpers import assert_bad_lanes_are_nan, count_compilations
 
 DELTA = jnp.array([1.0, 0.9, 0.5, 0.1, -0.3, 0.0])
 ACTIVATIONS = {"identity": lambda s: s, "relu": jax.nn.relu, "square": lambda s: s**2 / 2, "tanh": jnp.tanh}
@@ -299,6 +299,129 @@ def test_traced_bad_numbers_fail_in_their_lanes_alone():
         assert jax.vmap(flow)(bad).ok.tolist() == [True, False]
 
 
+def attend_row(name, kind):
+    """Attention as a function of one of its arguments; a token of the context has no logit to speak of."""
+    given = {"z": jnp.array([0.3, -0.2, 0.1]), "x": jnp.array([2.0, 0.0, 1.0]), "temperature": 0.5}
+    return lambda value: joma.attend(**{**given, name: value}, kind=kind)
+
+
+def moments_at(name):
+    given = {"r": 0.4, "norm": 1.5, "scale": 0.7}
+    return lambda value: joma.gaussian_moments(**{**given, name: value}, activation=jax.nn.relu)
+
+
+def field_at(name):
+    given = {
+        "v": [1.0, -0.5],
+        "centers": [[0.0, 2.0], [1.0, 1.0]],
+        "weights": [0.5, 0.2],
+        "bias": 0.1,
+        "scale": 1.0,
+    }
+    return lambda value: joma.isotropic_mixture_field(**{**given, name: value}, activation=jax.nn.relu)
+
+
+def invariant_at(name):
+    given = {"learning_rate_w": 0.5, "learning_rate_z": 0.3}
+    return lambda rate: joma.invariant([[2.0], [1.0]], [2.0, 1.0], "exp", **{**given, name: rate})
+
+
+PATH = jnp.array([[[0.0], [0.0]], [[2.0], [1.0]]])
+BAD_NUMBERS = {
+    **{
+        f"attend {kind}, x": (attend_row("x", kind), [2.0, 0.0, 1.0], [2.0, -1.0, 1.0], [np.nan, 1.0, 1.0])
+        for kind in ("linear", "exp", "softmax")
+    },
+    **{
+        f"attend {kind}, temperature": (attend_row("temperature", kind), 0.5, -0.5, 0.0, np.inf, np.nan)
+        for kind in ("linear", "exp", "softmax")
+    },
+    "attend, z": (attend_row("z", "softmax"), [0.3, 0.0, 0.1], [np.nan, 0.0, 0.1]),
+    **{
+        f"invariant, {name}": (invariant_at(name), 0.5, -0.5, 0.0, np.inf)
+        for name in ("learning_rate_w", "learning_rate_z")
+    },
+    "softmax_logits": (
+        lambda ratio: joma.softmax_logits(PATH, jnp.full((2, 2), 0.5), [0.0, 0.0], ratio)[-1],
+        0.5,
+        -0.5,
+        np.inf,
+    ),
+    **{
+        f"gaussian_moments, {name}": (moments_at(name), *values)
+        for name, values in {
+            "r": (0.4, np.nan, np.inf),
+            "norm": (1.5, -1.5, np.nan, np.inf),
+            "scale": (0.7, -0.7, 0.0, np.nan),
+        }.items()
+    },
+    "isotropic_moments": (
+        lambda width: joma.isotropic_moments(0.4, 1.0, jax.nn.relu, lambda u: 0.5 + 0 * u, width),
+        1.0,
+        -1.0,
+        0.0,
+    ),
+    "isotropic_mixture_field, v": (field_at("v"), [1.0, -0.5], [1.0, np.nan], [np.inf, 0.0]),
+    "isotropic_mixture_field, scale": (field_at("scale"), 1.0, -1.0, 0.0, np.nan),
+    "modified_mlp_solution, t": (lambda t: joma.modified_mlp_solution(t, [1.0, 0.0]), 0.5, -0.5, np.nan),
+    "modified_mlp_solution, delta": (
+        lambda delta: joma.modified_mlp_solution(0.5, delta)[0],
+        [1.0, 0.5],
+        [1.0, np.nan],
+        [0.5, np.inf],
+    ),
+    "modified_mlp_solution, nodes": (
+        lambda delta: joma.modified_mlp_solution(0.5, delta)[0],
+        [[1.0, 0.5], [0.2, 0.1]],
+        [[1.0, 0.5], [np.nan, 0.1]],
+    ),
+    "blow_up_time": (joma.blow_up_time, [1.0, -2.0], [1.0, np.nan], [np.inf, 1.0]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_NUMBERS)
+def test_a_bad_traced_number_gives_nan_in_its_lane_alone(name):
+    call, good, *bad = BAD_NUMBERS[name]
+    assert_bad_lanes_are_nan(call, good, *bad)
+
+
+def test_small_saliencies_do_not_vanish_when_they_are_squared():
+    tiny = jnp.array([[3e-30, 4e-30], [1e-30, 0.0]], jnp.float32)
+    assert float(joma.blow_up_time(tiny)) == pytest.approx(np.sqrt(np.pi / 2) / 5e-30, rel=1e-5)
+    t = jnp.asarray(0.5 / 5e-30, jnp.float32)
+    expected = joma.modified_mlp_solution(0.5, 1e30 / 5 * np.asarray(tiny, float))
+    np.testing.assert_allclose(joma.modified_mlp_solution(t, tiny), expected, rtol=1e-5)
+    assert float(joma.blow_up_time(tiny[:, 1])) == pytest.approx(np.sqrt(np.pi / 2) / 4e-30, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: joma.attend(x, x, "exp"),
+        lambda x: joma.invariant(x[:, None], x, "exp"),
+        lambda x: joma.softmax_logits(x[None, :, None], x[None], x),
+        lambda x: joma.saliency(x, x[:, None]),
+        lambda x: joma.isotropic_mixture_field(x, x[None], [1.0], 0.0, jax.nn.relu, 1.0),
+        lambda x: joma.gaussian_moments(x[:1].reshape(()), 1.0, jax.nn.relu, 1.0),
+        lambda x: joma.modified_mlp_solution(1.0, x),
+        lambda x: joma.modified_mlp_flow(x, x, [0.0, 0.1]),
+        lambda x: joma.saturating_flow(x, x, [0.0, 0.1]),
+        lambda x: joma.log_residual_flow(x, [0.0, 0.1]),
+        lambda x: joma.rate_ratio(x, 0.0),
+        joma.onset_delay,
+        joma.blow_up_time,
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "complex128", "masked"])
+def test_dtypes_that_are_not_served_are_refused(call, dtype):
+    x = np.ma.masked_array(np.ones(2), [False, True]) if dtype == "masked" else jnp.ones(2, dtype)
+    rule = {"complex128": "be real", "masked": "be an array without a mask"}.get(
+        dtype, "be float32 or float64"
+    )
+    with pytest.raises(ValueError, match=rf"^\w+ must {rule}, got"):
+        call(x)
+
+
 def test_mixture_field_at_zero_weight():
     centers, weights = jnp.array([[1.0, 2.0], [3.0, -1.0]]), jnp.array([1.0, 2.0])
     field = joma.isotropic_mixture_field(jnp.zeros(2), centers, weights, jnp.array([0.0, 1.0]), jnp.tanh, 1.0)
@@ -365,7 +488,7 @@ def test_entropy_dips_and_recovers():
         (lambda: joma.attend([1.0], [1.0], "cosine"), "kind must be one of"),
         (
             lambda: joma.attend([1.0, 2.0], [1.0], "exp"),
-            r"z must have shape \(1,\) or \(1,\), got shape \(2,\)",
+            r"z and x must have shapes \(M,\) or \(\.\.\., M\), and \(\.\.\., M\), got \(2,\) and \(1,\)",
         ),
         (lambda: joma.attend([1.0], [1.0], "exp", 0.0), "temperature must be a positive number"),
         (lambda: joma.attend([1.0], [-1.0], "exp"), "x must be >= 0, got -1.0"),

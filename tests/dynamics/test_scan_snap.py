@@ -13,7 +13,7 @@ from scipy.stats import entropy
 
 from dynamics import scan_snap
 from dynamics.scan_snap import SequenceClasses, Weights
-from tests.helpers import count_compilations
+from tests.helpers import assert_bad_lanes_are_nan, count_compilations
 
 FLOWS = (scan_snap.population_flow, scan_snap.fast_decoder_flow, scan_snap.weak_correlation_flow)
 RATES = {"learning_rate_Y": 1.0, "learning_rate_Z": 0.5}
@@ -251,14 +251,15 @@ def test_suppressed_tokens_do_not_underflow():
     ("change", "message"),
     [
         ({"P": [[0.5, 0.4], [0.5, 0.5]]}, "P must have rows that sum to 1, got 0.9 in row 0"),
-        ({"P": [[1.5, -0.5], [0.5, 0.5]]}, "P must hold finite numbers >= 0"),
-        ({"P": [[np.nan, 1.0], [0.5, 0.5]]}, "P must hold finite numbers >= 0"),
+        ({"P": [[1.5, -0.5], [0.5, 0.5]]}, "P must be finite and >= 0, got -0.5"),
+        ({"P": [[np.nan, 1.0], [0.5, 0.5]]}, "P must be finite and >= 0, got nan"),
+        ({"P": np.array([[0.5, 0.5], [0.5, 0.5]], np.float16)}, "P must be float32 or float64"),
         ({"P": [0.5, 0.5]}, r"P must have shape \(K, M\)"),
-        ({"query": [0, 2]}, "query must hold tokens 0 to 1, got 2"),
-        ({"query": [-1, 0]}, "query must hold tokens 0 to 1, got -1"),
+        ({"query": [0, 2]}, "query must be integers from 0 to 1, got 2"),
+        ({"query": [-1, 0]}, "query must be integers from 0 to 1, got -1"),
         ({"query": [0]}, r"query must have shape \(2,\), got shape \(1,\)"),
         ({"next_token": [0.0, 1.0]}, "next_token must hold integers"),
-        ({"next_token": [0, 5]}, "next_token must hold tokens 0 to 1, got 5"),
+        ({"next_token": [0, 5]}, "next_token must be integers from 0 to 1, got 5"),
     ],
 )
 def test_bad_classes_are_refused(change, message):
@@ -344,6 +345,120 @@ def test_traced_bad_classes_fail_in_their_lanes_alone():
         return scan_snap.population_flow(classes, [0.0, 1.0], **RATES, throw=False).ok
 
     assert jax.vmap(ok)(laws, queries).tolist() == [True, False, False, False]
+
+
+LOGITS = np.random.default_rng(7).normal(size=(2, M, M))
+WEIGHTS = Weights(*jnp.asarray(LOGITS))
+QUERY, NEXT = [5, 5, 6], [0, 3, 6]
+BAD_TOKENS = [7, 5, 6], [5, -1, 6]
+BAD_LAWS = 1.5 * P, P - 0.1, np.where(P > 0.45, np.nan, P), np.where(P > 0.45, np.inf, P)
+OF_CLASSES = {
+    "context_distribution": lambda classes: scan_snap.context_distribution(LOGITS[0], classes),
+    "log_context_weights": lambda classes: scan_snap.log_context_weights(LOGITS[0], classes)[:, 0],
+    "distinct_entropy": lambda classes: scan_snap.distinct_entropy(LOGITS[0], classes),
+    "class_overlap": lambda classes: scan_snap.class_overlap(LOGITS[0], classes),
+    "growth_rate": lambda classes: scan_snap.growth_rate(WEIGHTS, classes),
+    "population_field": lambda classes: scan_snap.population_field(WEIGHTS, classes),
+    "weak_growth_rate": lambda classes: scan_snap.weak_growth_rate(LOGITS[0], classes, 1.0, 1.0),
+    "log_relative_gain": lambda classes: scan_snap.log_relative_gain(LOGITS[0], classes, 0, 0),
+}
+
+
+@pytest.mark.parametrize("name", OF_CLASSES)
+def test_nothing_comes_of_traced_classes_that_are_bad(name):
+    call = OF_CLASSES[name]
+    assert_bad_lanes_are_nan(lambda law: call(SequenceClasses(law, QUERY, NEXT)), P, *BAD_LAWS)
+    assert_bad_lanes_are_nan(lambda query: call(SequenceClasses(P, query, NEXT)), QUERY, *BAD_TOKENS)
+    assert_bad_lanes_are_nan(lambda token: call(SequenceClasses(P, QUERY, token)), NEXT, *BAD_TOKENS)
+
+
+COUNTS = np.array([[2.0, 1, 0, 0, 0, 0, 3], [0, 0, 1, 0, 0, 0, 0]])
+TOKENS = {
+    "attended_features": (lambda m: scan_snap.attended_features(LOGITS[0], COUNTS, m), "query"),
+    "loss_gradient, query": (lambda m: scan_snap.loss_gradient(*WEIGHTS, COUNTS, m, [1, 2]), "query"),
+    "loss_gradient, next": (lambda n: scan_snap.loss_gradient(*WEIGHTS, COUNTS, [1, 2], n), "next_token"),
+    "log_relative_gain, token": (
+        lambda token: scan_snap.log_relative_gain(LOGITS[0], ONE_COMMON, token, [0, 0]),
+        "token",
+    ),
+    "log_relative_gain, reference": (
+        lambda token: scan_snap.log_relative_gain(LOGITS[0], ONE_COMMON, [0, 0], token),
+        "reference",
+    ),
+    "log_relative_gain_closed_form": (
+        lambda token: scan_snap.log_relative_gain_closed_form(LOGITS[0], ONE_COMMON, token, [0, 0]),
+        "token",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_tokens_outside_of_the_vocabulary_are_neither_clamped_nor_wrapped_nor_dropped(name):
+    call, argument = TOKENS[name]
+    assert_bad_lanes_are_nan(call, [0, 0], [0, M], [-1, 0], [2 * M, -M])
+    for bad in (M, -1):
+        with pytest.raises(ValueError, match=f"^{argument} must be integers from 0 to 6, got {bad}"):
+            call([0, bad])
+        with pytest.raises(ValueError, match=f"^{argument} must"):
+            jax.jit(lambda scale, bad=bad: jax.tree.map(lambda leaf: scale * leaf, call([bad, 0])))(1.0)
+
+
+def test_counts_are_not_negative():
+    def features(counts):
+        return scan_snap.attended_features(LOGITS[0], counts, [1, 2])
+
+    assert_bad_lanes_are_nan(features, COUNTS, COUNTS - 1, COUNTS * np.nan, COUNTS + np.inf)
+    with pytest.raises(ValueError, match=r"^counts must be finite and >= 0, got -1\.0"):
+        features(COUNTS - 1)
+    with pytest.raises(ValueError, match=r"^Z, counts and query must have shapes"):
+        features(COUNTS[:1])
+
+
+SETTING = {"t": 3.0, "learning_rate_Y": 1.0, "num_classes": 2.0, "vocab_size": 34.0}
+GROWTH = {**SETTING, "learning_rate_Z": 0.5, "C0": 2.0}
+CLOSED_FORMS = {
+    scan_snap.decoder_margin: SETTING,
+    scan_snap.crossover_time: {name: value for name, value in SETTING.items() if name != "t"},
+    scan_snap.attention_growth: GROWTH,
+    scan_snap.attention_growth_scanning: GROWTH,
+    scan_snap.attention_growth_snapping: GROWTH,
+    scan_snap.attention_growth_printed: GROWTH,
+}
+
+
+@pytest.mark.parametrize("form", CLOSED_FORMS, ids=lambda form: form.__name__)
+def test_a_bad_traced_number_has_no_closed_form(form):
+    for name, value in CLOSED_FORMS[form].items():
+        assert_bad_lanes_are_nan(
+            lambda x, name=name: form(**{**CLOSED_FORMS[form], name: x}), value, -value, jnp.inf, jnp.nan
+        )
+
+
+def test_a_measure_hands_on_what_is_not_a_number():
+    Z = np.ones((2, 2, 2))
+    Z[1, 0, 0] = np.nan
+    assert np.isnan(scan_snap.attention_error(Z, np.ones((2, 2)))).tolist() == [False, True]
+    assert np.isnan(scan_snap.attention_error(Z[0], Z)).tolist() == [False, True]
+    assert np.isnan(scan_snap.rank_correlation([1.0, np.nan, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0]))
+    assert scan_snap.rank_correlation([1.0, 2.0, 3.0], [-np.inf, 0.0, 1.0]) == 1.0
+    xi = np.array([[0.0, 1.0], [np.nan, 1.0], [1.0, 1.0]])
+    assert np.isnan(scan_snap.growth_along(xi, [0.0, 1.0, 2.0], 1.0)).any(axis=0).tolist() == [True, False]
+    # A measure that is squared in half the digits would be zero, and the error the size of Z.
+    small = np.full((2, 2), 1e-23, np.float32)
+    assert scan_snap.attention_error(2 * small, small) == pytest.approx(1.0)
+    for call, message in (
+        (lambda: scan_snap.rank_correlation([1.0, 2.0], [1.0]), "z and score must have one shape"),
+        (
+            lambda: scan_snap.growth_along(xi, [0.0, 1.0], 1.0),
+            r"growth_rate must have shape \(\.\.\., 2, K\)",
+        ),
+        (lambda: scan_snap.growth_along(xi, [0.0, 2.0, 1.0], 1.0), "ts must increase strictly"),
+        (lambda: scan_snap.growth_along(xi, [0.0, 1.0, 2.0], -1.0), "learning_rate_Z must be >= 0, got -1.0"),
+        (lambda: scan_snap.attention_error(Z * 1j, Z), "Z must be real"),
+        (lambda: scan_snap.attention_error([1.0], [1.0]), "Z and theory must have shapes"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            call()
 
 
 def test_what_does_not_occur_has_no_gradient():

@@ -9,6 +9,7 @@ from models.attention import (
     AttentionStack,
     Feedforward,
     diagonal_head,
+    diagonal_head_loss,
     diagonal_stack,
     head_products,
     observe_products,
@@ -96,5 +97,29 @@ def test_bad_input():
     stack = jnp.ones((1, 2, 3))
     with pytest.raises(ValueError, match=r"feedforward must hold two arrays \(1, 3, m\)"):
         AttentionStack(stack, stack, stack, stack, Feedforward(*jnp.ones((2, 1, 2, 5))))
+    X = jnp.ones((3, 2))
+    for call, message in (
+        (lambda: diagonal_head([1.0], [0.5, 0.2], X), r"kq, vo and X must have shapes \(d,\), \(d,\) and"),
+        (lambda: diagonal_head([1.0, 2.0], [0.5], X), "kq, vo and X must have shapes"),
+        (lambda: diagonal_head([1.0], [0.5], X), "kq, vo and X must have shapes"),
+        (lambda: diagonal_stack(stack, stack[:, :1], jnp.ones((3, 3))), "kq, vo and X must have shapes"),
+        (
+            lambda: diagonal_stack(stack, stack, jnp.ones((4, 3)), Feedforward(*jnp.ones((2, 2, 3, 5)))),
+            r"feedforward must hold two arrays \(1, 3, m\)",
+        ),
+        (lambda: diagonal_head_loss(jnp.ones(4), X[None], X[None, :1]), "X and Y must have one shape"),
+        (lambda: diagonal_head_loss(jnp.ones(3), X[None], X[None]), r"beta must have shape \(4,\)"),
+        (lambda: split_products(jnp.ones(8), 2, heads=0), "heads must be a positive integer, got 0"),
+        (lambda: AttentionHead(two, two, two, two)(jnp.ones((4, 1))), r"X must have shape \(\.\.\., n, 2\)"),
+        (lambda: AttentionStack(stack, stack, stack, stack)(jnp.ones((4, 1))), "X must have shape"),
+        (lambda: observe_products({"key": two}), "params must hold key, query, value, output, got no query"),
+        (lambda: diagonal_head([1j], [0.5], jnp.ones((3, 1))), "kq must be real, got dtype complex128"),
+        (
+            lambda: diagonal_teacher(jax.random.key(0), 1, 2, 2, vo_scale=-1.0),
+            "vo_scale must be a finite number",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            call()
     with pytest.raises(ValueError, match="tokens must be a positive integer"):
         diagonal_teacher(jax.random.key(0), 5, 0, 2)

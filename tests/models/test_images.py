@@ -21,6 +21,12 @@ def test_digits_are_those_of_the_library():
     assert 16 * float(images.mean()) == pytest.approx(4.884165, abs=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float16", bool, "complex64"])
+def test_pixels_have_a_dtype_that_holds_them(dtype):
+    with pytest.raises(ValueError, match=r"^dtype must be float32 or float64, got"):
+        digits(dtype)
+
+
 @pytest.mark.parametrize("shape", [(1, 6), (2, 3), (4, 1), (1, 1), (4, 6)])
 def test_patches_are_the_slices(shape):
     images = np.arange(2 * 3 * 24.0).reshape(2, 3, 4, 6)

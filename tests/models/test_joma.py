@@ -14,6 +14,7 @@ from models.functional import as_function
 from models.losses import bind, cross_entropy, upstream_product
 from models.training import Descent, scale_by_name, train
 from sims.compare import convergence_order
+from tests.helpers import assert_bad_lanes_are_nan
 
 KEY = jax.random.key(0)
 TOKENS, QUERIES = 4, 2
@@ -121,6 +122,26 @@ def test_bad_input_is_refused():
         JomaBlock.standard(KEY, 3, 2, kind="exp", dim=3)
     with pytest.raises(ValueError, match="hidden must be a positive integer"):
         JomaBlock.standard(KEY, 3, 0, kind="exp")
+    with pytest.raises(ValueError, match="queries must be a positive integer, got True"):
+        JomaBlock.standard(KEY, 3, 1, kind="exp", queries=True)
+    with pytest.raises(ValueError, match="scale must be a finite number >= 0"):
+        JomaBlock.standard(KEY, 3, 1, kind="exp", scale=-1.0)
+    with pytest.raises(ValueError, match="temperature must be a positive number"):
+        JomaBlock.standard(KEY, 3, 1, kind="exp", temperature=0.0)
+    block = JomaBlock.standard(KEY, 2, 1, kind="exp", queries=2)
+    for query in (2, -1):
+        with pytest.raises(ValueError, match=f"query must be integers from 0 to 1, got {query}"):
+            block(JomaInputs(jnp.ones((1, 2)), jnp.array([query])))
+    with pytest.raises(ValueError, match=r"x and query must have shapes \(\.\.\., 2\) and \(\.\.\.\)"):
+        block(JomaInputs(jnp.ones((2, 2)), jnp.array([0])))
+
+
+@pytest.mark.parametrize("kind", ["linear", "exp", "softmax"])
+def test_a_traced_query_that_does_not_exist_gives_nan(kind):
+    block = JomaBlock.standard(KEY, 2, 3, kind=kind, queries=2, activation=jax.nn.relu)
+    x = jnp.array([[1.0, 2.0]])
+    assert_bad_lanes_are_nan(lambda query: block.attention(JomaInputs(x, query)), [1], [2], [-1])
+    assert_bad_lanes_are_nan(lambda query: block(JomaInputs(x, query)), [0], [2], [-1])
 
 
 def test_any_optimizer_trains_the_block_in_one_scan():

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dynamics.galore import bound_counterexample, gradient_operator, reversible_terms
 from models.layer import counterexample_network, layer_outputs, mlp_outputs
@@ -27,6 +28,22 @@ def test_the_counterexample_is_a_corner_of_the_layer():
     corner = jnp.linalg.eigvalsh(gradient_operator(B, C))
     expected = np.sort(np.concatenate([corner, np.ones(4 * 3 - 4)]))
     np.testing.assert_allclose(values, expected, rtol=1e-10)
+
+
+def test_shapes_are_not_stretched():
+    W, J, f = jnp.ones((3, 4)), jnp.ones((5, 2, 3)), jnp.ones((5, 4))
+    tail = (jnp.ones((6, 3)), jnp.ones((2, 6)), jnp.ones(6))
+    for call, message in (
+        (lambda: layer_outputs(W, (J[:1], f)), "W, J and F must have shapes"),
+        (lambda: layer_outputs(W[:, :1], (J, f)), "W, J and F must have shapes"),
+        (lambda: layer_outputs(1j * W, (J, f)), "W must be real"),
+        (lambda: mlp_outputs(W, (f[:, :1], tail, 0.1)), "W and f must have shapes"),
+        (lambda: mlp_outputs(W, (f, (*tail[:2], tail[2][:1]), 0.1)), "z, V, U and bias must have shapes"),
+        (lambda: counterexample_network(1, 3, 9), "m must be an integer >= 2, got 1"),
+        (lambda: counterexample_network(2, 3, 8), "samples must be an integer >= 9, got 8"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            call()
 
 
 def test_a_network_without_biases_is_homogeneous():

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from models.galore import Stack, layerwise
 from models.llama import SHAPES, Shape, block, embed, joint_step, next_token_loss, param_shapes
+from tests.helpers import assert_bad_lanes_are_nan
 
 SMALL = Shape(hidden=8, intermediate=12, layers=2, heads=2, rank=2)
 
@@ -31,6 +33,16 @@ def test_a_token_changes_nothing_before_it():
     before, after = (block(layer, path, heads=2) for path in (x, x.at[3].add(1.0)))
     np.testing.assert_array_equal(before[:3], after[:3])
     assert np.all(np.any(before[3:] != after[3:], axis=1))
+
+
+def test_tokens_outside_of_the_vocabulary_are_neither_clamped_nor_counted_from_the_end():
+    outer, x = small_params().outer, jax.random.normal(jax.random.key(1), (2, 8))
+    for call in (lambda tokens: embed(outer, tokens), lambda tokens: next_token_loss(outer, x, tokens)):
+        bad = [11, -1, 5], [1, 11, -2]
+        assert_bad_lanes_are_nan(call, [3, 1, 4], *bad)
+        for tokens in bad:
+            with pytest.raises(ValueError, match=r"^tokens must be integers from 0 to 10, got"):
+                call(jnp.array(tokens))
 
 
 def test_both_kinds_of_step_are_one():

@@ -22,6 +22,7 @@ from models.lowrank import (
 )
 from models.memory import galore_memory, lora_memory
 from models.training import train
+from tests.helpers import assert_bad_lanes_are_nan
 
 KEY = jax.random.key(0)
 M, N, RANK, SCALE = 5, 4, 2, 0.5
@@ -70,8 +71,8 @@ def test_a_flax_model_computes_what_its_own_lora_layer_does():
     linear = nnx.Linear(M, N, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
     model_predict, params = as_function(linear)
     start = lora_params(params, RANK, KEY)
-    (name,) = start.frozen
-    assert name.startswith("kernel")
+    (W,) = jax.tree.leaves(start.frozen)
+    assert W is params["kernel"][...]
     random = np.random.default_rng(1)
     trained = jax.tree.map(lambda leaf: jnp.asarray(random.normal(size=leaf.shape)), start.trained)
     layer = nnx.LoRA(M, RANK, N, base_module=linear, rngs=nnx.Rngs(1), param_dtype=jnp.float64)
@@ -183,6 +184,32 @@ def test_ranks_by_path_and_batch_axes():
     assert lora_params({"w": jnp.zeros((3, 4), jnp.float32)}, 9, KEY).trained["w"].A.shape == (3, 3)
 
 
+def test_matrices_are_told_apart_by_their_places_and_not_by_their_names():
+    params = {"a/b": jnp.eye(2), "a": {"b": 2 * jnp.eye(2)}, "c": [jnp.zeros(2)]}
+    start = lora_params(params, 1, KEY)
+    for leaf, same in zip(jax.tree.leaves(merge(start)), jax.tree.leaves(params), strict=True):
+        np.testing.assert_array_equal(leaf, same)
+    assert np.any(start.trained["a/b"].A != start.trained["a"]["b"].A)
+    optimizer = relora(optax.sgd(0.1), 1, KEY)
+    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, start), optimizer.init(start), start)
+    restarted = optax.apply_updates(start, updates)
+    np.testing.assert_allclose(merge(restarted)["a/b"], jnp.eye(2), atol=1e-15)
+    np.testing.assert_allclose(merge(restarted)["a"]["b"], 2 * jnp.eye(2), atol=1e-15)
+
+
+def test_half_precision_has_its_best_approximation():
+    W = jnp.asarray(draw()[0]["kernel"], jnp.bfloat16)
+    factors = low_rank_params({"w": W}, RANK)["w"]
+    assert factors.A.dtype == factors.B.dtype == jnp.bfloat16
+    exact = low_rank_params({"w": W.astype(float)}, RANK)["w"]
+    np.testing.assert_allclose(factors.A @ factors.B, exact.A @ exact.B, rtol=0.03, atol=0.03)
+
+
+def test_a_bad_traced_scale_gives_nan():
+    start = lora_params(draw()[0], RANK, KEY)
+    assert_bad_lanes_are_nan(lambda scale: merge(start, scale)["kernel"], 0.5, jnp.nan, jnp.inf)
+
+
 def test_bad_input_is_refused():
     params, _ = draw()
     with pytest.raises(ValueError, match=r"rank of .* must be a positive integer, got 0"):
@@ -193,7 +220,18 @@ def test_bad_input_is_refused():
         low_rank_params({"bias": jnp.zeros(3)}, 1)
     with pytest.raises(ValueError, match="restart_every must be a positive integer, got 0"):
         relora(optax.sgd(0.1), 0, KEY)
+    for bad in (jnp.array(0), jnp.ones(3), jax.random.split(KEY, 2)):
+        with pytest.raises(ValueError, match="key must be a PRNG key, got"):
+            relora(optax.sgd(0.1), 1, bad)
     for call in (
+        lambda: relora(optax.sgd(0.1), 1, KEY, scale=jnp.inf),
+        lambda: merge(lora_params(params, 1, KEY), "half"),
+    ):
+        with pytest.raises(ValueError, match="scale must be a finite number, got"):
+            call()
+    lora = on_trained(optax.sgd(0.1))
+    for call in (
+        lambda: lora.update(params, lora.init(lora_params(params, 1, KEY))),
         lambda: relora(optax.sgd(0.1), 1, KEY).init(params),
         lambda: on_trained(optax.sgd(0.1)).init(params),
     ):

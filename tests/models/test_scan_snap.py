@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from dynamics import scan_snap
 from models.attention import ScanSnapAttention, observe_weights
+from models.data.recorded import figure_6
 from models.data.tokens import (
     Contexts,
     count_tokens,
+    one_common_token,
     population_contexts,
     sample_contexts,
     sample_long_contexts,
@@ -22,6 +24,7 @@ from models.data.tokens import (
 from models.functional import as_function
 from models.losses import cross_entropy, on_batches
 from models.training import scale_by_name, train
+from tests.helpers import assert_bad_lanes_are_nan
 
 CLASSES = synthetic_classes(2, 2, num_common=2, num_distinct=3)
 M = CLASSES.vocab_size
@@ -150,6 +153,51 @@ def test_counts_are_those_of_the_tokens():
         np.testing.assert_array_equal(np.bincount(row[:-1], minlength=M), counts)
 
 
+def test_a_traced_token_outside_of_the_vocabulary_gives_nan():
+    model, counts = ScanSnapAttention.uniform(KEY, 3), np.array([[2.0, 0.0, 1.0]])
+    bad = [[3]], [[-1]]
+    assert_bad_lanes_are_nan(lambda query: model(Contexts(jnp.asarray(counts), query[0])), [[2]], *bad)
+    bad = [-1, 1, 2], [0, 3, 2], [0, 1, 3], [0, 1, -1]
+    assert_bad_lanes_are_nan(lambda tokens: model.of_tokens(tokens[None]), [0, 1, 2], *bad)
+    for place in (0, 1):
+        counted = lambda tokens: model(count_tokens(tokens[None], 3))  # noqa: E731
+        assert_bad_lanes_are_nan(counted, [0, 1, 2], *np.roll(bad, place, axis=0))
+    assert_bad_lanes_are_nan(lambda tokens: count_tokens(tokens[None], 3).counts, [0, 1, 2], *bad[:2])
+
+
+def test_traced_counts_that_are_bad_give_nan():
+    model, query = ScanSnapAttention.uniform(KEY, 3), jnp.array([2])
+    call = lambda counts: model(Contexts(counts[None], query))  # noqa: E731
+    assert_bad_lanes_are_nan(call, [2.0, 0.0, 1.0], [2.0, -1.0, 1.0], [np.nan, 0.0, 1.0], [np.inf, 0.0, 1.0])
+    assert_bad_lanes_are_nan(
+        lambda length: sample_long_contexts(KEY, CLASSES, length, 2)[0].counts, 4, 1, 0, -3
+    )
+
+
+def test_samples_of_traced_classes_that_are_bad_are_none():
+    model = ScanSnapAttention.uniform(KEY, M)
+
+    def draw(sample, law):
+        return sample(KEY, scan_snap.SequenceClasses(law, CLASSES.query, CLASSES.next_token), 5, 3)[0]
+
+    laws = np.stack([CLASSES.P, 1.5 * CLASSES.P, CLASSES.P - 0.1])
+    for call in (
+        lambda law: model.of_tokens(draw(sample_tokens, law)),
+        lambda law: draw(sample_contexts, law).counts,
+        lambda law: draw(sample_long_contexts, law).counts,
+    ):
+        assert_bad_lanes_are_nan(call, *laws)
+
+
+def test_probabilities_whose_square_vanishes_are_attended_to():
+    # The token that attention is on is so rare that the square of its share is zero in 32-bit.
+    Z = jnp.zeros((3, 3), jnp.float32).at[2, 0].set(200.0)
+    counts = jnp.array([[1e-25, 1.0, 0.0]], jnp.float32)
+    logits = ScanSnapAttention(jnp.eye(3, dtype=jnp.float32), Z)(Contexts(counts, jnp.array([2])))
+    np.testing.assert_allclose(logits, [[1.0, 0.0, 0.0]], atol=1e-6)
+    np.testing.assert_allclose(logits, scan_snap.attended_features(Z, counts, [2]), atol=1e-6)
+
+
 def test_lengths_are_one_vmap():
     lengths = jnp.array([2, 1_000_001])
     counts = jax.vmap(lambda length: sample_long_contexts(KEY, CLASSES, length, 2)[0].counts)(lengths)
@@ -164,21 +212,30 @@ def test_lengths_are_one_vmap():
         (lambda: sample_long_contexts(KEY, CLASSES, 1, 2), "length must be an integer >= 2, got 1"),
         (lambda: sample_contexts(KEY, CLASSES, length=5, batch=0), "batch must be an integer >= 1, got 0"),
         (lambda: count_tokens([[0], [1]], 3), r"tokens must have shape \(B, T\) with T >= 2"),
-        (lambda: count_tokens([[0, 3]], 3), "tokens must hold tokens 0 to 2, got 3"),
+        (lambda: count_tokens([[0, 3]], 3), "tokens must be integers from 0 to 2, got 3"),
         (
             lambda: ScanSnapAttention.zeros(3).of_tokens([[0, 1, 99]]),
-            "tokens must hold tokens 0 to 2, got 99",
+            "tokens must be integers from 0 to 2, got 99",
         ),
         (
             lambda: ScanSnapAttention.zeros(3).of_tokens([[0, -1, 1]]),
-            "tokens must hold tokens 0 to 2, got -1",
+            "tokens must be integers from 0 to 2, got -1",
         ),
         (lambda: ScanSnapAttention.zeros(3).of_tokens([[1]]), r"tokens must have shape \(B, T\) with T >= 2"),
         (lambda: ScanSnapAttention.zeros(3).of_tokens([[0.5, 1.0]]), "tokens must hold integers"),
         (
             lambda: ScanSnapAttention.zeros(3)(Contexts(jnp.ones((1, 3)), jnp.array([7]))),
-            "query must hold tokens 0 to 2, got 7",
+            "query must be integers from 0 to 2, got 7",
         ),
+        (
+            lambda: ScanSnapAttention.zeros(3)(Contexts(-jnp.ones((1, 3)), jnp.array([1]))),
+            "counts must be >= 0, got -1.0",
+        ),
+        (lambda: ScanSnapAttention.zeros(0), "vocab_size must be a positive integer, got 0"),
+        (lambda: ScanSnapAttention.zeros(3, "float16"), "Y must be float32 or float64"),
+        (lambda: one_common_token(1.0), "overlap must be above 0 and below 1, got 1.0"),
+        (lambda: one_common_token(-0.1), "overlap must be above 0 and below 1, got -0.1"),
+        (lambda: figure_6((1, 2)), r"queries must be among \(1, 3, 5, 10\), got 2"),
         (
             lambda: ScanSnapAttention.zeros(3)(Contexts(jnp.ones((2, 3)), jnp.array([1]))),
             r"counts and query must have shapes \(..., 3\) and \(...\)",
@@ -188,7 +245,7 @@ def test_lengths_are_one_vmap():
         (lambda: synthetic_classes(1, num_common=0, num_distinct=0), "num_distinct must be positive"),
         (lambda: synthetic_classes(1, common_weight=-1.0), "common_weight must be positive and finite"),
         (lambda: synthetic_classes(1, distinct_weights=(0.0, 1.0)), "distinct_weights must be positive"),
-        (lambda: synthetic_classes(2, vocab_size=33), "vocab_size must be at least 34, got 33"),
+        (lambda: synthetic_classes(2, vocab_size=33), "vocab_size must be an integer >= 34, got 33"),
         (
             lambda: ScanSnapAttention(jnp.eye(2), jnp.eye(3)),
             r"Y and Z must have shapes \(M, M\) and",

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.attention import attention_log_ratio, log_mean_ratio
-from models.data.teachers import nearly_orthogonal_keys, orthogonal_keys, teacher_with_ratio
-from tests.helpers import count_compilations
+from models.data.teachers import diagonal_teacher, nearly_orthogonal_keys, orthogonal_keys, teacher_with_ratio
+from tests.helpers import assert_bad_lanes_are_nan, count_compilations
 
 
 def normal_keys(shape, seed=0, dtype="float64"):
@@ -59,6 +59,18 @@ def test_seeds_keys_and_ratios_are_one_program():
     with count_compilations() as names:
         teacher_with_ratio(seeds[0], keys[1] + 1, 77.0)
     assert not [name for name in names if "teacher" in name]
+
+
+def test_bad_traced_scales_give_nan():
+    key = jax.random.key(0)
+    for call, *values in (
+        (lambda scale: orthogonal_keys(key, 1, 2, 3, scale), 2.0, 0.0, -1.0, jnp.inf),
+        (lambda scale: nearly_orthogonal_keys(key, 1, 2, 3, scale, 0.1), 2.0, 0.0, -1.0),
+        (lambda eps: nearly_orthogonal_keys(key, 1, 2, 3, 1.0, eps), 0.5, 1.0, -1.0, 1.01),
+        (lambda scale: diagonal_teacher(key, 2, 3, 2, kq_scale=scale).Y, 0.5, -0.5, jnp.inf),
+        (lambda scale: diagonal_teacher(key, 2, 3, 2, vo_scale=scale).Y, 0.5, -0.5, jnp.nan),
+    ):
+        assert_bad_lanes_are_nan(call, *values)
 
 
 def test_a_bad_traced_ratio_or_key_gives_nan():
@@ -119,7 +131,8 @@ def test_nearly_orthogonal_keys_deviate_by_eps():
     ("change", "name"),
     [
         ({"dim": 5}, "dim"),
-        ({"samples": 0}, "samples and tokens"),
+        ({"samples": 0}, "samples"),
+        ({"dtype": "float16"}, "dtype"),
         ({"scale": 0.0}, "scale"),
         ({"scale": float("nan")}, "scale"),
         ({"eps": 1.0}, "eps"),

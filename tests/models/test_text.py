@@ -142,5 +142,7 @@ def test_bad_controls():
     text = next_token_classes(tokens, 1, 3, 2)
     with pytest.raises(ValueError, match=r"^keep must have shape \(2,\), got shape \(3,\)"):
         select_windows(text, np.ones(3, bool))
+    with pytest.raises(ValueError, match=r"^keep must hold booleans, got dtype int64"):
+        select_windows(text, np.array([0, 1]))
     with pytest.raises(ValueError, match=r"^every class must have known words"):
         select_windows(text, np.zeros(2, bool))

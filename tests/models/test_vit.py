@@ -141,6 +141,15 @@ def test_a_small_change_is_not_lost_in_float32():
     assert float(jnp.linalg.norm(thin)) == pytest.approx(np.linalg.norm(change), rel=1e-5)
 
 
+def test_an_infinite_weight_has_no_products():
+    rng = np.random.default_rng(0)
+    weights = {name: jnp.asarray(rng.normal(size=(2, 3, 2))) for name in NAMES}
+    for bad in (jnp.inf, -jnp.inf, jnp.nan):
+        KQ, VO = thin_products({**weights, "output": weights["output"].at[0, 0, 0].set(bad)})
+        assert np.all(np.isfinite(KQ))
+        assert np.isnan(VO).all(axis=(1, 2)).tolist() == [True, False]
+
+
 def test_bad_input_is_refused():
     def build(**changes):
         options = {"image_shape": (4, 6), "classes": 2, **SIZES, **changes}
@@ -152,7 +161,11 @@ def test_bad_input_is_refused():
         build(heads=0)
     with pytest.raises(ValueError, match="shape must tile images of 4 by 6 pixels, got 3 by 3"):
         build(patch=(3, 3))
-    params = make(pool="mean")[1]  # arguments by name: this is what the cache goes by
+    # One patch alone would be added to all positions.
+    predict, params = make(pool="mean")  # arguments by name: this is what the cache goes by
+    for shape in ((2, 3, 2), (4, 6, 1), (4, 6)):
+        with pytest.raises(ValueError, match=r"images must have shape \(B, 4, 6, 2\), got shape \(5, "):
+            predict(params, images(shape))
     for scale in (-1.0, jnp.inf, [1.0]):
         with pytest.raises(ValueError, match="scale must be a finite number >= 0"):
             scale_initial(params, scale)
