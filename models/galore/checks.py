@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 
@@ -31,7 +32,7 @@ def require_number(argument: str, value: Any, *, below: float = math.inf) -> Any
     if isinstance(value, Tracer) and value.ndim == 0:
         return jnp.where((value >= 0) & (value < below), value, jnp.nan)
     try:
-        good = jnp.ndim(value) == 0 and math.isfinite(value) and 0 <= value < below
+        good = np.ndim(value) == 0 and math.isfinite(value) and 0 <= value < below
     except TypeError:
         good = False
     if not good:

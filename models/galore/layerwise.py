@@ -96,9 +96,8 @@ def layerwise(
 
         def update_layer(cotangent, layer, layer_state, x):
             gradient, cotangent = jax.vjp(block, layer, x)[1](cotangent)
-            updates, layer_state = optimizer.update(
-                Stack(around, gradient), layer_state, Stack(around, layer)
-            )
+            moved: Any = optimizer.update(Stack(around, gradient), layer_state, Stack(around, layer))
+            updates, layer_state = moved
             return cotangent, optax.apply_updates(layer, updates.layers), layer_state
 
         def backward(index, carried):
@@ -119,7 +118,8 @@ def layerwise(
             (cotangent, params.layers, state.layers),
         )
         gradient = jax.tree.map(jnp.add, of_loss, pull_embed(cotangent)[0])
-        updates, outer_state = optimizer.update(Stack(gradient, one), state.outer, Stack(params.outer, one))
+        moved: Any = optimizer.update(Stack(gradient, one), state.outer, Stack(params.outer, one))
+        updates, outer_state = moved
         outer = optax.apply_updates(params.outer, updates.outer)
         return Stack(outer, layers), Stack(outer_state, states), value
 

@@ -66,8 +66,8 @@ def settle(A: Array, short: Array, fill: Array, level: Any) -> tuple[Array, Arra
     """Return a basis of which no direction has both a signal and noise, and tell which have noise only.
 
     A is (m, n), `short` its leading left singular vectors P up to errors. With U S V^T the decomposition of
-    P^T A, the columns of P U are these vectors within the span of P, by falling size of the signal. Those
-    without any are replaced by those of `fill`, made orthonormal. Where all have a signal, P is kept.
+    P^T A, the columns of A V are such vectors within the column space of A, by falling size of the signal.
+    Those without any are replaced by those of `fill`. Where all have a signal, P is kept.
     """
     B = product(short.mT, A)
     lengths = jnp.linalg.norm(B, axis=-1)
@@ -75,9 +75,9 @@ def settle(A: Array, short: Array, fill: Array, level: Any) -> tuple[Array, Arra
     suspicious = jnp.maximum(level, jnp.sqrt(jnp.finfo(A.dtype).eps)) * jnp.linalg.norm(lengths)
 
     def turn() -> tuple[Array, Array]:
-        U, sizes, _ = jnp.linalg.svd(B, full_matrices=False)
+        U, sizes, Vt = jnp.linalg.svd(B, full_matrices=False)
         quiet = sizes <= level * jnp.linalg.norm(sizes)
-        return fill_quiet(product(short, U * _signs(U)), quiet, fill, short), quiet
+        return fill_quiet(product(A, Vt.mT * _signs(U)), quiet, fill, short), quiet
 
     def keep() -> tuple[Array, Array]:
         return short, jnp.zeros(short.shape[-1:], bool)
@@ -93,12 +93,13 @@ def settle_both(
     Otherwise its other entries would be errors of the decomposition that P is from, which are larger than
     rounding errors. Directions without signal are replaced as by `settle`.
     """
-    left, right = bases
-    U, sizes, Vt = jnp.linalg.svd(product(left.mT, product(A, right)))
+    U, sizes, Vt = jnp.linalg.svd(product(bases[0].mT, product(A, bases[1])))
     quiet = sizes <= level * jnp.linalg.norm(sizes)
-    turned = (product(side, turn * _signs(U)) for side, turn in zip(bases, (U, Vt.mT), strict=True))
-    left, right = (fill_quiet(side, quiet, fill, side) for side, fill in zip(turned, fills, strict=True))
-    return left, right
+    left, right = product(bases[0], U * _signs(U)), product(bases[1], Vt.mT * _signs(U))
+    return (
+        fill_quiet(product(A, right), quiet, fills[0], left),
+        fill_quiet(product(A.mT, left), quiet, fills[1], right),
+    )
 
 
 def fill_quiet(columns: Array, quiet: Array, fill: Array, unless: Array) -> Array:

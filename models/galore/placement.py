@@ -79,7 +79,8 @@ def automatic(update: Callable[..., Any]) -> Callable[..., Any]:
             if kind == AxisType.Explicit
         )
         same = jax.tree.map(lambda leaf: NamedSharding(mesh, jax.typeof(leaf).sharding.spec), typed)
-        return jax.sharding.auto_axes(update, axes=axes, out_sharding=same)(updates, state, params)
+        placed: Any = jax.sharding.auto_axes(update, axes=axes, out_sharding=same)
+        return placed(updates, state, params)
 
     return run
 
@@ -103,11 +104,15 @@ def place_inner(inner: optax.GradientTransformation, state: Any, like: Any) -> A
     Moments in 8 bits stay where they are, as their blocks do not follow axes.
     """
 
-    def place(array: Any, wanted: jax.ShapeDtypeStruct) -> Any:
-        fits = getattr(array, "shape", None) == wanted.shape and array.dtype not in (jnp.int8, jnp.uint8)
-        return _put(array, wanted.sharding) if fits and wanted.sharding is not None else array
+    def is_nothing(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    def place(array: Any, wanted: Any) -> Any:
+        if is_nothing(array) or is_nothing(wanted) or wanted.sharding is None:
+            return array
+        fits = array.shape == wanted.shape and array.dtype not in (jnp.int8, jnp.uint8)
+        return _put(array, wanted.sharding) if fits else array
 
     if all(wanted.sharding is None for wanted in jax.tree.leaves(like)):
         return state
-    absent = optax.MaskedNode
-    return optax.tree.map_params(inner, place, state, like, is_leaf=lambda node: isinstance(node, absent))
+    return optax.tree.map_params(inner, place, state, like, is_leaf=is_nothing)

@@ -151,6 +151,8 @@ def leading_bases(
     short_side, long_side = (layout.right, layout.left) if tall else (layout.left, layout.right)
     before: Any = reversed(start) if tall else start
     short_start, long_start = before
+    short: Any
+    long: Any
     if refresh == "svd":
         U, _, Vt = jnp.linalg.svd(gradient, full_matrices=False)
         left, right = U[:, : layout.rank], Vt[: layout.rank].mT

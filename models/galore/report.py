@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -61,8 +62,15 @@ class Report(NamedTuple):
         return tuple(row for row in self.rows if row.layout is not None)
 
     def __str__(self) -> str:
-        """Return a table, and a sentence of the whole."""
-        lines = [("parameter", "shape", "matrices", "rank", "state", "Adam"), *map(_cells, self.rows)]
+        """Return a table, in which parameters that differ by a number in their path share a line."""
+        alike: dict[Any, list[Row]] = {}
+        for row in self.rows:
+            alike.setdefault((re.sub(r"\d+", "*", row.path), _treatment(row)), []).append(row)
+        lines: list[tuple[str, ...]] = [("parameter", "shape", "matrices", "rank", "state", "Adam")]
+        for (pattern, treatment), rows in alike.items():
+            path = rows[0].path if len(rows) == 1 else f"{pattern} ({len(rows)})"
+            sums = sum(row.state_bytes for row in rows), sum(row.adam_bytes for row in rows)
+            lines.append((path, *treatment, *(f"{total:,}" for total in sums)))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         table = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in lines]
         hidden, projected = (sum(math.prod(row.shape) for row in of) for of in (self.hidden, self.projected))
@@ -131,12 +139,10 @@ def _bytes(init: Callable[[Any], Any], params: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    """Return what the table says of a parameter."""
-    matrices, rank = "Adam", ""
-    if (layout := row.layout) is not None:
-        count = math.prod(layout.batch_shape)
-        matrices = f"{count} of " * bool(layout.batch_shape) + f"{layout.m} x {layout.n}"
-        sides = " and ".join(side for side in ("left", "right") if getattr(layout, side))
-        rank = f"{layout.rank} {sides}"
-    return row.path, str(row.shape), matrices, rank, f"{row.state_bytes:,}", f"{row.adam_bytes:,}"
+def _treatment(row: Row) -> tuple[str, str, str]:
+    """Return the shape of a parameter, its matrices, and their rank with the side that is projected."""
+    if (layout := row.layout) is None:
+        return str(row.shape), "Adam", ""
+    count = f"{math.prod(layout.batch_shape)} of " if layout.batch_shape else ""
+    sides = " and ".join(side for side in ("left", "right") if getattr(layout, side))
+    return str(row.shape), f"{count}{layout.m} x {layout.n}", f"{layout.rank} {sides}"
