@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,33 +11,35 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from .checks import require_count
+from .checks import require_count, require_number, require_real
+from .placement import automatic
 
 
 class Blocks(NamedTuple):
-    """The class holds one leaf in 8 bits, flat and padded to whole blocks.
+    """The class holds one leaf in 8 bits, flat and padded to whole blocks; or a tree of such leaves.
 
     Attributes:
-        codes: int8 or uint8, shape (blocks, block).
-        peaks: the largest absolute value of each block, float32, shape (blocks, 1).
+        codes: int8 or uint8, shape (blocks, block). In a tree, a small leaf is its float32 array itself.
+        peaks: the largest absolute value of each block, float32, shape (blocks, 1). In a tree, a small leaf
+            has Optax's placeholder.
     """
 
-    codes: Array
-    peaks: Array
+    codes: Any
+    peaks: Any
 
 
 class ScaleByAdam8bitState(NamedTuple):
-    """A state of `scale_by_adam_8bit` has float32 arrays for small leaves and `Blocks` for the others.
+    """A state of `scale_by_adam_8bit` is a pytree of arrays.
 
     Attributes:
         count: steps taken.
-        mu: first moments, in linear int8 codes.
+        mu: first moments, in linear int8 codes; both trees are like the parameters.
         nu: second moments, in uint8 codes of their square roots.
     """
 
     count: Any  # pyright: ignore[reportIncompatibleMethodOverride]
-    mu: Any
-    nu: Any
+    mu: Blocks
+    nu: Blocks
 
 
 def scale_by_adam_8bit(
@@ -68,7 +71,8 @@ def scale_by_adam_8bit(
         The transformation; an inner one for `scale_by_galore`, or on its own.
 
     Raises:
-        ValueError: `block` is not a positive integer, or `min_size` not an integer >= 0.
+        ValueError: a decay is not in [0, 1), `eps` not a number >= 0, `block` not a positive integer or
+            `min_size` not an integer >= 0; from `init` and `update`: arrays are not real floating ones.
 
     Example:
         >>> state = scale_by_adam_8bit().init(jnp.zeros(4096))
@@ -77,41 +81,63 @@ def scale_by_adam_8bit(
     """
     block = require_count("block", block)
     min_size = require_count("min_size", min_size, least=0)
+    b1, b2, eps = (
+        require_number("b1", b1, below=1.0),
+        require_number("b2", b2, below=1.0),
+        require_number("eps", eps),
+    )
 
-    def zeros(params, dtype):
-        def empty(leaf):
-            if leaf.size < min_size:
-                return jnp.zeros(leaf.shape, jnp.float32)
-            blocks = math.ceil(leaf.size / block)
-            return Blocks(jnp.zeros((blocks, block), dtype), jnp.zeros((blocks, 1), jnp.float32))
-
-        return jax.tree.map(empty, params)
+    def empty(leaf: Any, dtype: Any) -> Blocks | Array:
+        size = math.prod(leaf.shape)
+        if size < min_size:
+            return jnp.zeros(leaf.shape, jnp.float32)
+        blocks = math.ceil(size / block)
+        return Blocks(jnp.zeros((blocks, block), dtype), jnp.zeros((blocks, 1), jnp.float32))
 
     def init(params):
-        return ScaleByAdam8bitState(
-            jnp.zeros((), jnp.int32), zeros(params, jnp.int8), zeros(params, jnp.uint8)
-        )
+        require_real(params)
+        leaves, treedef = jax.tree.flatten(params)
+        mu, nu = (_pack([empty(leaf, dtype) for leaf in leaves], treedef) for dtype in (jnp.int8, jnp.uint8))
+        return ScaleByAdam8bitState(jnp.zeros((), jnp.int32), mu, nu)
 
-    def update(updates, state, params=None):
+    def moved(gradient: Array, mu: Blocks | Array, nu: Blocks | Array, count: Any) -> tuple[Any, Any, Any]:
+        g = gradient.astype(jnp.float32)
+        m = b1 * decode(mu, g.shape) + (1 - b1) * g
+        v = b2 * decode(nu, g.shape) + (1 - b2) * g**2
+        step = _corrected(m, b1, count) / (jnp.sqrt(_corrected(v, b2, count)) + eps)
+        mu = encode(m, count, block, jnp.int8) if isinstance(mu, Blocks) else m
+        nu = encode(v, count, block, jnp.uint8) if isinstance(nu, Blocks) else v
+        return step.astype(gradient.dtype), mu, nu
+
+    @automatic
+    def updated(updates, state, params):
         del params
-        updates, state = jax.tree.map(jnp.asarray, (updates, state))
         count = optax.safe_increment(state.count)
         gradients, treedef = jax.tree.flatten(updates)
-        steps, mus, nus = [], [], []
-        for gradient, mu, nu in zip(
-            gradients, treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu), strict=True
-        ):
-            g = gradient.astype(jnp.float32)
-            m = b1 * decode(mu, g.shape) + (1 - b1) * g
-            v = b2 * decode(nu, g.shape) + (1 - b2) * g**2
-            step = _corrected(m, b1, count) / (jnp.sqrt(_corrected(v, b2, count)) + eps)
-            steps.append(step.astype(gradient.dtype))
-            mus.append(encode(m, count, block, jnp.int8) if isinstance(mu, Blocks) else m)
-            nus.append(encode(v, count, block, jnp.uint8) if isinstance(nu, Blocks) else v)
-        steps, mus, nus = (treedef.unflatten(leaves) for leaves in (steps, mus, nus))
-        return steps, ScaleByAdam8bitState(count, mus, nus)
+        old = zip(gradients, _unpack(state.mu, treedef), _unpack(state.nu, treedef), strict=True)
+        moves = [moved(gradient, mu, nu, count) for gradient, mu, nu in old]
+        steps, mu, nu = ([move[part] for move in moves] for part in range(3))
+        return treedef.unflatten(steps), ScaleByAdam8bitState(count, _pack(mu, treedef), _pack(nu, treedef))
+
+    def update(updates, state, params=None):
+        updates, state = jax.tree.map(jnp.asarray, (updates, state))
+        require_real(updates)
+        return updated(updates, state, params)
 
     return optax.GradientTransformation(init, update)
+
+
+def _pack(moments: Sequence[Blocks | Array], treedef: Any) -> Blocks:
+    """Return the moments of all leaves as one pair of trees, which other libraries find their way in."""
+    codes = [moment.codes if isinstance(moment, Blocks) else moment for moment in moments]
+    peaks = [moment.peaks if isinstance(moment, Blocks) else optax.MaskedNode() for moment in moments]
+    return Blocks(treedef.unflatten(codes), treedef.unflatten(peaks))
+
+
+def _unpack(packed: Blocks, treedef: Any) -> list[Blocks | Array]:
+    """Return the moments of the leaves one by one."""
+    pairs = zip(treedef.flatten_up_to(packed.codes), treedef.flatten_up_to(packed.peaks), strict=True)
+    return [codes if isinstance(peaks, optax.MaskedNode) else Blocks(codes, peaks) for codes, peaks in pairs]
 
 
 def encode(values: Array, count: Any, block: int, dtype: Any) -> Blocks:

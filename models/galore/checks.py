@@ -7,6 +7,8 @@ import operator
 from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 
@@ -22,16 +24,20 @@ def require_count(argument: str, value: Any, least: int = 1) -> int:
     return count
 
 
-def require_finite(argument: str, value: Any) -> Any:
-    """Refuse what is not a finite number; a traced one is taken as it is."""
+def require_number(argument: str, value: Any, *, below: float = math.inf) -> Any:
+    """Refuse what is not a finite number of at least 0, and less than `below`.
+
+    A traced number is NaN where it is bad, and so is what is computed from it.
+    """
     if isinstance(value, Tracer) and value.ndim == 0:
-        return value
+        return jnp.where((value >= 0) & (value < below), value, jnp.nan)
     try:
-        finite = math.isfinite(value)
+        good = np.ndim(value) == 0 and math.isfinite(value) and 0 <= value < below
     except TypeError:
-        finite = False
-    if not finite:
-        raise ValueError(f"{argument} must be a finite number, got {value!r}")
+        good = False
+    if not good:
+        wanted = "a finite number >= 0" if below == math.inf else f"a number in [0, {below:g})"
+        raise ValueError(f"{argument} must be {wanted}, got {value!r}")
     return value
 
 
@@ -58,6 +64,9 @@ def require_axes(spec: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return rows, columns
 
 
-def is_number(option: Any) -> bool:
-    """Tell whether an option is one number for all leaves: neither a function nor a pytree."""
-    return not callable(option) and jax.tree_util.all_leaves([option])
+def require_real(tree: Any) -> None:
+    """Refuse parameters or gradients that are not real floating numbers."""
+    for leaf in jax.tree.leaves(tree):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"params must be real floating arrays, got {dtype}")

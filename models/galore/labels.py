@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-
-from .plan import axes_of, by_name, path_name
+from .paths import Parameter, teller
 
 # The words of a parameter's path are compared in lower case and without numbers.
 _LOOKUPS = {"emb", "wte", "wpe", "logits", "classifier"}
@@ -16,27 +14,19 @@ _NORMS = {"ln", "bn", "scale", "gamma", "beta"}
 _BIASES = {"bias", "b"}
 
 
-def labels_of(tree: Any, labels: Any, matrix_axes: Any) -> Any:
-    """Label each leaf "galore" or "adam", by `labels` or by its name; leaves without a matrix get "adam"."""
-    wanted = _labeller(labels)
-
-    def label(path, leaf):
-        name = path_name(path)
-        told = wanted(name, leaf)
-        if told not in ("galore", "adam"):
-            raise ValueError(f'labels must be "galore" or "adam", got {told!r} for {name!r}')
-        return told if axes_of(name, leaf, matrix_axes) is not None else "adam"
-
-    return jax.tree_util.tree_map_with_path(label, tree)
-
-
-def _labeller(labels: Any) -> Callable[[str, Any], Any]:
+def labeller(labels: Any, every: Sequence[Parameter]) -> Callable[[Parameter], str]:
+    """Return the function that labels a parameter "galore" or "adam": by `labels`, or by its name."""
     if labels is None:
-        return lambda name, leaf: "galore" if is_hidden_kernel(name, leaf) else "adam"
-    if callable(labels):
-        return labels
-    given = by_name(labels)
-    return lambda name, leaf: given.get(name)
+        return lambda parameter: "galore" if is_hidden_kernel(parameter.name, parameter.leaf) else "adam"
+    tell = teller("labels", labels, every)
+
+    def label(parameter: Parameter) -> str:
+        told = tell(parameter)
+        if told not in ("galore", "adam"):
+            raise ValueError(f'labels must be "galore" or "adam", got {told!r} for {parameter.name!r}')
+        return told
+
+    return label
 
 
 def is_hidden_kernel(name: str, leaf: Any) -> bool:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from .paths import absent
+
 
 class Stack(NamedTuple):
     """A stack holds the parameters of equal layers and of what is around them, or their optimizer states.
@@ -49,8 +51,14 @@ def layerwise(
     joint update, since all layers' gradients are taken at the old parameters. What is saved is the gradient
     of all layers but one, and what is kept within layers, for one more forward pass.
 
+    With `galore` they are those of one optimizer of the whole `Stack`, whose `matrix_axes` leave the axis of
+    the layers to itself, for all its options. The optimizer is given the whole tree, with `Absent` for what
+    is updated elsewhere: a path begins with "outer" or "layers" and a leaf of the layers has the shape of one
+    layer. Pytrees of labels, ranks, masks and the like are `Stack`s.
+
     Jit `step` with `donate_argnums=(0, 1)`: parameters and states are then updated in place. An optimizer
-    that couples layers, such as one that clips by the global norm, does so within each layer only.
+    that couples layers, such as one that clips by the global norm, does so within each layer only; 8-bit
+    moments of what has no matrix are cut into blocks layer by layer.
 
     Source: derived here; compare zhao2024galore, section 4.3 (per-layer weight updates).
 
@@ -75,9 +83,12 @@ def layerwise(
     """
 
     def init(params: Stack) -> Stack:
-        return Stack(optimizer.init(params.outer), jax.vmap(optimizer.init)(params.layers))
+        around, one = absent(params.outer), absent(params.layers, axes=1)
+        states = jax.vmap(lambda layer: optimizer.init(Stack(around, layer)))(params.layers)
+        return Stack(optimizer.init(Stack(params.outer, one)), states)
 
     def step(params: Stack, state: Stack, batch: Any) -> tuple[Stack, Stack, Array]:
+        around, one = absent(params.outer), absent(params.layers, axes=1)
         first, pull_embed = jax.vjp(lambda outer: embed(outer, batch), params.outer)
         last, inputs = jax.lax.scan(lambda x, layer: (block(layer, x), x), first, params.layers)
         value, pull_loss = jax.vjp(lambda outer, x: loss(outer, x, batch), params.outer, last)
@@ -85,16 +96,17 @@ def layerwise(
 
         def update_layer(cotangent, layer, layer_state, x):
             gradient, cotangent = jax.vjp(block, layer, x)[1](cotangent)
-            updates, layer_state = optimizer.update(gradient, layer_state, layer)
-            return cotangent, optax.apply_updates(layer, updates), layer_state
+            moved: Any = optimizer.update(Stack(around, gradient), layer_state, Stack(around, layer))
+            updates, layer_state = moved
+            return cotangent, optax.apply_updates(layer, updates.layers), layer_state
 
         def backward(index, carried):
             # What is carried is updated in place, where the outputs of a scan are new arrays. The branch is
             # always taken: without it compilers merge reading a layer with writing it, and copy all layers.
             cotangent, layers, states = carried
-            one = (cotangent, _take(layers, index), _take(states, index))
+            taken = (cotangent, _take(layers, index), _take(states, index))
             cotangent, layer, layer_state = jax.lax.cond(
-                index >= 0, update_layer, lambda *one: one[:3], *one, _take(inputs, index)
+                index >= 0, update_layer, lambda *taken: taken[:3], *taken, _take(inputs, index)
             )
             return cotangent, _put(layers, layer, index), _put(states, layer_state, index)
 
@@ -106,8 +118,9 @@ def layerwise(
             (cotangent, params.layers, state.layers),
         )
         gradient = jax.tree.map(jnp.add, of_loss, pull_embed(cotangent)[0])
-        updates, outer_state = optimizer.update(gradient, state.outer, params.outer)
-        outer = optax.apply_updates(params.outer, updates)
+        moved: Any = optimizer.update(Stack(gradient, one), state.outer, Stack(params.outer, one))
+        updates, outer_state = moved
+        outer = optax.apply_updates(params.outer, updates.outer)
         return Stack(outer, layers), Stack(outer_state, states), value
 
     return Layerwise(init, step)

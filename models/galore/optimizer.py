@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
-from .labels import labels_of
 from .options import GaloreOptions, signature_of
+from .paths import Absent, by_keys, is_tree, parameters
+from .plan import axes_of
 from .transform import transformation
 
 
@@ -49,16 +55,70 @@ def galore(*arguments: Any, **keywords: Any) -> optax.GradientTransformation:  #
         [-0.5, -0.5, -0.5, -0.5, -0.5, -0.5]
     """
     options = GaloreOptions(*arguments, **keywords)
-    projected = transformation(options)
+    optimizer = whole_optimizer(options)
+
+    def init(params):
+        share = projected_share(params, options)
+        if share < 0.5:
+            warnings.warn(
+                f"galore projects {share:.0%} of the numbers in hidden matrices; models.galore.report tells "
+                "which ones, and matrix_axes=flax_axes knows the kernels of Flax",
+                stacklevel=2,
+            )
+        return optimizer.init(params)
+
+    return optimizer._replace(init=init)
+
+
+def whole_optimizer(options: GaloreOptions) -> optax.GradientTransformationExtraArgs:
+    """Return the optimizer that the options describe."""
     plain = options.adam() if options.plain is None else options.plain
     decay = options.weight_decay
     decays = not (isinstance(decay, (int, float)) and decay == 0)
-
-    def label(tree):
-        return labels_of(tree, options.labels, options.matrix_axes)
-
+    mask = None if options.mask is None else partial(_decaying, options)
     return optax.chain(
-        optax.partition({"galore": projected, "adam": plain}, label),
-        optax.add_decayed_weights(decay, options.mask) if decays else optax.identity(),
+        optax.partition({"galore": transformation(options), "adam": plain}, partial(labels_of, options)),
+        optax.add_decayed_weights(decay, mask) if decays else optax.identity(),
         optax.scale_by_learning_rate(options.learning_rate),
     )
+
+
+def projected_share(params: Any, options: GaloreOptions) -> float:
+    """Return the share of projected numbers among those of hidden matrices, 1 where there are none.
+
+    Hidden matrices are the parameters of two axes or more that are labelled "galore".
+    """
+    every = parameters(params)
+    hidden = projected = 0
+    for parameter, want, spec in zip(every, options.wanted(every), axes_of(every, options), strict=True):
+        if want and not isinstance(parameter.leaf, Absent) and jnp.ndim(parameter.leaf) >= 2:
+            hidden += math.prod(parameter.leaf.shape)
+            projected += math.prod(parameter.leaf.shape) * (spec is not None)
+    return projected / hidden if hidden else 1.0
+
+
+def labels_of(options: GaloreOptions, tree: Any) -> Any:
+    """Label each leaf "galore" or "adam"; leaves without a matrix get "adam"."""
+    every = parameters(tree)
+    labels = [
+        "galore" if want and spec is not None else "adam"
+        for parameter, want, spec in zip(every, options.wanted(every), axes_of(every, options), strict=True)
+        if not isinstance(parameter.leaf, Absent)
+    ]
+    return jax.tree.structure(tree).unflatten(labels)
+
+
+def _decaying(options: GaloreOptions, tree: Any) -> Any:
+    """Tell for each leaf whether it decays; a pytree may stop above the leaves, as everywhere in Optax."""
+    every = parameters(tree)
+    if callable(options.mask) and not is_tree(options.mask, every):
+        return options.mask(tree)
+    given = by_keys(options.mask)
+    above = [
+        [given[p.keys[:length]] for length in range(len(p.keys) + 1) if p.keys[:length] in given]
+        for p in every
+        if not isinstance(p.leaf, Absent)
+    ]
+    if not all(above):
+        raise ValueError("mask must have a value for every parameter, got a pytree that does not")
+    return jax.tree.structure(tree).unflatten([found[-1] for found in above])

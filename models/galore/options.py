@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import optax
+from jax.core import Tracer
 
 from .adam import scale_by_adam_uncorrected
-from .checks import is_number, require_axes, require_choice, require_count, require_finite
+from .checks import require_axes, require_choice, require_count, require_number
+from .labels import labeller
+from .paths import Parameter, is_single
 from .projection import Projection
 from .refresh import Refresh
 
@@ -20,11 +25,12 @@ EpsConvention = Literal["corrected", "uncorrected"]
 _Taken = ParamSpec("_Taken")
 _Returned = TypeVar("_Returned")
 
-# Each of these options is one number for all leaves, or tells a number for each.
+# Each of these options is one value for all leaves, or tells a value for each.
 OF_LEAVES: dict[str, Callable[[str, Any], Any]] = {
     "rank": require_count,
     "update_gap": require_count,
-    "scale": require_finite,
+    "scale": require_number,
+    "projection": partial(require_choice, choices=Projection),
 }
 
 
@@ -35,12 +41,13 @@ class Options:
     rank: Any = field(kw_only=False)
     update_gap: Any = 200
     scale: Any = 0.25
-    projection: Projection | str = "std"
+    projection: Any = "std"
     inner: Any = None
     refresh: Refresh | str = "eigh"
     moments: Moments | str = "align"
     matrix_axes: Any = None
     stagger: bool = False
+    drop_noise: bool = True
     b1: Any = 0.9
     b2: Any = 0.999
     eps: Any = 1e-8
@@ -51,18 +58,27 @@ class Options:
             option = getattr(self, argument)
             if option is None:
                 raise ValueError(f"{argument} must be a number, a pytree of numbers or a function, got None")
-            if is_number(option):
+            if is_single(option):
                 require(argument, option)
-        require_choice("projection", self.projection, Projection)
         require_choice("refresh", self.refresh, Refresh)
         require_choice("moments", self.moments, Moments)
         require_choice("eps_convention", self.eps_convention, EpsConvention)
+        self._require_numbers(b1=1.0, b2=1.0, eps=math.inf)
         if self.matrix_axes is not None and not callable(self.matrix_axes):
             require_axes(self.matrix_axes)
         if self.inner is not None and not isinstance(self.inner, optax.GradientTransformation):
             raise ValueError(
                 f"inner must be an Optax transformation such as optax.scale_by_adam(), got {self.inner!r}"
             )
+
+    def _require_numbers(self, **bounds: float) -> None:
+        for argument, bound in bounds.items():
+            number = require_number(argument, getattr(self, argument), below=bound)
+            object.__setattr__(self, argument, number)
+
+    def wanted(self, every: list[Parameter]) -> list[bool]:
+        """Tell which parameters are projected if they are matrices."""
+        return [True] * len(every)
 
     def adam(self) -> optax.GradientTransformation:
         """Return Adam with the decays and the epsilon of the options."""
@@ -71,9 +87,10 @@ class Options:
         return optax.scale_by_adam(self.b1, self.b2, self.eps)
 
     def has_default_adam(self) -> bool:
-        """Tell whether the options of Adam are the defaults."""
+        """Tell whether the options of Adam are the defaults, but for those that are traced."""
         names = ("b1", "b2", "eps", "eps_convention")
-        return all(getattr(self, name) == getattr(Options, name) for name in names)
+        given = [(getattr(self, name), getattr(Options, name)) for name in names]
+        return all(isinstance(value, Tracer) or value == default for value, default in given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +106,17 @@ class _OfGalore:
 @dataclass(frozen=True, kw_only=True)
 class GaloreOptions(Options, _OfGalore):
     """The class holds the arguments of `galore`: its own, and all of `scale_by_galore`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require_numbers(weight_decay=math.inf)
+        if not callable(self.learning_rate):
+            self._require_numbers(learning_rate=math.inf)
+
+    def wanted(self, every: list[Parameter]) -> list[bool]:
+        """Tell which parameters are labelled "galore"."""
+        label = labeller(self.labels, every)
+        return [label(parameter) == "galore" for parameter in every]
 
 
 def signature_of(

@@ -2,44 +2,62 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from .checks import is_number, require_axes
+from .checks import require_axes
 from .options import OF_LEAVES, Options
+from .paths import Absent, Parameter, parameters, require_distinct, teller
 from .projection import Layout
+
+Axes = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def plan(tree: Any, options: Options) -> tuple[list[Layout | None], list[Any]]:
     """Return layouts and scales of all leaves in the order of the tree, None for leaves left alone."""
-    named = [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-    specs = [axes_of(name, leaf, options.matrix_axes) for name, leaf in named]
+    every = parameters(tree)
+    specs = axes_of(every, options)
+    tells = {argument: _teller(argument, options, every) for argument in OF_LEAVES}
     count = sum(spec is not None for spec in specs)
     layouts: list[Layout | None] = []
     scales: list[Any] = []
     place = 0
-    for (name, leaf), spec in zip(named, specs, strict=True):
+    for parameter, spec in zip(every, specs, strict=True):
+        if isinstance(parameter.leaf, Absent):
+            place += spec is not None
+            continue
         if spec is None:
             layouts.append(None)
             scales.append(None)
             continue
-        layout = _layout(name, leaf, spec, options)
+        layout = _layout(parameter, spec, tells)
         phase = layout.gap * place // count if options.stagger else 0
         layouts.append(layout._replace(phase=phase))
-        scales.append(_option("scale", options, name, leaf))
+        scales.append(tells["scale"](parameter))
         place += 1
     return layouts, scales
 
 
-def _layout(name: str, leaf: Any, spec: tuple[tuple[int, ...], tuple[int, ...]], options: Options) -> Layout:
+def axes_of(every: list[Parameter], options: Options) -> list[Axes | None]:
+    """Return for each parameter the axes of its rows and columns, None where it is not projected."""
+    if callable(options.matrix_axes):
+        require_distinct("matrix_axes", every)
+    return [
+        _axes(parameter, options.matrix_axes) if want else None
+        for parameter, want in zip(every, options.wanted(every), strict=True)
+    ]
+
+
+def _layout(parameter: Parameter, spec: Axes, tells: dict[str, Callable[[Parameter], Any]]) -> Layout:
+    leaf = parameter.leaf
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise ValueError(f"params must be real floating arrays, got {leaf.dtype} for {name!r}")
-    gap = _option("update_gap", options, name, leaf)
-    rank = _option("rank", options, name, leaf)
+        raise ValueError(f"params must be real floating arrays, got {leaf.dtype} for {parameter.name!r}")
+    gap, rank, projection = (tells[argument](parameter) for argument in ("update_gap", "rank", "projection"))
     layout = Layout(leaf.shape, *spec, rank, True, True, gap, 0)
-    left, right = _sides(layout.m, layout.n, options.projection)
+    left, right = _sides(layout.m, layout.n, projection)
     return layout._replace(rank=min(rank, layout.m, layout.n), left=left, right=right)
 
 
@@ -49,38 +67,31 @@ def _sides(m: int, n: int, projection: str) -> tuple[bool, bool]:
     return left[projection], projection == "full" or not left[projection]
 
 
-def _option(argument: str, options: Options, name: str, leaf: Any) -> Any:
-    """Return the value of an option for one leaf, checked."""
-    value = option = getattr(options, argument)
-    if callable(option):
-        value = option(name, leaf)
-    elif not is_number(option):
-        values = by_name(option)
-        if name not in values:
-            raise ValueError(f"{argument} must have a number for every projected leaf, got none for {name!r}")
-        value = values[name]
-    return OF_LEAVES[argument](argument, value)
+def _teller(argument: str, options: Options, every: list[Parameter]) -> Callable[[Parameter], Any]:
+    """Return the function that tells the value of an option for one leaf, checked."""
+    tell = teller(argument, getattr(options, argument), every)
+
+    def checked(parameter: Parameter) -> Any:
+        value = tell(parameter)
+        if value is None:
+            raise ValueError(
+                f"{argument} must have a value for every projected leaf, got none for {parameter.name!r}"
+            )
+        return OF_LEAVES[argument](argument, value)
+
+    return checked
 
 
-def path_name(path: Any) -> str:
-    """Join the keys of a path with "/"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def by_name(tree: Any) -> dict[str, Any]:
-    """Return the leaves of a pytree under the names of their paths."""
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def axes_of(name: str, leaf: Any, matrix_axes: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+def _axes(parameter: Parameter, matrix_axes: Any) -> Axes | None:
     """Return axes of rows and of columns, not negative; None for a leaf that is not projected."""
+    _, name, leaf = parameter
     if matrix_axes is None:
         spec = (0, 1) if leaf.ndim == 2 else None
     elif callable(matrix_axes):
         spec = matrix_axes(name, leaf)
     else:
         spec = matrix_axes if leaf.ndim >= 2 else None
-    if spec is None or leaf.size == 0:
+    if spec is None or math.prod(leaf.shape) == 0:
         return None
     rows, columns = require_axes(spec)
     if not all(-leaf.ndim <= axis < leaf.ndim for axis in rows + columns):

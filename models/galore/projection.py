@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import optax
 from jax import Array
 
 Projection = Literal["std", "reverse_std", "left", "right", "full"]
@@ -14,6 +15,8 @@ Projection = Literal["std", "reverse_std", "left", "right", "full"]
 
 class Basis(NamedTuple):
     """A basis holds orthonormal columns for each projected side of the matrices of one leaf.
+
+    The state of an optimizer holds those of all leaves in one, whose sides are trees like the parameters.
 
     Attributes:
         left: P, shape (*batch, m, r), or None where rows are not projected.
@@ -27,6 +30,28 @@ class Basis(NamedTuple):
     def dtype(self) -> Any:
         """Return the dtype of the sides that there are."""
         return jax.tree.leaves(self)[0].dtype
+
+
+def pack(bases: Sequence[Basis], treedef: Any) -> Basis:
+    """Return the bases of all leaves as two trees of arrays, with Optax's placeholder where there is none.
+
+    Arrays at the places of the parameters are what other libraries find in the states of Optax.
+    """
+    sides = ([optax.MaskedNode() if side is None else side for side in one] for one in _by_side(bases))
+    return Basis(*map(treedef.unflatten, sides))
+
+
+def unpack(packed: Basis, treedef: Any) -> list[Basis]:
+    """Return the bases of the leaves one by one."""
+    sides = (treedef.flatten_up_to(side) for side in packed)
+    return [
+        Basis(*(None if isinstance(side, optax.MaskedNode) else side for side in one))
+        for one in zip(*sides, strict=True)
+    ]
+
+
+def _by_side(bases: Sequence[Basis]) -> Any:
+    return [basis.left for basis in bases], [basis.right for basis in bases]
 
 
 class Layout(NamedTuple):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_batching import custom_vmap
 
+from .noise import fill_quiet, noise_level, product, settle, settle_both
 from .projection import Basis, Layout, map_sides
 
 Refresh = Literal["eigh", "svd", "randomized", "warm"]
@@ -19,9 +20,6 @@ Refresh = Literal["eigh", "svd", "randomized", "warm"]
 # refresh of a warm one too, it takes further rounds of two applications of G G^T.
 _OVERSAMPLING, _WARM_OVERSAMPLING = 16, 8
 _ROUNDS, _FIRST_ROUNDS = 1, 3
-
-# Accelerators round float32 products to fewer bits by default, which the small singular values would feel.
-_product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def initial_basis(layout: Layout, dtype: Any) -> Basis:
@@ -72,15 +70,22 @@ def _reduce_lanes(_size, _mapped, flags):
     return _in_any_lane(jnp.any(flags, axis=0)), False
 
 
-@partial(jax.jit, static_argnames=("layouts", "refresh", "align"))
+class Method(NamedTuple):
+    """How bases are renewed: the decomposition, whether signs are aligned, and whether noise is dropped."""
+
+    refresh: str
+    align: bool
+    drop_noise: bool
+
+
+@partial(jax.jit, static_argnames=("layouts", "method"))
 def refresh_bases(
     matrices: list[Array],
     bases: list[Basis],
     count: Array,
     *,
     layouts: tuple[Layout, ...],
-    refresh: str,
-    align: bool,
+    method: Method,
 ) -> list[Basis]:
     """Return the bases for this step, renewed where due; one `cond` serves all leaves of one schedule."""
     bases = list(bases)
@@ -89,7 +94,7 @@ def refresh_bases(
 
         def renew(old, gradients, count, members=members):
             return [
-                _renew_each(basis, gradient, count, layouts[i], refresh, align)
+                _renew_each(basis, gradient, count, layouts[i], method)
                 for i, basis, gradient in zip(members, old, gradients, strict=True)
             ]
 
@@ -101,29 +106,28 @@ def refresh_bases(
     return bases
 
 
-def _renew_each(
-    old: Basis, gradient: Array, count: Array, layout: Layout, refresh: str, align: bool
-) -> Basis:
+def _renew_each(old: Basis, gradient: Array, count: Array, layout: Layout, method: Method) -> Basis:
     """Renew the bases of a leaf, one matrix after the other: all at once take the workspace of all."""
     batch = layout.batch_shape
     if not batch:
-        return _renew(old, gradient, count, layout, refresh, align)
+        return _renew(old, gradient, count, layout, method)
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), (old, gradient))
-    new = jax.lax.map(lambda one: _renew(one[0], one[1], count, layout, refresh, align), flat)
+    new = jax.lax.map(lambda one: _renew(one[0], one[1], count, layout, method), flat)
     return map_sides(lambda side: side.reshape(*batch, *side.shape[-2:]), new)
 
 
-def _renew(old: Basis, gradient: Array, count: Array, layout: Layout, refresh: str, align: bool) -> Basis:
+def _renew(old: Basis, gradient: Array, count: Array, layout: Layout, method: Method) -> Basis:
     """Return the leading singular vectors of a gradient, or the old basis where it is zero or not finite."""
-    dtype = jnp.promote_types(gradient.dtype, jnp.float32)
+    dtype, stored = jnp.promote_types(gradient.dtype, jnp.float32), float(jnp.finfo(gradient.dtype).eps)
     gradient = gradient.astype(dtype)
     # Squares of a tiny gradient would underflow.
     peak = jnp.max(jnp.abs(gradient), axis=(-2, -1), keepdims=True)
     good = jnp.isfinite(peak) & (peak > 0)
     unit = jnp.where(good, gradient / jnp.where(good, peak, 1), 0)
     start = map_sides(lambda side: side.astype(dtype), old)
-    new = leading_bases(unit, start, count, layout, refresh)
-    if align:
+    level = noise_level(layout, dtype, stored) if method.drop_noise else None
+    new = leading_bases(unit, start, count, layout, method.refresh, level)
+    if method.align:
         new = map_sides(_aligned, new, start)
     return map_sides(lambda side, before: jnp.where(good, side.astype(before.dtype), before), new, old)
 
@@ -133,32 +137,47 @@ def _aligned(new: Array, old: Array) -> Array:
     return jnp.where(agreement < 0, -new, new)
 
 
-def leading_bases(gradient: Array, start: Basis, count: Array, layout: Layout, refresh: str) -> Basis:
-    """Compute the leading singular vectors of (*batch, m, n) on the projected sides by one of the methods.
+def leading_bases(
+    gradient: Array, start: Basis, count: Array, layout: Layout, refresh: str, level: Any = None
+) -> Basis:
+    """Compute the leading singular vectors of (m, n) on the projected sides by one of the methods.
 
     All but the full decomposition find those of the short side first; A is the gradient or its transpose,
-    with no more rows than columns. The long side follows from them: A^T W has orthogonal columns.
+    with no more rows than columns. The long side follows from them: A^T W has orthogonal columns. Where a
+    level of noise is given, directions below it stay as they were at the start.
     """
     tall = layout.m > layout.n
     A = gradient.mT if tall else gradient
     short_side, long_side = (layout.right, layout.left) if tall else (layout.left, layout.right)
+    before: Any = reversed(start) if tall else start
+    short_start, long_start = before
+    short: Any
+    long: Any
     if refresh == "svd":
-        U, _, Vt = jnp.linalg.svd(A, full_matrices=False)
-        short, long = U[..., : layout.rank], Vt[..., : layout.rank, :].mT
+        U, _, Vt = jnp.linalg.svd(gradient, full_matrices=False)
+        left, right = U[:, : layout.rank], Vt[: layout.rank].mT
+        short, long = (right, left) if tall else (left, right)
     else:
-        if refresh == "eigh":
-            short = _leading_eigenvectors(_product(A, A.mT), layout.rank)
-        elif refresh == "randomized":
-            short = _subspace_iteration(A, None, count, layout.rank)
-        else:
-            warm: Any = reversed(start) if tall else start
-            short_start, long_start = warm
-            if short_start is None:
-                short_start = _product(A, long_start)
-            short = _subspace_iteration(A, short_start, count, layout.rank)
-        long = jnp.linalg.qr(_product(A.mT, short))[0] if long_side else None
+        short = _short_vectors(A, short_start, long_start, count, layout.rank, refresh)
+        long = jnp.linalg.qr(product(A.mT, short))[0] if long_side else None
+    if level is not None and short_side and long_side:
+        short, long = settle_both(A, (short, long), (short_start, long_start), level)
+    elif level is not None and short_side:
+        short, _ = settle(A, short, short_start, level)
+    elif level is not None:
+        settled, quiet = settle(A, short, short, level)
+        long = fill_quiet(product(A.mT, settled), quiet, long_start, long)
     short, long = short if short_side else None, long if long_side else None
     return Basis(long, short) if tall else Basis(short, long)
+
+
+def _short_vectors(A: Array, short_start: Any, long_start: Any, count: Array, rank: int, refresh: str) -> Any:
+    """Compute the leading left singular vectors of A."""
+    if refresh == "eigh":
+        return _leading_eigenvectors(product(A, A.mT), rank)
+    if refresh == "randomized":
+        return _subspace_iteration(A, None, count, rank)
+    return _subspace_iteration(A, product(A, long_start) if short_start is None else short_start, count, rank)
 
 
 def _leading_eigenvectors(symmetric: Array, rank: int) -> Array:
@@ -181,12 +200,12 @@ def _subspace_iteration(A: Array, start: Array | None, count: Array, rank: int) 
         rounds = jnp.where(count == 0, _FIRST_ROUNDS, 0)
 
     def apply(X):
-        return _product(A, _product(A.mT, X))
+        return product(A, product(A.mT, X))
 
     def orthonormal(X):
         return jnp.linalg.qr(X)[0]
 
     X = jax.lax.fori_loop(0, rounds, lambda _, X: orthonormal(apply(apply(X))), X)
     X = orthonormal(apply(orthonormal(apply(apply(X)))))
-    small = _product(A.mT, X)
-    return _product(X, _leading_eigenvectors(_product(small.mT, small), rank))
+    small = product(A.mT, X)
+    return product(X, _leading_eigenvectors(product(small.mT, small), rank))

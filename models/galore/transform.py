@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,11 +13,12 @@ from jax import Array
 
 from .groups import Group, groups_of, require_no_values, zeros
 from .moments import at_refresh, require_moments
+from .noise import without_noise
 from .options import Options, signature_of
-from .placement import everywhere, named_sharding, place_basis, place_inner
+from .placement import automatic, everywhere, named_sharding, place_basis, place_inner
 from .plan import plan
-from .projection import Basis, Layout, from_matrices, project, project_back, to_matrices
-from .refresh import initial_basis, refresh_bases
+from .projection import Basis, Layout, from_matrices, pack, project, project_back, to_matrices, unpack
+from .refresh import Method, initial_basis, refresh_bases
 
 
 class GaloreState(NamedTuple):
@@ -24,7 +26,7 @@ class GaloreState(NamedTuple):
 
     Attributes:
         count: steps taken.
-        bases: a `Basis` for every parameter, without arrays where it is not projected.
+        bases: left and right bases, each a tree like the parameters, without arrays where there is none.
         inner: states of the inner transformation. The leaves without batch axes share one; those of one batch
             shape share another, which has these batch axes in front of every array. With moments="reset"
             leaves with schedules of their own have states of their own.
@@ -116,7 +118,7 @@ def transformation(options: Options) -> optax.GradientTransformation:
     moments_at_refresh = at_refresh(inner, options.moments)
 
     def init(params):
-        params = jax.tree.map(jnp.asarray, params)
+        params = jax.tree.map(_with_shape, params)
         leaves, treedef = jax.tree.flatten(params)
         layouts, _ = plan(params, options)
         shardings = list(map(named_sharding, leaves, layouts))
@@ -128,17 +130,16 @@ def transformation(options: Options) -> optax.GradientTransformation:
             require_moments(inner, shapes, options.moments)
             inner_state = group.over_batch(inner.init)(zeros(shapes, group.batch_shape))
             states.append(_placed(inner, inner_state, shapes, shardings, group, treedef))
-        return GaloreState(jnp.zeros((), jnp.int32), treedef.unflatten(bases), tuple(states))
+        return GaloreState(jnp.zeros((), jnp.int32), pack(bases, treedef), tuple(states))
 
-    def update(updates, state, params=None):
-        # A checkpoint may come back in NumPy arrays.
-        updates, state = jax.tree.map(jnp.asarray, (updates, state))
+    @automatic
+    def updated(updates, state, params):
         leaves, treedef = jax.tree.flatten(updates)
         layouts, scales = plan(updates, options)
-        old = treedef.flatten_up_to(state.bases)
+        old = unpack(state.bases, treedef)
         matrices = list(map(_matrices, leaves, layouts))
         new = _renewed(old, matrices, state.count, layouts, options)
-        low = list(map(_projected, matrices, new, layouts))
+        low = list(map(partial(_projected, options.drop_noise), matrices, new, layouts))
 
         # Only shapes and dtypes are taken from the parameters.
         like = leaves if params is None else treedef.flatten_up_to(params)
@@ -153,8 +154,13 @@ def transformation(options: Options) -> optax.GradientTransformation:
                 low[i] = leaf
 
         full = list(map(_projected_back, low, new, layouts, scales, leaves))
-        new_state = GaloreState(optax.safe_increment(state.count), treedef.unflatten(new), tuple(states))
+        new_state = GaloreState(optax.safe_increment(state.count), pack(new, treedef), tuple(states))
         return treedef.unflatten(full), new_state
+
+    def update(updates, state, params=None):
+        # A checkpoint may come back in NumPy arrays.
+        updates, state = jax.tree.map(jnp.asarray, (updates, state))
+        return updated(updates, state, params)
 
     return optax.GradientTransformation(init, update)
 
@@ -181,7 +187,7 @@ def state_bytes(params: Any, rank: Any, **options: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def _first_basis(leaf: Array, layout: Layout | None, sharding: Any) -> Basis:
+def _first_basis(leaf: Any, layout: Layout | None, sharding: Any) -> Basis:
     return Basis() if layout is None else place_basis(initial_basis(layout, leaf.dtype), sharding)
 
 
@@ -204,8 +210,7 @@ def _renewed(
         [old[i] for i in projected],
         count,
         layouts=tuple(projected.values()),
-        refresh=options.refresh,
-        align=options.moments in ("align", "transport"),
+        method=Method(options.refresh, options.moments in ("align", "transport"), options.drop_noise),
     )
     bases = dict(zip(projected, map(everywhere, fresh), strict=True))
     return [bases.get(i, Basis()) for i in range(len(layouts))]
@@ -215,8 +220,16 @@ def _matrices(leaf: Array, layout: Layout | None) -> Array:
     return leaf if layout is None else to_matrices(leaf, layout)
 
 
-def _projected(matrices: Array, basis: Basis, layout: Layout | None) -> Array:
-    return matrices if layout is None else project(matrices, basis).astype(basis.dtype)
+def _with_shape(leaf: Any) -> Any:
+    """Return an array, or a shape and dtype alone, which are enough for the start of a state."""
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)
+
+
+def _projected(drop_noise: bool, matrices: Array, basis: Basis, layout: Layout | None) -> Array:
+    if layout is None:
+        return matrices
+    low = project(matrices, basis).astype(basis.dtype)
+    return without_noise(low, basis, layout, matrices.dtype) if drop_noise else low
 
 
 def _projected_back(low: Array, basis: Basis, layout: Layout | None, scale: Any, leaf: Array) -> Array:

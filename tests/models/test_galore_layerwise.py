@@ -1,11 +1,20 @@
 """Updates layer by layer are the joint update, in less memory."""
 
+import functools
+from dataclasses import fields
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
-from models.galore import Stack, galore, layerwise
+from models.galore import Stack, galore, layerwise, scale_by_adam_8bit
+from models.galore.options import GaloreOptions
+
+# The arrays are tiny: what takes the time is compiling.
+compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 WIDTH, HIDDEN, TOKENS = 16, 24, 20
 
@@ -15,7 +24,7 @@ def embed(outer, batch):
 
 
 def block(layer, x):
-    return x + jnp.tanh(x @ layer["up"]) @ layer["down"]
+    return x + jnp.tanh(x @ layer["up"] + layer["shift"]["bias"][None]) @ layer["down"]
 
 
 def loss(outer, x, batch):
@@ -24,7 +33,7 @@ def loss(outer, x, batch):
 
 
 def joint_step(optimizer):
-    """The same step with the gradient of all layers at once."""
+    """The same step with the gradient of all layers at once, and one state."""
 
     def total(params, batch):
         x, _ = jax.lax.scan(
@@ -34,9 +43,8 @@ def joint_step(optimizer):
 
     def step(params, state, batch):
         value, gradient = jax.value_and_grad(total)(params, batch)
-        outer, outer_state = optimizer.update(gradient.outer, state.outer, params.outer)
-        layers, layer_states = jax.vmap(optimizer.update)(gradient.layers, state.layers, params.layers)
-        return optax.apply_updates(params, Stack(outer, layers)), Stack(outer_state, layer_states), value
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, value
 
     return step
 
@@ -47,25 +55,86 @@ def problem(depth):
     layers = {
         "up": rng.normal(size=(depth, WIDTH, HIDDEN)) / WIDTH**0.5,
         "down": rng.normal(size=(depth, HIDDEN, WIDTH)) / HIDDEN**0.5,
+        "shift": {"bias": rng.normal(size=(depth, HIDDEN))},
     }
     batch = (jnp.arange(TOKENS) % 9, (2 * jnp.arange(TOKENS)) % 9)
     return jax.tree.map(jnp.asarray, Stack(outer, layers)), batch
 
 
-def test_it_is_the_joint_update_before_and_after_refreshes():
-    optimizer = galore(1e-2, 3, update_gap=2, weight_decay=0.1)
+def of_stack(embed, head, up, down, bias):
+    """A pytree of options like the parameters."""
+    return Stack({"embed": embed, "head": head}, {"up": up, "down": down, "shift": {"bias": bias}})
+
+
+def is_down(params):
+    return jax.tree_util.tree_map_with_path(lambda path, _: "down" in jax.tree_util.keystr(path), params)
+
+
+# Each option of `galore` is in one of these.
+CASES: dict[str, dict[str, Any]] = {
+    "staggered": {
+        "learning_rate": lambda count: 1e-2 * 0.5 ** count.astype(float),
+        "rank": lambda path, leaf: {"layers/up": 3, "layers/down": 2}[path],
+        "update_gap": of_stack(9, 9, 3, 2, 9),
+        "stagger": True,
+        "moments": "reset",
+        "weight_decay": 0.1,
+        "mask": of_stack(True, False, True, False, True),
+    },
+    "labelled": {
+        "learning_rate": 1e-2,
+        "rank": 3,
+        "update_gap": 3,
+        "labels": of_stack("galore", "adam", "galore", "galore", "adam"),
+        "scale": lambda path, leaf: {"outer/embed": 1.0, "layers/up": 0.5, "layers/down": 2.0}[path],
+        "projection": of_stack("left", "left", "full", "right", "left"),
+        "refresh": "svd",
+        "moments": "transport",
+        "stagger": True,
+        "weight_decay": 0.1,
+        "mask": is_down,
+        "b1": 0.8,
+        "b2": 0.99,
+        "eps": 1e-6,
+        "eps_convention": "uncorrected",
+    },
+    "inner": {
+        "learning_rate": 1e-2,
+        "rank": of_stack(1, 1, 3, 2, 1),
+        "update_gap": 3,
+        "labels": lambda path, leaf: "galore" if path.startswith("layers") else "adam",
+        "inner": scale_by_adam_8bit(block=8, min_size=0),
+        "plain": optax.scale_by_lion(),
+        "refresh": "warm",
+        "drop_noise": False,
+        "stagger": True,
+    },
+}
+
+
+def matrices(path, leaf):
+    """The two last axes of what is a matrix, alone or in a stack."""
+    return None if path.endswith("bias") else (-2, -1)
+
+
+def test_every_option_is_tried():
+    assert set().union(*CASES.values(), {"matrix_axes"}) == {field.name for field in fields(GaloreOptions)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_the_joint_update_before_and_after_refreshes(case):
+    optimizer = galore(**CASES[case], matrix_axes=matrices)
     params, batch = problem(3)
     train = layerwise(optimizer, embed, block, loss)
-    state = train.init(params)
-    by_layer, at_once = jax.jit(train.step), jax.jit(joint_step(optimizer))
-    one, all_ = (params, state), (params, state)
+    by_layer, at_once = (compiled(step) for step in (train.step, joint_step(optimizer)))
+    one, all_ = (params, train.init(params)), (params, optimizer.init(params))
     losses = []
-    for _ in range(4):
+    for _ in range(7):
         *one, value = by_layer(*one, batch)
         *all_, expected = at_once(*all_, batch)
         np.testing.assert_allclose(value, expected, rtol=1e-12)
         losses.append(float(value))
-    for got, wanted in zip(jax.tree.leaves(one), jax.tree.leaves(all_), strict=True):
+    for got, wanted in zip(jax.tree.leaves(one[0]), jax.tree.leaves(all_[0]), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-8, atol=1e-9)
     assert losses[-1] < losses[0]
 
@@ -73,19 +142,19 @@ def test_it_is_the_joint_update_before_and_after_refreshes():
 def test_its_memory_grows_with_depth_by_activations_alone():
     optimizer = optax.adam(1e-2)
 
-    def temporaries(make_step, depth):
+    by_layer = layerwise(optimizer, embed, block, loss)
+    ways = (by_layer.init, by_layer.step), (optimizer.init, joint_step(optimizer))
+
+    def temporaries(init, step, depth):
         params, batch = problem(depth)
-        state = layerwise(optimizer, embed, block, loss).init(params)
-        step = jax.jit(make_step(optimizer), donate_argnums=(0, 1))
+        state = init(params)
+        step = jax.jit(step, donate_argnums=(0, 1))
         memory = step.lower(params, state, batch).compile().memory_analysis()
         both = sum(leaf.nbytes for leaf in jax.tree.leaves((params, state)))
         assert memory.alias_size_in_bytes == both  # in place
         return memory.temp_size_in_bytes
 
-    by_layer, at_once = (
-        temporaries(make_step, 10) - temporaries(make_step, 2)
-        for make_step in (lambda optimizer: layerwise(optimizer, embed, block, loss).step, joint_step)
-    )
+    grows, joint = (temporaries(*way, 10) - temporaries(*way, 2) for way in ways)
     activations, gradients = (8 * 8 * size for size in (TOKENS * WIDTH, 2 * WIDTH * HIDDEN))
-    assert by_layer < 1.5 * activations
-    assert at_once > gradients + activations
+    assert grows < 1.5 * activations
+    assert joint > gradients + activations
