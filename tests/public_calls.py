@@ -346,6 +346,10 @@ CALLS: dict[str, Call] = {
     ),
     "dynamics.replicator.condition_bounds": call(x=HALF_HALF, hessian=HESSIAN),
     "dynamics.replicator.condition_number": call(x=HALF_HALF, hessian=HESSIAN),
+    "dynamics.replicator.local_matrix": call(x=HALF_HALF, hessian=HESSIAN),
+    "dynamics.replicator.random_minima": call(
+        rng=np.random.default_rng(0), n=3, count=2, log10_ratio=1.0, log10_spread=1.0
+    ),
     "dynamics.replicator.corollary_bound": call(x=HALF_HALF, hessian=HESSIAN),
     "dynamics.replicator.conserved_quantity": call(
         x_star=HALF_HALF, log_x=Real(np.log([0.3, 0.7]), fine="deeper infinite")
@@ -650,8 +654,10 @@ NO_NUMBERS = {
     "models.data.tokens.sample_tokens",
     "models.data.tokens.synthetic_classes",
     "models.functional.as_function",
+    "models.galore.flax_axes",
     "models.galore.galore",
     "models.galore.layerwise",
+    "models.galore.report",
     "models.galore.scale_by_adam_8bit",
     "models.galore.scale_by_galore",
     "models.galore.state_bytes",

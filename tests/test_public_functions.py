@@ -39,6 +39,8 @@ KNOWN: tuple[str, ...] = (
     "dynamics.replicator.attention_lipschitz",
     "dynamics.replicator.condition_bounds",
     "dynamics.replicator.condition_number",
+    "dynamics.replicator.local_matrix",
+    "dynamics.replicator.random_minima",
     "dynamics.replicator.conserved_quantity",
     "dynamics.replicator.constant_fitness_solution",
     "dynamics.replicator.coordination",

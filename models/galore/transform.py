@@ -84,6 +84,9 @@ def scale_by_galore(*arguments: Any, **keywords: Any) -> optax.GradientTransform
             Where None, the leaves of exactly two dimensions are projected.
         stagger: leaf j of the J projected ones refreshes at step 0 and then when step mod update_gap is
             floor(update_gap j / J), so that no step pays for all.
+        drop_noise: directions in which a gradient has nothing but rounding errors get no update, where Adam
+            would divide these errors by themselves. False gives the numbers of the published package. With
+            True every step of sharded states gathers; with False refreshes alone do.
         b1: decay of the first moment of the default inner transformation.
         b2: decay of its second moment.
         eps: its epsilon.

@@ -659,7 +659,8 @@ shapes = {"rows": (16, 24), "columns": (16, 24), "stack": (2, 24, 16), "bias": (
 generator = np.random.default_rng(0)
 host = {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 gradients = {name: jax.device_put(host[name], NamedSharding(mesh, specs[name])) for name in host}
-transform = scale_by_galore(4, matrix_axes=(-2, -1))
+# Norms of projected gradients, by which noise is told, gather in every step.
+transform = scale_by_galore(4, matrix_axes=(-2, -1), drop_noise=False)
 state = transform.init(gradients)
 update = jax.jit(transform.update)
 updates, after = update(gradients, state)
