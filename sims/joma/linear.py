@@ -232,7 +232,7 @@ def _saliency(saved: Saved) -> Claim:
     relative, early, end = (v / v.max() for v in (delta, size[1], size[-1]))
     common, common_at_end = relative[:COMMON].max(), end[:COMMON].max()
     # Spearman's: that of the ranks.
-    rank = np.corrcoef([np.argsort(np.argsort(of)) for of in (delta, size[-1])])[0, 1]
+    rank = np.corrcoef([np.argsort(np.argsort(of)) for of in (delta, size[-1])]).flat[1]
     off, next_term = largest(early - relative), np.pi / 12 * (HORIZON / (len(size) - 1)) ** 2
     series = "the next term of erfinv, pi / 12 (t / t*)^2"
     monotone = "one increasing function takes |Delta| to |v|"
