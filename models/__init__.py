@@ -9,4 +9,4 @@ layer, losses, optimizers, memory, functional    pieces that several networks sh
 data          teachers, token sequences, text, images, and runs recorded by others
 """
 
-import dynamics  # noqa: F401  its workarounds must come before JAX starts
+import dynamics as dynamics  # its workarounds must come before JAX starts

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import dynamics  # noqa: F401  its workarounds must come before JAX starts
+import dynamics as dynamics  # its workarounds must come before JAX starts
 from sims.simulations import available
 
 if TYPE_CHECKING:

@@ -237,13 +237,10 @@ def fit_line(x: ArrayLike, y: ArrayLike) -> Fit:
         >>> fit_line([0, 1, 2], [1, 3, 5]).slope
         2.0
     """
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    dx, dy = x - x.mean(), y - y.mean()
-    slope = dx @ dy / (dx @ dx)
-    rest = np.sum((dy - slope * dx) ** 2)
-    stderr = np.sqrt(rest / max(len(x) - 2, 1) / (dx @ dx))
-    r2 = 1 - rest / (dy @ dy) if np.any(dy != 0) else np.nan
-    return Fit(float(slope), float(stderr), float(y.mean() - slope * x.mean()), float(r2))
+    from scipy.stats import linregress
+
+    line: Any = linregress(np.asarray(x, float), np.asarray(y, float))
+    return Fit(float(line.slope), float(line.stderr), float(line.intercept), float(line.rvalue**2))
 
 
 # Rounding an update is off by at most half a spacing of the numbers. Over a run these errors cancel but for a

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,3 +43,18 @@ def assert_bad_lanes_are_nan(call: Callable[[Any], Any], good: Any, *bad: Any) -
         np.testing.assert_allclose(leaf[0], alone, rtol=1e-6, atol=1e-9)
         assert not np.any(np.isnan(alone))
         assert np.all(np.any(np.isnan(leaf[1:]).reshape(len(bad), -1), axis=1)), leaf
+
+
+# For matrices so tiny that what takes the time is compiling.
+compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.partial(compiled, static_argnums=0)
+def advance(transform: Any, state: Any, gradients: Any) -> Any:
+    """The state after all steps of an Optax transformation, and the updates of each."""
+
+    def step(state, gradient):
+        updates, state = transform.update(gradient, state)
+        return state, updates
+
+    return jax.lax.scan(step, state, gradients)

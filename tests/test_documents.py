@@ -9,12 +9,12 @@ import pytest
 import sims
 import sims.__main__ as cli
 from sims import available
+from tests.places import KEYS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 LEDGER = (ROOT / "figures" / "README.md").read_text(encoding="utf-8")
-KEYS = set(re.findall(r"^@\w+\{(\w+),", (ROOT / "references.bib").read_text(encoding="utf-8"), re.MULTILINE))
 
 
 def test_readme_examples_run_and_print_what_they_state(tmp_path, monkeypatch, capsys):

@@ -7,6 +7,9 @@ import importlib
 import inspect
 import pkgutil
 import warnings
+from collections.abc import Callable
+from functools import partial
+from operator import itemgetter
 from types import ModuleType
 from typing import Any
 
@@ -247,6 +250,11 @@ def complaint(call, valid, argument):
 NAMES = [name for name in CALLS if name not in KNOWN]
 
 
+def of_one(subject: "Subject", argument: str) -> Callable[[Any], Any]:
+    """The call as a function of one argument."""
+    return lambda value: subject(**{argument: value})
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_bad_input_is_refused_by_name_or_gives_nan(name):
     subject = Subject(name)
@@ -257,7 +265,7 @@ def test_bad_input_is_refused_by_name_or_gives_nan(name):
         for kind, bad in {**values, **others}.items():
             if bad is None and argument in OPTIONAL:
                 continue
-            found[argument, kind] = complaint(lambda: subject(**{argument: bad}), valid, argument)  # noqa: B023
+            found[argument, kind] = complaint(partial(subject, **{argument: bad}), valid, argument)
     found = {case: what for case, what in found.items() if what}
     assert not found, found
 
@@ -268,7 +276,7 @@ def test_traced_bad_values_give_nan_in_their_own_lane(name):
     subject = Subject(name)
     if subject.host:
         for argument, value in subject.values.items():
-            outcome = complaint(lambda: jax.jit(lambda x: subject(**{argument: x}))(value), None, argument)  # noqa: B023
+            outcome = complaint(partial(jax.jit(of_one(subject, argument)), value), None, argument)
             assert not outcome, outcome
         return
     valid = subject()
@@ -280,7 +288,7 @@ def test_traced_bad_values_give_nan_in_their_own_lane(name):
             for other, values in lanes.items():
                 values.append(bad if other == argument else subject.values[other])
     results = jax.jit(jax.vmap(lambda lanes: subject(**lanes)))({k: jnp.stack(v) for k, v in lanes.items()})
-    split = [jax.tree.map(lambda leaf: leaf[i], results) for i in range(len(cases))]  # noqa: B023
+    split = [jax.tree.map(itemgetter(i), results) for i in range(len(cases))]
     for one, other in zip(jax.tree.leaves(valid), jax.tree.leaves(split[0]), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-9)
     if numbers(valid):  # truth values and integers cannot be NaN
@@ -303,7 +311,7 @@ def test_under_somebody_s_jit_and_grad(name):
     )
     assert all(jax.tree.leaves(same))
     for argument, value in subject.values.items():
-        jax.eval_shape(lambda x: subject(**{argument: x}), value)  # noqa: B023
+        jax.eval_shape(of_one(subject, argument), value)
 
     if CALLS[name].through in (solve, quiet_of_classes):
         return  # tracing a derivative of a solver takes seconds; tests/dynamics/test_flow.py has them

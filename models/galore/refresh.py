@@ -12,6 +12,7 @@ from jax import Array
 from jax.custom_batching import custom_vmap
 
 from .noise import fill_quiet, noise_level, product, settle, settle_both
+from .placement import everywhere
 from .projection import Basis, Layout, map_sides
 
 Refresh = Literal["eigh", "svd", "randomized", "warm"]
@@ -93,8 +94,9 @@ def refresh_bases(
         members = [i for i, layout in enumerate(layouts) if layout.schedule == schedule]
 
         def renew(old, gradients, count, members=members):
+            # Here and not after the branch, where every step would gather a basis that is left sharded.
             return [
-                _renew_each(basis, gradient, count, layouts[i], method)
+                everywhere(_renew_each(basis, gradient, count, layouts[i], method))
                 for i, basis, gradient in zip(members, old, gradients, strict=True)
             ]
 

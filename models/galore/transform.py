@@ -15,7 +15,7 @@ from .groups import Group, groups_of, require_no_values, zeros
 from .moments import at_refresh, require_moments
 from .noise import without_noise
 from .options import Options, signature_of
-from .placement import automatic, everywhere, named_sharding, place_basis, place_inner
+from .placement import automatic, named_sharding, place_basis, place_inner
 from .plan import plan
 from .projection import Basis, Layout, from_matrices, pack, project, project_back, to_matrices, unpack
 from .refresh import Method, initial_basis, refresh_bases
@@ -85,8 +85,7 @@ def scale_by_galore(*arguments: Any, **keywords: Any) -> optax.GradientTransform
         stagger: leaf j of the J projected ones refreshes at step 0 and then when step mod update_gap is
             floor(update_gap j / J), so that no step pays for all.
         drop_noise: directions in which a gradient has nothing but rounding errors get no update, where Adam
-            would divide these errors by themselves. False gives the numbers of the published package. With
-            True every step of sharded states gathers; with False refreshes alone do.
+            would divide these errors by themselves. False gives the numbers of the published package.
         b1: decay of the first moment of the default inner transformation.
         b2: decay of its second moment.
         eps: its epsilon.
@@ -215,7 +214,7 @@ def _renewed(
         layouts=tuple(projected.values()),
         method=Method(options.refresh, options.moments in ("align", "transport"), options.drop_noise),
     )
-    bases = dict(zip(projected, map(everywhere, fresh), strict=True))
+    bases = dict(zip(projected, fresh, strict=True))
     return [bases.get(i, Basis()) for i in range(len(layouts))]
 
 

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,9 +143,9 @@ def replicator(options: Options) -> dict[str, Any]:
     configure_jax(x64=True)
     seconds = {}
     for count in (10, 100) if options.small else BATCHES:
-        ours = games.batched(*games.draw_games(games.Options(games=count)))
-        first, _ = games.timed(lambda: ours(1e-8))  # noqa: B023
-        again = [games.timed(lambda: ours(1e-8))[0] for _ in range(3)]  # noqa: B023
+        call = partial(games.batched(*games.draw_games(games.Options(games=count))), 1e-8)
+        first, _ = games.timed(call)
+        again = [games.timed(call)[0] for _ in range(3)]
         seconds[f"{count} games"] = {"first call": first, "call": min(again)}
     return {"device": jax.devices()[0].device_kind, "times": seconds}
 
@@ -156,10 +157,9 @@ def simulation(options: Options) -> dict[str, Any]:
 
     configure_jax(x64=True)
     saved = sims.run(str(options.part), preset="quick" if options.small else "paper", progress=False)
-    verdicts = [*saved.verdicts]
     return {
         "seconds of the run": saved.record["seconds"],
-        "claims": len(verdicts),
+        "claims": len(saved.verdicts),
         "failing": [claim.id for claim in saved.claims if claim.verdict == "fails"],
     }
 

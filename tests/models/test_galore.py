@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from models.galore import galore, scale_by_adam_8bit, scale_by_galore, state_bytes
-from tests.helpers import count_compilations
+from tests.helpers import advance, compiled, count_compilations
 
 RANK, GAP = 3, 3
 SIDES = {"tall": (9, 5), "wide": (5, 8)}
@@ -37,19 +37,6 @@ def draw(shapes, steps, seed=0) -> Any:
 
 def like(gradients):
     return jax.tree.map(lambda g: np.zeros(g.shape[1:], g.dtype), gradients)
-
-
-# The matrices are tiny: what takes the time is compiling.
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-@functools.partial(compiled, static_argnums=0)
-def advance(transform, state, gradients) -> Any:
-    def step(state, gradient):
-        updates, state = transform.update(gradient, state)
-        return state, updates
-
-    return jax.lax.scan(step, state, gradients)
 
 
 def run(transform, gradients) -> Any:
@@ -659,8 +646,7 @@ shapes = {"rows": (16, 24), "columns": (16, 24), "stack": (2, 24, 16), "bias": (
 generator = np.random.default_rng(0)
 host = {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 gradients = {name: jax.device_put(host[name], NamedSharding(mesh, specs[name])) for name in host}
-# Norms of projected gradients, by which noise is told, gather in every step.
-transform = scale_by_galore(4, matrix_axes=(-2, -1), drop_noise=False)
+transform = scale_by_galore(4, matrix_axes=(-2, -1))
 state = transform.init(gradients)
 update = jax.jit(transform.update)
 updates, after = update(gradients, state)

@@ -1,6 +1,9 @@
 """GaLore in the containers of other libraries, and options told by the path and the structure of a tree."""
 
-import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -13,11 +16,10 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from jax.tree_util import Partial
 
-from models.galore import galore, scale_by_adam_8bit, scale_by_galore
+from models.galore import flax_axes, galore, report, scale_by_adam_8bit, scale_by_galore
+from tests.helpers import compiled
 
 STEPS = 7
-# The arrays are tiny: what takes the time is compiling.
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Net(nnx.Module):
@@ -286,3 +288,54 @@ def test_8bit_moments_are_of_real_numbers(dtype):
     state = transform.init({"w": jnp.ones(3)})
     with pytest.raises(ValueError, match=message):
         transform.update({"w": jnp.ones(3, dtype)}, state)
+
+
+def test_a_warning_where_less_than_half_is_projected():
+    kernels = {"query": {"kernel": jnp.ones((8, 2, 4))}, "up": {"kernel": jnp.ones((8, 6))}}
+    with pytest.warns(UserWarning, match=r"^galore projects 43% of the numbers in hidden matrices; "):
+        galore(0.1, 2).init(kernels)
+    told = report(kernels, 2, matrix_axes=flax_axes)
+    assert [(row.path, row.layout.m, row.layout.n) for row in told.projected] == [
+        ("query/kernel", 8, 8),
+        ("up/kernel", 8, 6),
+    ]
+    state = galore(0.1, 2, matrix_axes=flax_axes).init(kernels)  # warnings are errors
+    assert told.state_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+MESHES = """
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from models.galore import galore
+
+host = {"tall": (8, 4), "wide": (4, 8), "stack": (2, 8, 4)}
+host = {name: np.random.default_rng(1).normal(size=shape).astype("f4") for name, shape in host.items()}
+specs = {"tall": P("d", None), "wide": P(None, "d"), "stack": P(None, "d", None)}
+optimizer = galore(0.1, 2, update_gap=2, matrix_axes=lambda path, leaf: (-2, -1), labels=lambda *_: "galore")
+
+def three_steps(gradients):
+    state, update = optimizer.init(gradients), jax.jit(optimizer.update)
+    for _ in range(3):
+        updates, state = update(gradients, state)
+    return updates
+
+expected = three_steps(host)
+for kind in (AxisType.Explicit, AxisType.Auto):
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        found = three_steps({k: jax.device_put(host[k], NamedSharding(mesh, specs[k])) for k in host})
+        for name in host:
+            np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-5)
+            if kind == AxisType.Explicit:
+                assert jax.typeof(found[name]).sharding.spec == specs[name], name
+"""
+
+
+def test_explicit_and_automatic_meshes_give_the_numbers_of_one_device():
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run(
+        [sys.executable, "-c", MESHES], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr

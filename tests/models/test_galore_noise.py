@@ -1,6 +1,5 @@
 """Directions in which a gradient has rounding errors only get no update, and all others are as they were."""
 
-import functools
 from typing import Any
 
 import jax
@@ -10,21 +9,10 @@ import optax
 import pytest
 
 from models.galore import scale_by_galore
+from tests.helpers import advance
 
 SHAPES = {"tall": (9, 5), "wide": (8, 12)}
 TRUE_RANK, RANK = 2, 4
-
-# The matrices are tiny: what takes the time is compiling.
-compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-@functools.partial(compiled, static_argnums=0)
-def advance(transform, state, gradients) -> Any:
-    def step(state, gradient):
-        updates, state = transform.update(gradient, state)
-        return state, updates
-
-    return jax.lax.scan(step, state, gradients)
 
 
 def run(transform, gradients) -> Any:

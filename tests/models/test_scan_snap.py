@@ -160,14 +160,18 @@ def test_a_traced_token_outside_of_the_vocabulary_gives_nan():
     bad = [-1, 1, 2], [0, 3, 2], [0, 1, 3], [0, 1, -1]
     assert_bad_lanes_are_nan(lambda tokens: model.of_tokens(tokens[None]), [0, 1, 2], *bad)
     for place in (0, 1):
-        counted = lambda tokens: model(count_tokens(tokens[None], 3))  # noqa: E731
-        assert_bad_lanes_are_nan(counted, [0, 1, 2], *np.roll(bad, place, axis=0))
+        assert_bad_lanes_are_nan(
+            lambda tokens: model(count_tokens(tokens[None], 3)), [0, 1, 2], *np.roll(bad, place, axis=0)
+        )
     assert_bad_lanes_are_nan(lambda tokens: count_tokens(tokens[None], 3).counts, [0, 1, 2], *bad[:2])
 
 
 def test_traced_counts_that_are_bad_give_nan():
     model, query = ScanSnapAttention.uniform(KEY, 3), jnp.array([2])
-    call = lambda counts: model(Contexts(counts[None], query))  # noqa: E731
+
+    def call(counts):
+        return model(Contexts(counts[None], query))
+
     assert_bad_lanes_are_nan(call, [2.0, 0.0, 1.0], [2.0, -1.0, 1.0], [np.nan, 0.0, 1.0], [np.inf, 0.0, 1.0])
     assert_bad_lanes_are_nan(
         lambda length: sample_long_contexts(KEY, CLASSES, length, 2)[0].counts, 4, 1, 0, -3
