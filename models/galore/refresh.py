@@ -94,7 +94,7 @@ def refresh_bases(
         members = [i for i, layout in enumerate(layouts) if layout.schedule == schedule]
 
         def renew(old, gradients, count, members=members):
-            # Here and not after the branch, where every step would gather a basis that is left sharded.
+            # Here too, and not after the branch alone: each step would gather a basis that is left sharded.
             return [
                 everywhere(_renew_each(basis, gradient, count, layouts[i], method))
                 for i, basis, gradient in zip(members, old, gradients, strict=True)

@@ -15,7 +15,7 @@ from .groups import Group, groups_of, require_no_values, zeros
 from .moments import at_refresh, require_moments
 from .noise import without_noise
 from .options import Options, signature_of
-from .placement import automatic, named_sharding, place_basis, place_inner
+from .placement import automatic, everywhere, named_sharding, place_basis, place_inner
 from .plan import plan
 from .projection import Basis, Layout, from_matrices, pack, project, project_back, to_matrices, unpack
 from .refresh import Method, initial_basis, refresh_bases
@@ -214,7 +214,7 @@ def _renewed(
         layouts=tuple(projected.values()),
         method=Method(options.refresh, options.moments in ("align", "transport"), options.drop_noise),
     )
-    bases = dict(zip(projected, fresh, strict=True))
+    bases = dict(zip(projected, map(everywhere, fresh), strict=True))
     return [bases.get(i, Basis()) for i in range(len(layouts))]
 
 
