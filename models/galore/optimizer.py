@@ -28,6 +28,19 @@ def galore(*arguments: Any, **keywords: Any) -> optax.GradientTransformation:  #
 
     Source: zhao2024galore, section 5.
 
+    `optax.contrib.galore` has other names and other defaults. The same numbers come from, beside its rank,
+
+        optax.contrib.galore    galore                  to be set here
+        update_proj_gap=200     update_gap=200
+        scale=1.0               scale=0.25              scale=1.0
+        base_optimizer          inner, plain            both
+        weight_dimension_numbers    matrix_axes
+        every matrix            hidden matrices         labels=lambda path, leaf: "galore"
+        long side, square left  short, square left      projection="left" where rows >= columns, else "right"
+        SVD                     refresh="eigh"          refresh="svd"
+        signs as they come      moments="align"         moments="carry"
+        rounding errors move    drop_noise=True         drop_noise=False
+
     Args:
         learning_rate: a number or a schedule.
         rank: as for `scale_by_galore`.
