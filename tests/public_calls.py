@@ -362,8 +362,8 @@ CALLS: dict[str, Call] = {
     ),
     "dynamics.replicator.hawk_dove": call(value=POSITIVE, cost=POSITIVE),
     "dynamics.replicator.hawk_dove_bourgeois": call(value=POSITIVE, cost=POSITIVE),
-    "dynamics.replicator.is_ess": call(host=True, **GAME, atol=RATE),
-    "dynamics.replicator.is_nash": call(host=True, **GAME, atol=RATE),
+    "dynamics.replicator.is_ess": call(host=True, **GAME, atol=number(1e-6, -1.0)),
+    "dynamics.replicator.is_nash": call(host=True, **GAME, atol=number(1e-6, -1.0)),
     "dynamics.replicator.kl_divergence": call(
         x_star=HALF_HALF, log_x=Real(np.log([0.3, 0.7]), fine="deeper infinite")
     ),
@@ -377,7 +377,7 @@ CALLS: dict[str, Call] = {
     ),
     "dynamics.replicator.rest_points": call(host=True, payoff=GAME["payoff"], atol=RATE),
     "dynamics.replicator.rock_paper_scissors": call(win=number(1.0, -5.0), loss=number(2.0, -5.0)),
-    "dynamics.replicator.stability": call(host=True, **GAME, atol=RATE),
+    "dynamics.replicator.stability": call(host=True, **GAME, atol=number(1e-6, -1.0)),
     "dynamics.replicator.stag_hunt": call(stag=number(4.0, 1.0), hare=number(3.0, 5.0, 0.0)),
     "dynamics.replicator.constant_fitness_solution": call(
         fitness=VECTOR, x0=HALF_HALF, ts=Real(np.array([0.0, 0.3]), fine="empty shorter")

@@ -1,27 +1,30 @@
-"""Classical games, their equilibria and what the replicator flow does next to them.
+"""Classical games and what is measured on states of a population that plays them.
 
-Payoff matrices have shape (n, n): entry (i, j) is what strategy i gets against j. The decisions (`is_nash`,
-`is_ess`, `rest_points`, `stability`) are made on the host and cannot be traced. They look at a game through
-its differences of payoffs within a column, in units of the largest one, so that neither a constant added to a
-column nor a positive factor, which change nothing in the flow but its speed, changes an answer.
+Payoff matrices have shape (n, n): entry (i, j) is what strategy i gets against j.
 """
 
 from __future__ import annotations
 
-from itertools import combinations
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from scipy.optimize import linprog
 
-from dynamics.arguments import require_finite, require_shape
-from dynamics.flow import ArrayLike, as_inexact, is_traced
-from dynamics.replicator.simplex import require_simplex, tangent_basis
+from dynamics.arguments import (
+    ArrayLike,
+    as_real,
+    is_traced,
+    nan_unless,
+    require_every,
+    require_number,
+    require_positive,
+    require_shapes,
+    require_vector,
+)
+from dynamics.replicator.simplex import require_simplex
 from dynamics.spectra import entropy
-
-Stability = Literal["attracting", "repelling", "saddle", "centre", "degenerate"]
 
 
 def rock_paper_scissors(win: ArrayLike = 1.0, loss: ArrayLike = 1.0) -> Float[Array, "3 3"]:
@@ -38,7 +41,7 @@ def rock_paper_scissors(win: ArrayLike = 1.0, loss: ArrayLike = 1.0) -> Float[Ar
         Payoff matrix (3, 3), order rock, paper, scissors.
 
     Raises:
-        ValueError: a number is not finite or win + loss <= 0.
+        ValueError: a number is not finite or win + loss <= 0, and can be looked at.
 
     Source: hofbauer1998, section 7.7.
 
@@ -46,9 +49,9 @@ def rock_paper_scissors(win: ArrayLike = 1.0, loss: ArrayLike = 1.0) -> Float[Ar
         >>> rock_paper_scissors(1.0, 2.0).tolist()
         [[0.0, -2.0, 1.0], [1.0, 0.0, -2.0], [-2.0, 1.0, 0.0]]
     """
-    win, loss = _scalars(win=win, loss=loss)
-    payoff = jnp.array([[0, -loss, win], [win, 0, -loss], [-loss, win, 0]])
-    return _require_game(payoff, win + loss > 0, f"win must be above -loss, got {win} and {loss}")
+    numbers = _require_numbers(win=win, loss=loss)
+    win, loss = _require_order("win must be above -loss", lambda win, loss: win + loss > 0, *numbers)
+    return _game([[0, -loss, win], [win, 0, -loss], [-loss, win, 0]])
 
 
 def hawk_dove(value: ArrayLike, cost: ArrayLike) -> Float[Array, "2 2"]:
@@ -70,10 +73,10 @@ def hawk_dove(value: ArrayLike, cost: ArrayLike) -> Float[Array, "2 2"]:
         >>> hawk_dove(2.0, 4.0).tolist()
         [[-1.0, 2.0], [0.0, 1.0]]
     """
-    value, cost = _scalars(value=value, cost=cost)
-    payoff = jnp.array([[(value - cost) / 2, value], [0, value / 2]])
-    positive = (value > 0) & (cost > 0)
-    return _require_game(payoff, positive, f"value and cost must be positive, got {value} and {cost}")
+    value, cost = _require_numbers(value=value, cost=cost)
+    value = require_positive("value", value, value.dtype)
+    cost = require_positive("cost", cost, cost.dtype)
+    return _game([[(value - cost) / 2, value], [0, value / 2]])
 
 
 def hawk_dove_bourgeois(value: ArrayLike, cost: ArrayLike) -> Float[Array, "3 3"]:
@@ -128,10 +131,13 @@ def prisoners_dilemma(
         >>> prisoners_dilemma().tolist()
         [[3.0, 0.0], [5.0, 1.0]]
     """
-    t, r, p, s = _scalars(temptation=temptation, reward=reward, punishment=punishment, sucker=sucker)
-    ordered = (t > r) & (r > p) & (p > s)
-    message = f"temptation > reward > punishment > sucker must hold, got {t}, {r}, {p}, {s}"
-    return _require_game(jnp.array([[r, s], [t, p]]), ordered, message)
+    numbers = _require_numbers(temptation=temptation, reward=reward, punishment=punishment, sucker=sucker)
+    t, r, p, s = _require_order(
+        "temptation > reward > punishment > sucker must hold",
+        lambda t, r, p, s: (t > r) & (r > p) & (p > s),
+        *numbers,
+    )
+    return _game([[r, s], [t, p]])
 
 
 def stag_hunt(stag: ArrayLike = 4.0, hare: ArrayLike = 3.0) -> Float[Array, "2 2"]:
@@ -151,9 +157,11 @@ def stag_hunt(stag: ArrayLike = 4.0, hare: ArrayLike = 3.0) -> Float[Array, "2 2
         >>> stag_hunt().tolist()
         [[4.0, 0.0], [3.0, 3.0]]
     """
-    stag, hare = _scalars(stag=stag, hare=hare)
-    message = f"stag > hare > 0 must hold, got {stag} and {hare}"
-    return _require_game(jnp.array([[stag, 0], [hare, hare]]), (stag > hare) & (hare > 0), message)
+    numbers = _require_numbers(stag=stag, hare=hare)
+    stag, hare = _require_order(
+        "stag > hare > 0 must hold", lambda stag, hare: (stag > hare) & (hare > 0), *numbers
+    )
+    return _game([[stag, 0], [hare, hare]])
 
 
 def coordination(rewards: ArrayLike) -> Float[Array, "n n"]:
@@ -172,11 +180,10 @@ def coordination(rewards: ArrayLike) -> Float[Array, "n n"]:
         >>> coordination([1.0, 2.0]).tolist()
         [[1.0, 0.0], [0.0, 2.0]]
     """
-    rewards = as_inexact(rewards)
-    if rewards.ndim != 1 or rewards.size == 0:
-        raise ValueError(f"rewards must have shape (n,), got shape {rewards.shape}")
-    good = jnp.all(jnp.isfinite(rewards) & (rewards > 0))
-    return _require_game(jnp.diag(rewards), good, f"rewards must be positive and finite, got {rewards}")
+    rewards = require_vector("rewards", rewards)
+    rule = "positive and finite"
+    rewards = require_every("rewards", rewards, lambda reward: (reward > 0) & (reward < jnp.inf), rule)
+    return _game(jnp.diag(rewards))
 
 
 def zeeman() -> Float[Array, "3 3"]:
@@ -185,6 +192,7 @@ def zeeman() -> Float[Array, "3 3"]:
     Source: zeeman1980.
 
     Example:
+        >>> from dynamics.replicator import is_ess, stability
         >>> stability(zeeman(), [1 / 3, 1 / 3, 1 / 3]), is_ess(zeeman(), [1 / 3, 1 / 3, 1 / 3])
         ('attracting', False)
     """
@@ -205,13 +213,17 @@ def matching_pennies() -> tuple[Float[Array, "2 2"], Float[Array, "2 2"]]:
 
 
 def mean_fitness(payoff: ArrayLike, x: ArrayLike) -> Float[Array, "*batch"]:
-    r"""Mean fitness x^T A x of states x (..., n).
+    r"""Mean fitness x^T A x of states x (..., n) with payoffs A (n, n).
+
+    Raises:
+        ValueError: the shapes do not fit.
 
     Example:
         >>> float(mean_fitness(jnp.eye(2), [0.5, 0.5]))
         0.5
     """
-    payoff, x = as_inexact(payoff), as_inexact(x)
+    payoff, x = as_real("payoff", payoff), as_real("x", x)
+    require_shapes(payoff=(payoff, "n n"), x=(x, "... n"))
     return jnp.einsum("...i,ij,...j->...", x, payoff, x)
 
 
@@ -225,10 +237,10 @@ def conserved_quantity(x_star: ArrayLike, log_x: ArrayLike) -> Float[Array, "*ba
         log_x: logarithms of states, shape (..., n), such as `ys` of `simulate`.
 
     Returns:
-        Shape (...).
+        Shape (...); NaN where `log_x` is, or where a traced `x_star` is off the simplex.
 
     Raises:
-        ValueError: `x_star` is not on the simplex.
+        ValueError: `x_star` is not on the simplex, or the shapes do not fit.
 
     Source: hofbauer1998, section 7.7, for rock-paper-scissors.
 
@@ -236,10 +248,12 @@ def conserved_quantity(x_star: ArrayLike, log_x: ArrayLike) -> Float[Array, "*ba
         >>> round(float(conserved_quantity([0.5, 0.5], jnp.log(jnp.array([0.2, 0.8])))), 6)  # log 0.4
         -0.916291
     """
-    x_star, log_x = require_simplex("x_star", x_star), as_inexact(log_x)
+    x_star, log_x = require_simplex("x_star", x_star), as_real("log_x", log_x)
+    require_shapes(x_star=(x_star, "n"), log_x=(log_x, "... n"))
     # A strategy that x* lacks counts for nothing, even where its share is zero.
     weights = jnp.broadcast_to(x_star.astype(log_x.dtype), log_x.shape)
-    return jnp.sum(jnp.where(weights == 0, 0, weights * log_x), axis=-1)
+    lacking = (weights == 0) & ~jnp.isnan(log_x)
+    return jnp.sum(jnp.where(lacking, 0, weights * log_x), axis=-1)
 
 
 def kl_divergence(x_star: ArrayLike, log_x: ArrayLike) -> Float[Array, "*batch"]:
@@ -253,10 +267,11 @@ def kl_divergence(x_star: ArrayLike, log_x: ArrayLike) -> Float[Array, "*batch"]
         log_x: logarithms of states, shape (..., n).
 
     Returns:
-        Shape (...); inf where x lacks a strategy that x* has.
+        Shape (...); inf where x lacks a strategy that x* has, NaN where `log_x` is, or where a traced
+        `x_star` is off the simplex.
 
     Raises:
-        ValueError: `x_star` is not on the simplex.
+        ValueError: `x_star` is not on the simplex, or the shapes do not fit.
 
     Source: hofbauer1998, section 7.2.
 
@@ -264,301 +279,29 @@ def kl_divergence(x_star: ArrayLike, log_x: ArrayLike) -> Float[Array, "*batch"]
         >>> round(float(kl_divergence([1.0, 0.0], jnp.log(jnp.array([0.5, 0.5])))), 6)  # log 2
         0.693147
     """
-    log_x = as_inexact(log_x)
-    return -entropy(require_simplex("x_star", x_star).astype(log_x.dtype)) - conserved_quantity(x_star, log_x)
+    x_star, log_x = require_simplex("x_star", x_star), as_real("log_x", log_x)
+    return -entropy(x_star.astype(log_x.dtype)) - conserved_quantity(x_star, log_x)
 
 
-def is_nash(payoff: ArrayLike, x: ArrayLike, *, atol: float | None = None) -> bool:
-    r"""Whether x is a symmetric Nash equilibrium: max_i (A x)_i <= x^T A x.
-
-    Args:
-        payoff: payoff matrix A, shape (n, n).
-        x: point of the simplex, shape (n,).
-        atol: what counts as zero, in units of the largest difference of payoffs within a column; the
-            square root of the machine epsilon where None.
-
-    Raises:
-        ValueError: `payoff` is not square and finite, `x` is not on the simplex.
-
-    Source: hofbauer1998, section 7.2.
-
-    Example:
-        >>> is_nash(hawk_dove(2.0, 4.0), [0.5, 0.5]), is_nash(hawk_dove(2.0, 4.0), [1.0, 0.0])
-        (True, False)
-    """
-    game, state, atol = _require_state(payoff, x, atol)
-    fitness = game @ state
-    return bool(np.max(fitness) - state @ fitness <= atol)
-
-
-def is_ess(payoff: ArrayLike, x: ArrayLike, *, atol: float | None = None) -> bool:
-    r"""Whether x is an evolutionarily stable strategy, on the boundary of the simplex too.
-
-    x is one if it is a Nash equilibrium and x^T A y > y^T A y for every other best reply y to it. With
-    y = x + d, that is d^T A d < 0 for all directions d != 0 of sum zero with d_i free on the support of x,
-    d_i >= 0 for the other best replies and d_i = 0 elsewhere. One coordinate of the support is eliminated;
-    then the form -d^T A d must be positive definite in the free coordinates, and its Schur complement on
-    the others strictly copositive. The latter is decided face by face: the cost doubles with each best reply
-    outside of the support.
-
-    Args:
-        payoff: payoff matrix A, shape (n, n).
-        x: point of the simplex, shape (n,).
-        atol: what counts as zero, as in `is_nash`; also below which a coordinate of x is outside the support.
-
-    Raises:
-        ValueError: `payoff` is not square and finite, `x` is not on the simplex.
-
-    Source: abakuks1980, for the elimination; hadeler1983, for copositivity by faces.
-
-    Example:
-        >>> centre = [1 / 3, 1 / 3, 1 / 3]
-        >>> is_ess(rock_paper_scissors(2.0, 1.0), centre), is_ess(rock_paper_scissors(1.0, 1.0), centre)
-        (True, False)
-    """
-    game, state, atol = _require_state(payoff, x, atol)
-    fitness = game @ state
-    if np.max(fitness) - state @ fitness > atol:
-        return False
-    support = state > atol
-    pivot = np.argmax(state)
-    to_pivot = game - game[pivot] - game[:, [pivot]] + game[pivot, pivot]
-    form = -(to_pivot + to_pivot.T) / 2
-    free = np.flatnonzero(support & (np.arange(state.size) != pivot))
-    others = np.flatnonzero(~support & (fitness >= np.max(fitness) - atol))
-    bent = form[np.ix_(others, others)]
-    if free.size:
-        inner, mixed = form[np.ix_(free, free)], form[np.ix_(free, others)]
-        if np.linalg.eigvalsh(inner)[0] <= atol:
-            return False
-        bent = bent - mixed.T @ np.linalg.solve(inner, mixed)
-    return _is_strictly_copositive(bent, atol)
-
-
-class RestPoints(NamedTuple):
-    """Rest points of the replicator flow, support by support: single strategies first, all of them last.
-
-    Attributes:
-        supports: strategies that are present, shape (P, n) with P = 2^n - 1.
-        points: the rest point with exactly this support, shape (P, n); NaN where there is not exactly one.
-        exists: whether there is exactly one, shape (P,).
-        continuum: whether there are infinitely many, shape (P,).
-    """
-
-    supports: np.ndarray
-    points: np.ndarray
-    exists: np.ndarray
-    continuum: np.ndarray
-
-
-def rest_points(payoff: ArrayLike, *, atol: float | None = None) -> RestPoints:
-    r"""Rest points x_i ((A x)_i - x^T A x) = 0: one candidate for every non-empty support.
-
-    On the support all strategies have the same fitness, a linear system: it has one solution, none, or a
-    continuum, which is flagged and not listed. `points[exists]` are the isolated ones.
-
-    Args:
-        payoff: payoff matrix A, shape (n, n).
-        atol: what counts as zero, as in `is_nash`; also the smallest share of a strategy that is present.
-
-    Returns:
-        `RestPoints`; its arrays have 2^n - 1 rows.
-
-    Raises:
-        ValueError: `payoff` is not square and finite.
-
-    Source: hofbauer1998, section 7.1.
-
-    Example:
-        >>> found = rest_points(hawk_dove(2.0, 4.0))
-        >>> found.points[found.exists].tolist()
-        [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]
-    """
-    game, atol = _require_payoff(payoff, atol)
-    n = len(game)
-    chosen = [list(members) for size in range(1, n + 1) for members in combinations(range(n), size)]
-    supports = np.zeros((len(chosen), n), bool)
-    points = np.full((len(chosen), n), np.nan)
-    continuum = np.zeros(len(chosen), bool)
-    for row, members in enumerate(chosen):
-        supports[row, members] = True
-        part = game[np.ix_(members, members)]
-        shares = _equal_fitness(part, atol)
-        if shares is None:
-            continuum[row] = _has_interior_rest_point(part, atol)
-        elif np.all(shares > atol):
-            points[row] = 0
-            points[row, members] = shares
-    return RestPoints(supports, points, np.isfinite(points[:, 0]), continuum)
-
-
-def eigenvalues(payoff: ArrayLike, x: ArrayLike) -> np.ndarray:
-    r"""Eigenvalues of the replicator flow's linearization at rest points, along the simplex.
-
-    At the boundary those of the directions that lead inwards, (A x)_i - x^T A x for absent strategies i,
-    are among them.
-
-    Args:
-        payoff: payoff matrices, shape (..., n, n), n >= 2.
-        x: rest points, shape (..., n).
-
-    Returns:
-        Complex numbers, shape (..., n - 1), per unit time.
-
-    Raises:
-        ValueError: the shapes do not fit.
-
-    Source: hofbauer1998, section 7.1.
-
-    Example:
-        >>> eigenvalues(hawk_dove(2.0, 3.0), [2 / 3, 1 / 3]).real.round(6).tolist()  # -V (C - V) / (2 C)
-        [-0.333333]
-    """
-    game, state = np.asarray(payoff, float), np.asarray(x, float)
-    n = state.shape[-1] if state.ndim else 0
-    if n < 2 or game.shape[-2:] != (n, n):
-        raise ValueError(
-            f"payoff and x must have shapes (..., n, n) and (..., n), n >= 2, got {game.shape}, {state.shape}"
-        )
-    fitness = np.einsum("...ij,...j->...i", game, state)
-    slope_of_mean = fitness + np.einsum("...ji,...j->...i", game, state)
-    advantage = fitness - np.sum(state * fitness, axis=-1, keepdims=True)
-    jacobian = advantage[..., None] * np.eye(n) + state[..., None] * (game - slope_of_mean[..., None, :])
-    basis = np.asarray(tangent_basis(n))
-    return np.linalg.eigvals(basis.T @ jacobian @ basis).astype(complex)
-
-
-def stability(payoff: ArrayLike, x: ArrayLike, *, atol: float | None = None) -> Stability:
-    r"""What the replicator flow does next to a rest point, as far as its linearization tells.
-
-    Args:
-        payoff: payoff matrix A, shape (n, n), n >= 2.
-        x: rest point, shape (n,).
-        atol: what counts as zero, as in `is_nash`.
-
-    Returns:
-        "attracting" or "repelling" where all `eigenvalues` have negative or positive real parts, "saddle"
-        where some have either, "centre" where all are imaginary, "degenerate" where some real part vanishes
-        otherwise and the linearization does not decide.
-
-    Raises:
-        ValueError: `payoff` is not square and finite, `x` is not on the simplex or no rest point.
-
-    Source: hofbauer1998, section 7.1.
-
-    Example:
-        >>> stability(hawk_dove(2.0, 4.0), [0.5, 0.5]), stability(hawk_dove(2.0, 4.0), [1.0, 0.0])
-        ('attracting', 'repelling')
-    """
-    game, state, atol = _require_state(payoff, x, atol)
-    fitness = game @ state
-    speed = np.max(np.abs(state * (fitness - state @ fitness)))
-    if speed > atol:
-        raise ValueError(f"x must be a rest point, got {state.tolist()} with speed {speed:.2g}")
-    values = eigenvalues(game, state)
-    growth, frequency = np.real(values), np.imag(values)
-    still = np.abs(growth) <= atol
-    if np.any(still):
-        return "centre" if np.all(still & (np.abs(frequency) > atol)) else "degenerate"
-    if np.all(growth < 0):
-        return "attracting"
-    return "repelling" if np.all(growth > 0) else "saddle"
-
-
-def _scalars(**values: ArrayLike) -> list[Array]:
-    """Numbers as arrays of one dtype; `ValueError` unless each is a finite scalar."""
-    arrays = {name: as_inexact(value) for name, value in values.items()}
-    for name, value in arrays.items():
-        if value.ndim:
-            raise ValueError(f"{name} must be a number, got shape {value.shape}")
-        require_finite(name, value)
+def _require_numbers(**values: ArrayLike) -> list[Array]:
+    """Finite numbers of one dtype."""
+    arrays = {name: as_real(name, value) for name, value in values.items()}
     dtype = jnp.result_type(*arrays.values())
-    return [value.astype(dtype) for value in arrays.values()]
+    return [require_number(name, array, dtype) for name, array in arrays.items()]
 
 
-def _require_game(payoff: Array, good: Array, message: str) -> Array:
-    """The payoff matrix; a bad one raises if its numbers can be looked at and is NaN if they are traced."""
-    if not is_traced(good) and not bool(good):
-        raise ValueError(message)
-    return jnp.where(good, payoff, jnp.nan)
+def _require_order(rule: str, holds: Callable[..., Any], *numbers: Array) -> list[Array]:
+    """The numbers, of which a rule holds that is about all of them; NaN if one is traced and it does not."""
+    if is_traced(numbers):
+        good = holds(*numbers)
+        return [nan_unless(good, number) for number in numbers]
+    looked_at = [np.asarray(number) for number in numbers]
+    if not holds(*looked_at):
+        raise ValueError(f"{rule}, got {', '.join(map(str, looked_at))}")
+    return list(numbers)
 
 
-def _require_payoff(payoff: ArrayLike, atol: float | None, *beside: ArrayLike) -> tuple[np.ndarray, float]:
-    """The payoffs with columns of mean zero in units of the largest difference in one, and the tolerance."""
-    game = np.asarray(payoff, float)
-    if game.ndim != 2 or game.shape[0] != game.shape[1] or game.size == 0:
-        raise ValueError(f"payoff must have shape (n, n), got shape {game.shape}")
-    if not np.all(np.isfinite(game)):
-        raise ValueError("payoff must be finite, got NaN or infinity")
-    epsilon = max(_epsilon(values) for values in (payoff, *beside))
-    tolerance = epsilon**0.5 if atol is None else atol
-    if not tolerance >= 0:
-        raise ValueError(f"atol must be a number >= 0, got {atol}")
-    span = np.max(np.ptp(game, axis=0))
-    return (game - np.mean(game, axis=0)) / (span if span > 0 else 1), tolerance
-
-
-def _epsilon(values: ArrayLike) -> float:
-    dtype = getattr(values, "dtype", np.dtype(float))
-    return float(jnp.finfo(dtype).eps) if jnp.issubdtype(dtype, jnp.floating) else float(np.finfo(float).eps)
-
-
-def _require_state(
-    payoff: ArrayLike, x: ArrayLike, atol: float | None
-) -> tuple[np.ndarray, np.ndarray, float]:
-    game, atol = _require_payoff(payoff, atol, x)
-    state = np.asarray(x, float)
-    require_shape("x", state, (len(game),))
-    # The state is looked at on the host: many small calls would spend their time on a device.
-    if not (np.all(state >= 0) and abs(np.sum(state) - 1) <= max(1e-6, atol)):
-        raise ValueError(
-            f"x must be a point of the simplex (no negative entry, sum one), got {state.tolist()}"
-        )
-    return game, state / np.sum(state), atol
-
-
-def _equal_fitness(game: np.ndarray, atol: float) -> np.ndarray | None:
-    """The v of sum one that makes all entries of game @ v equal; None where it is not unique."""
-    bordered = _border(game)
-    if np.linalg.svd(bordered, compute_uv=False)[-1] <= atol:
-        return None
-    return np.linalg.solve(bordered, np.eye(len(bordered))[-1])[:-1]
-
-
-def _border(game: np.ndarray) -> np.ndarray:
-    """Matrix of the equations game @ v - lambda = 0, sum v in the unknowns (v, lambda)."""
-    n = len(game)
-    return np.block([[game, -np.ones((n, 1))], [np.ones((1, n)), np.zeros((1, 1))]])
-
-
-def _has_interior_rest_point(game: np.ndarray, atol: float) -> bool:
-    """Whether some v > 0 of sum one gives all strategies the same fitness."""
-    n = len(game)
-    # The unknowns are the shares, the common fitness, and a floor under the shares, which is maximized.
-    equations = np.hstack([_border(game), np.zeros((n + 1, 1))])
-    floor = np.hstack([-np.eye(n), np.zeros((n, 1)), np.ones((n, 1))])
-    best = linprog(
-        -np.eye(n + 2)[-1],
-        A_ub=floor,
-        b_ub=np.zeros(n),
-        A_eq=equations,
-        b_eq=np.eye(n + 1)[-1],
-        bounds=[(None, None)] * (n + 2),
-    )
-    return bool(best.success and -best.fun > atol)
-
-
-def _is_strictly_copositive(form: np.ndarray, atol: float) -> bool:
-    """Whether v^T form v > 0 for all v >= 0, v != 0.
-
-    The minimum over the simplex lies inside some face, where all entries of form @ v are equal. A face where
-    such a v is not unique can be left out: the form is constant along the line of them, which ends on a
-    smaller face.
-    """
-    for size in range(1, len(form) + 1):
-        for members in combinations(range(len(form)), size):
-            face = form[np.ix_(members, members)]
-            v = _equal_fitness(face, atol)
-            if v is not None and np.all(v > 0) and v @ face @ v <= atol:
-                return False
-    return True
+def _game(payoff: Any) -> Array:
+    """The payoff matrix; all of it is NaN where a number is."""
+    payoff = jnp.array(payoff)
+    return nan_unless(jnp.all(jnp.isfinite(payoff)), payoff)

@@ -23,7 +23,7 @@ from matplotlib.quiver import Quiver
 from scipy.integrate import cumulative_trapezoid
 
 from dynamics.flow import Trajectory
-from dynamics.replicator import games
+from dynamics.replicator import equilibria, games
 from dynamics.replicator.population import replicator_field, simulate
 from models.training import record_steps
 from sims import plotting
@@ -143,15 +143,15 @@ def _follow(runs: dict[str, tuple[Any, np.ndarray, float]], config: Config) -> t
 
 def _census(payoffs: np.ndarray) -> dict[str, np.ndarray]:
     """All isolated rest points of many games: the game's number and the point, and what the point is."""
-    points = [found.points[found.exists] for found in map(games.rest_points, payoffs)]
+    points = [found.points[found.exists] for found in map(equilibria.rest_points, payoffs)]
     game, x = np.repeat(np.arange(len(payoffs)), [len(found) for found in points]), np.concatenate(points)
-    growth = np.max(np.real(games.eigenvalues(payoffs[game], x)), axis=1)
+    growth = np.max(np.real(equilibria.eigenvalues(payoffs[game], x)), axis=1)
     fitness = np.einsum("gij,gj->gi", payoffs[game], x)
     best_replies = np.sum(fitness >= np.max(fitness, axis=1, keepdims=True), axis=1)
     pure = np.max(x, axis=1) == 1
     nash, ess = (
         np.array([decide(payoffs[g], point) for g, point in zip(game, x, strict=True)])
-        for decide in (games.is_nash, games.is_ess)
+        for decide in (equilibria.is_nash, equilibria.is_ess)
     )
     strict = pure & (np.argmax(x, axis=1) == np.argmax(fitness, axis=1)) & (best_replies == 1)
     return {"game": game, "x": x, "attracts": growth < 0, "strict": strict, "nash": nash, "ess": ess}
@@ -179,9 +179,9 @@ _velocity = jax.jit(jax.vmap(jax.vmap(field, (None, 0)), (0, None)))
 def _portraits(log_x: list[np.ndarray], config: Config) -> dict[str, Any]:
     """Trajectories, arrows and rest points of the six games."""
     payoffs, grid = np.stack([payoff() for _, payoff, *_ in PORTRAITS]), lattice(config.arrows)
-    points = np.stack([games.rest_points(payoff).points for payoff in payoffs])
+    points = np.stack([equilibria.rest_points(payoff).points for payoff in payoffs])
     kinds = [
-        ["" if np.isnan(x[0]) else games.stability(payoff, x) for x in found]
+        ["" if np.isnan(x[0]) else equilibria.stability(payoff, x) for x in found]
         for payoff, found in zip(payoffs, points, strict=True)
     ]
     return {
@@ -197,17 +197,17 @@ def _solve_by_hand() -> dict[str, Any]:
     """Rates and shares at rest points that are known."""
     pays, centre = np.linspace(0.5, 3, 6), np.full(3, 1 / 3)
     payoffs = _rock_paper_scissors(*np.meshgrid(pays, pays, indexing="ij"))
-    found = games.eigenvalues(payoffs, np.broadcast_to(centre, (6, 6, 3)))
+    found = equilibria.eigenvalues(payoffs, np.broadcast_to(centre, (6, 6, 3)))
     hawk_dove, zeeman = games.hawk_dove(VALUE, COST), games.zeeman()
-    mixed = games.rest_points(hawk_dove).points[-1]
-    growth = np.max(np.real(games.eigenvalues(zeeman, centre)))
+    mixed = equilibria.rest_points(hawk_dove).points[-1]
+    growth = np.max(np.real(equilibria.eigenvalues(zeeman, centre)))
     return {
         "win": ("win", pays),
         "loss": ("loss", pays),
         # The upper one of each conjugate pair is compared.
         "eigenvalue": ("win loss", np.where(np.imag(found[..., 0]) > 0, found[..., 0], found[..., 1])),
-        "hawks": {"share": mixed[0], "rate": np.real(games.eigenvalues(hawk_dove, mixed))[0]},
-        "zeeman": {"growth": growth, "ess": games.is_ess(zeeman, centre)},
+        "hawks": {"share": mixed[0], "rate": np.real(equilibria.eigenvalues(hawk_dove, mixed))[0]},
+        "zeeman": {"growth": growth, "ess": equilibria.is_ess(zeeman, centre)},
     }
 
 

@@ -11,21 +11,17 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from dynamics.replicator import linearize
+from dynamics.replicator.equilibria import eigenvalues, is_ess, is_nash, rest_points, stability
 from dynamics.replicator.games import (
     conserved_quantity,
     coordination,
-    eigenvalues,
     hawk_dove,
     hawk_dove_bourgeois,
-    is_ess,
-    is_nash,
     kl_divergence,
     matching_pennies,
     mean_fitness,
     prisoners_dilemma,
-    rest_points,
     rock_paper_scissors,
-    stability,
     stag_hunt,
     zeeman,
 )
@@ -269,6 +265,12 @@ def test_absent_strategies_cost_nothing_or_everything():
     np.testing.assert_allclose(kl_divergence([0.0, 0.5, 0.5], log_x), [0.0, np.inf], atol=1e-15)
 
 
+def test_a_missing_number_is_no_share_of_an_absent_strategy():
+    log_x = jnp.array([[np.nan, -0.5], [-0.5, np.nan]])
+    for measure in (conserved_quantity, kl_divergence):
+        assert np.isnan(measure([0.0, 1.0], log_x)).all()
+
+
 def test_mean_fitness_of_symmetric_games_grows_by_twice_the_variance():
     rng = np.random.default_rng(4)
     payoff = rng.standard_normal((4, 4))
@@ -295,6 +297,8 @@ def test_games_can_be_swept_and_a_bad_one_is_nan():
     np.testing.assert_array_equal(payoffs[0], rock_paper_scissors(1.0, 0.5))
     assert np.isnan(payoffs).all(axis=(1, 2)).tolist() == [False, False, True]
     assert np.isnan(jax.jit(hawk_dove_bourgeois)(-1.0, 1.0)).all()
+    slopes = jax.vmap(jax.grad(lambda loss: jnp.sum(rock_paper_scissors(1.0, loss))))(losses)
+    np.testing.assert_array_equal(slopes, [-3.0, -3.0, np.nan])
 
 
 @pytest.mark.parametrize(
@@ -308,15 +312,18 @@ def test_games_can_be_swept_and_a_bad_one_is_nan():
         (lambda: is_ess(np.eye(2), [0.6, 0.6]), "x must be a point of the simplex"),
         (lambda: is_nash(np.eye(2), [1.5, -0.5]), "x must be a point of the simplex"),
         (lambda: is_nash(np.eye(3), [0.5, 0.5]), r"x must have shape \(3,\), got shape \(2,\)"),
-        (lambda: is_nash(np.eye(2), [0.5, 0.5], atol=-1.0), "atol must be a number >= 0, got -1.0"),
+        (lambda: is_nash(np.eye(2), [0.5, 0.5], atol=-1.0), "atol must be a finite number >= 0, got -1.0"),
         (lambda: rest_points(np.zeros((0, 0))), "payoff must have shape"),
         (lambda: stability(np.eye(2), [0.6, 0.4]), "x must be a rest point"),
         (lambda: eigenvalues(np.eye(3), [0.5, 0.5]), "payoff and x must have shapes"),
+        (lambda: eigenvalues(np.zeros((3, 2, 2)), np.full((4, 2), 0.5)), "payoff and x must have shapes"),
+        (lambda: jax.jit(rest_points)(np.eye(2)), "payoff must be concrete"),
+        (lambda: jax.jit(lambda _: hawk_dove(1.0, 0.0))(0.0), "cost must be a positive number, got 0.0"),
         (lambda: conserved_quantity([0.5, 0.6], jnp.zeros(2)), "x_star must be a point of the simplex"),
         (lambda: rock_paper_scissors(1.0, -1.0), "win must be above -loss"),
-        (lambda: rock_paper_scissors([1.0, 2.0], 1.0), r"win must be a number, got shape \(2,\)"),
-        (lambda: hawk_dove(np.inf, 1.0), "value must be finite"),
-        (lambda: hawk_dove(1.0, 0.0), "value and cost must be positive"),
+        (lambda: rock_paper_scissors([1.0, 2.0], 1.0), r"win must be a finite number, got \[1. 2.\]"),
+        (lambda: hawk_dove(np.inf, 1.0), "value must be a finite number, got inf"),
+        (lambda: hawk_dove(1.0, 0.0), "cost must be a positive number, got 0.0"),
         (lambda: prisoners_dilemma(reward=6.0), "temptation > reward > punishment > sucker"),
         (lambda: stag_hunt(1.0, 2.0), "stag > hare > 0"),
         (lambda: coordination([[1.0]]), "rewards must have shape"),
