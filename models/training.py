@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from dynamics.flow import ArrayLike, Trajectory, all_finite, is_traced
+from models.checkpoints import hash_arrays, hash_program, open_checkpoints
 
 Observe = Callable[[Any], Any]
 
@@ -138,15 +138,20 @@ def _times(marks: np.ndarray | Array, time_step: ArrayLike, params: PyTree) -> A
     return jnp.asarray(marks * float(np.asarray(time_step)), dtype)
 
 
+def _update(state, loss, optimizer, batch):
+    """The state after one update; `batch` holds what the loss takes after the parameters."""
+    gradient = jax.grad(loss)(state.params, *batch)
+    updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
+    return TrainState(optax.apply_updates(state.params, updates), optimizer_state, state.step + 1)
+
+
 def _advance(state, loss, optimizer, steps, observe, every, batches, key):
     """Take `steps` updates; return the new state and what was observed after every `every` and at the end."""
 
     def update(state, batch):
         if callable(batches):
             batch = batches(jax.random.fold_in(key, state.step))
-        gradient = jax.grad(loss)(state.params) if batches is None else jax.grad(loss)(state.params, batch)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
-        return TrainState(optax.apply_updates(state.params, updates), optimizer_state, state.step + 1), None
+        return _update(state, loss, optimizer, () if batches is None else (batch,)), None
 
     def updates_then_record(state, batches_here, count):
         state, _ = jax.lax.scan(update, state, batches_here, length=count)
@@ -200,15 +205,20 @@ def train_in_chunks(
         time_step: time that one step stands for.
         checkpoints: folder of this run's checkpoints. After every chunk the whole state is saved there
             (the newest two are kept); a run that finds a checkpoint goes on from it and ends with the same
-            numbers as one that was never interrupted.
+            numbers as one that was never interrupted. Who the run is, and a checksum, are in each: the
+            programs of an update and of `observe` with the numbers in them, the parameters, `batches`, `key`,
+            `steps` and `every`, but not `chunk`. Functions made anew are the same if they compute the same.
         progress: called as `progress(steps_done, steps)` after every chunk.
 
     Returns:
         What `train` returns.
 
     Raises:
-        ValueError: an argument is out of range; the folder holds a run of another kind.
+        ValueError: an argument is out of range; the folder holds another run, or no checkpoint that is whole.
         OSError: the folder cannot be written.
+
+    Warns:
+        RuntimeWarning: the newest checkpoint is damaged, and the run goes on from the one before it.
 
     Example:
         >>> _, path = train_in_chunks(lambda p: p**2, jnp.array(1.0), optax.sgd(0.25), steps=4, chunk=2)
@@ -226,25 +236,22 @@ def train_in_chunks(
     records = jax.tree.map(lambda leaf: np.zeros((marks.size, *leaf.shape), leaf.dtype), first)
     _write(records, 0, jax.tree.map(lambda leaf: leaf[None], first))
 
-    store = None if checkpoints is None else _open_checkpoints(Path(checkpoints))
-    try:
-        kind = _kind_of_run(state, records, steps, every)
-        if store is not None and store.latest is not None:
-            state, records = _restore(store, (state, records), kind)
-        while (done := int(state.step)) < steps:
-            count = min(chunk, steps - done)
-            here = batches
-            if batches is not None and not callable(batches):
-                here = jax.tree.map(lambda leaf, a=done, b=done + count: leaf[a:b], batches)
-            state, observed = _advance_compiled(state, loss, optimizer, count, observe, every, here, key)
-            _write(records, done // every + 1, observed)
-            if store is not None:
-                store.save(done + count, (state, records), custom_metadata=kind)
-            if progress is not None:
-                progress(done + count, steps)
-    finally:
+    store = None
+    if checkpoints is not None:
+        run = _who(loss, optimizer, observe, batches, key, state)
+        store = open_checkpoints(checkpoints, {**run, "steps": steps, "every": every})
+        state, records = store.newest((state, records)) or (state, records)
+    while (done := int(state.step)) < steps:
+        count = min(chunk, steps - done)
+        here = batches
+        if batches is not None and not callable(batches):
+            here = jax.tree.map(lambda leaf, a=done, b=done + count: leaf[a:b], batches)
+        state, observed = _advance_compiled(state, loss, optimizer, count, observe, every, here, key)
+        _write(records, done // every + 1, observed)
         if store is not None:
-            store.close()
+            store.save(done + count, (state, records))
+        if progress is not None:
+            progress(done + count, steps)
     ys = jax.tree.map(jnp.asarray, records)
     ts = _times(marks, time_step, params)
     return state.params, Trajectory(ts, ys, all_finite(ys) & all_finite(state.params))
@@ -257,35 +264,26 @@ def _write(records: PyTree, start: int, observed: PyTree) -> None:
     jax.tree.map(write, records, observed)
 
 
-def _kind_of_run(state: TrainState, records: PyTree, steps: int, every: int) -> dict[str, Any]:
-    """What two runs must share so that one may go on from the other's checkpoints, as plain JSON."""
-    leaves = {
-        jax.tree_util.keystr(path): f"{jnp.result_type(leaf)}{list(np.shape(leaf))}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path((state, records))
+def _who(loss, optimizer, observe, batches, key, state: TrainState) -> dict[str, str]:
+    """Hashes of what makes a run what it is, by names for the error where another run differs."""
+
+    def update(loss, state, *batch):
+        return _update(state, loss, optimizer, batch)
+
+    draw, batch = "", ()
+    if callable(batches):
+        draw, batch = hash_program(batches, key), (jax.eval_shape(batches, key),)
+    elif batches is not None:
+        each = lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf)[1:], jnp.result_type(leaf))  # noqa: E731
+        batch = (jax.tree.map(each, batches),)
+    return {
+        "the loss or the optimizer": hash_program(jax.tree_util.Partial(update, loss), state, *batch),
+        "what is observed": hash_program(observe, state.params),
+        "the start": hash_arrays(state.params),
+        "the optimizer's state": hash_arrays(state.optimizer_state),
+        "the data": hash_arrays((loss, observe, batches)) + draw,
+        "the key": hash_arrays(key if callable(batches) else None),
     }
-    return {"steps": int(steps), "every": int(every), "leaves": leaves}
-
-
-def _open_checkpoints(folder: Path):
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):  # an unwritable folder fails here, not in a writer thread
-        pass
-    import orbax.checkpoint.experimental.v1 as ocp  # takes a second to import; only long runs need it
-
-    policy = ocp.training.preservation_policies.LatestN(2)
-    return ocp.training.Checkpointer(str(folder.absolute()), preservation_policy=policy)  # pyright: ignore[reportArgumentType]
-
-
-def _restore(store, like: PyTree, kind: dict[str, Any]) -> PyTree:
-    # Loading would cast and pass over what differs: the kind of run is compared first.
-    step = store.latest.step
-    if store.checkpointables_metadata(step).custom_metadata != kind:
-        raise ValueError(
-            "checkpoints must be the folder of a run with the same model, optimizer, observe, steps and "
-            f"every, got another one in {store.directory}"
-        )
-    state, records = store.load(step, like)
-    return state, jax.tree.map(np.array, records)
 
 
 def sgd_until(learning_rate: ArrayLike, steps: ArrayLike, momentum: float | None = None):

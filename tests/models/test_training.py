@@ -1,5 +1,8 @@
 """Training: the scan against a plain loop, sweeps, failures, chunks with resume, the rate of convergence."""
 
+import shutil
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -226,22 +229,121 @@ def test_chunks_and_resume_change_no_bit(kind, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["11", "8"]
 
 
-def test_checkpoints_of_another_run_are_told(tmp_path):
-    arguments = {"loss": loss, "params": PARAMS, "optimizer": SGD, "chunk": 4, **RUN, "checkpoints": tmp_path}
-    expected = train_in_chunks(**arguments)
-    others = [
-        {"optimizer": ADAM},
-        {"params": {"w": np.ones(2, np.float32), "b": np.ones((), np.float32)}},
-        {"loss": quadratic, "params": np.ones(2), "observe": None},
-        {"observe": lambda params: {"b": params["b"], "norm": params["w"]}},
-        {"steps": 15},
-        {"steps": 7},
-        {"every": 4},
-    ]
-    for other in others:
-        with pytest.raises(ValueError, match=r"^checkpoints must be the folder of a run with the same model"):
-            train_in_chunks(**{**arguments, **other})
-    assert_trees_equal(train_in_chunks(**arguments), expected)
+def damped(by):
+    """A loss that is made anew at every call, with a number and an array inside."""
+    scale = jnp.array([by, 1.0])
+    return lambda params, batch=0.0: loss(params, batch) + by * jnp.sum(scale * params["w"] ** 2)
+
+
+RUN_OF_NUMBERS = {"steps": 4, "chunk": 2, "batches": draw}
+
+
+def go_on(folder, loss=None, params=PARAMS, optimizer=None, **changed):
+    """A short run with functions made anew, and how many chunks of it had to be computed."""
+    done = []
+    result = train_in_chunks(
+        damped(0.5) if loss is None else loss,
+        params,
+        optax.adam(0.1) if optimizer is None else optimizer,
+        **{"observe": lambda params: energy(params), "key": KEY, **RUN_OF_NUMBERS, **changed},
+        checkpoints=folder,
+        progress=lambda *now: done.append(now),
+    )
+    return result, len(done)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run that has finished, and what it returned."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, go_on(folder)[0]
+
+
+SAME_SHAPES = {
+    "learning rate": ({"optimizer": optax.adam(0.2)}, "the loss or the optimizer"),
+    "number in the loss": ({"loss": damped(0.25)}, "the loss or the optimizer"),
+    "array in the loss": (
+        {"loss": (lambda two: lambda params, batch: jnp.sum(two * params["w"]) + params["b"])(jnp.ones(2))},
+        "the loss or the optimizer",
+    ),
+    "injected rate": (
+        {"optimizer": optax.inject_hyperparams(optax.adam)(0.1)},
+        "the loss or the optimizer, the optimizer's state",
+    ),
+    "observed": ({"observe": lambda params: {**energy(params), "b": -params["b"]}}, "what is observed"),
+    "start": ({"params": {**PARAMS, "b": np.array(0.25)}}, "the start"),
+    "names": (
+        {"loss": lambda p, _: p["c"] + p["w"].sum(), "params": {"w": np.ones(2), "c": 1.0}, "observe": None},
+        "the loss or the optimizer, what is observed, the start, the optimizer's state",
+    ),
+    "key": ({"key": jax.random.key(4)}, "the key"),
+    "kind of key": ({"key": jax.random.key(3, impl="rbg")}, "the data, the key"),
+    "draws": ({"batches": lambda key: 2 * draw(key)}, "the data"),
+    "data": ({"batches": np.zeros(4)}, "the data, the key"),
+    "more steps": ({"steps": 6}, r"steps \(4 there, 6 here\)"),
+    "records": ({"every": 2}, r"every \(1 there, 2 here\)"),
+}
+
+
+@pytest.mark.parametrize("case", SAME_SHAPES)
+def test_another_run_of_the_same_shapes_is_refused_by_what_differs(case, finished):
+    change, words = SAME_SHAPES[case]
+    with pytest.raises(ValueError, match=rf"^checkpoints must be .* differs in {words}: \S+$"):
+        go_on(finished[0], **change)
+
+
+def test_data_that_a_loss_carries_are_told_from_the_loss(tmp_path):
+    def distance(data, params, batch):
+        return jnp.sum((params["w"] - data) ** 2) + params["b"] * batch
+
+    go_on(tmp_path, loss=jax.tree_util.Partial(distance, np.zeros(2)))
+    with pytest.raises(ValueError, match="differs in the data: "):
+        go_on(tmp_path, loss=jax.tree_util.Partial(distance, np.ones(2)))
+
+
+def test_equal_functions_made_anew_go_on_with_any_chunk(finished):
+    folder, expected = finished
+    again, chunks = go_on(folder, chunk=3)
+    assert chunks == 0
+    assert_trees_equal(again, expected)
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    file.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(finished, tmp_path):
+    folder, expected = finished
+    fell_back = 0
+    for name in [path.relative_to(folder) for path in (folder / "4").rglob("*") if path.stat().st_size]:
+        if (folder / name).is_dir():
+            continue
+        copy = shutil.copytree(folder, tmp_path / "run", dirs_exist_ok=True)
+        flip(copy / name)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            result, chunks = go_on(copy)
+        told = [str(one.message) for one in told if one.category is RuntimeWarning]
+        assert len(told) == chunks <= 1
+        if told:
+            assert told[0].startswith(f"checkpoints in {copy} are damaged at step 4 (")
+            assert told[0].endswith("); the run goes on from step 2")
+        assert_trees_equal(result, expected)
+        assert go_on(copy)[1] == 0  # what was damaged has been written again
+        fell_back += chunks
+        shutil.rmtree(copy)
+    assert fell_back > 0
+
+
+def test_no_whole_checkpoint_is_an_error_of_one_line(finished, tmp_path):
+    copy = shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(copy / "4" / "state")
+    (copy / "2" / "state" / "_METADATA").write_text("{}")
+    with pytest.raises(ValueError, match=r"^checkpoints must hold one that is whole, or none, got") as error:
+        go_on(copy)
+    assert "\n" not in str(error.value)
 
 
 def test_checkpoints_that_cannot_be_written(tmp_path):
