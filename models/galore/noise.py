@@ -80,7 +80,7 @@ def settle(A: Array, short: Array, fill: Array, level: Any) -> tuple[Array, Arra
         return fill_quiet(product(A, Vt.mT * _signs(U)), quiet, fill, short), quiet
 
     def keep() -> tuple[Array, Array]:
-        return short, jnp.zeros(short.shape[-1:], bool)
+        return short, lengths < 0  # none, in a type that varies over devices as that of `turn` does
 
     return jax.lax.cond(jnp.min(lengths) <= suspicious, turn, keep)
 

@@ -195,7 +195,7 @@ def _subspace_iteration(A: Array, start: Array | None, count: Array, rank: int) 
     rows = A.shape[-2]
     drawn = min(rank + _OVERSAMPLING, rows) if start is None else min(_WARM_OVERSAMPLING, rows - rank)
     random = jax.random.normal(jax.random.fold_in(jax.random.key(1), count), (rows, drawn), A.dtype)
-    X = jnp.broadcast_to(random, (*A.shape[:-2], rows, drawn))
+    X = random + 0 * A[..., :1]  # the sum varies over devices as A does, where `shard_map` wants that told
     rounds = _ROUNDS
     if start is not None:
         X = jnp.concatenate([start, X], axis=-1)

@@ -54,7 +54,8 @@ def scale_by_galore(*arguments: Any, **keywords: Any) -> optax.GradientTransform
     States and bases are in the parameters' dtype; decompositions in float32, or float64 for float64.
     Of sharded parameters `init`, called outside `jit`, gives a state that is sharded like them, and bases on
     every device, where the compiled `update` keeps them under `jax.set_mesh`. Gradients are gathered in
-    refreshes only.
+    refreshes only. Tested on four devices: meshes with explicit and with automatic axes, for tall, wide and
+    stacked matrices, and `jax.shard_map` over examples (average the gradients first) and over layers.
 
     Source: zhao2024galore, Algorithm 2 (of "std", with m <= n).
 

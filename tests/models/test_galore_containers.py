@@ -312,7 +312,8 @@ from models.galore import galore
 host = {"tall": (8, 4), "wide": (4, 8), "stack": (2, 8, 4)}
 host = {name: np.random.default_rng(1).normal(size=shape).astype("f4") for name, shape in host.items()}
 specs = {"tall": P("d", None), "wide": P(None, "d"), "stack": P(None, "d", None)}
-optimizer = galore(0.1, 2, update_gap=2, matrix_axes=lambda path, leaf: (-2, -1), labels=lambda *_: "galore")
+options = {"matrix_axes": lambda path, leaf: (-2, -1), "labels": lambda *_: "galore"}
+optimizer = galore(0.1, 2, update_gap=2, **options)
 
 def three_steps(gradients):
     state, update = optimizer.init(gradients), jax.jit(optimizer.update)
@@ -329,10 +330,36 @@ for kind in (AxisType.Explicit, AxisType.Auto):
             np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-5)
             if kind == AxisType.Explicit:
                 assert jax.typeof(found[name]).sharding.spec == specs[name], name
+
+# Each device has the gradients of its own examples and its own layer of a stack.
+mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+mean = {"tall": host["tall"], "wide": host["wide"]}
+parts = {name: np.stack([4 * mean[name], 0 * mean[name], -mean[name], mean[name]]) for name in mean}
+layers = np.random.default_rng(2).normal(size=(4, 8, 4)).astype("f4")
+
+def shards(parts, layers):
+    def step(parts, layers, state):
+        gradients = {name: jax.lax.pmean(parts[name][0], "d") for name in parts}
+        return optimizer.update({**gradients, "layers": layers}, state)
+
+    state = optimizer.init({**mean, "layers": layers})
+    of_state = jax.tree.map(lambda leaf: P("d") if leaf.ndim == 3 or leaf.shape == (4,) else P(), state)
+    placed = {"tall": P(), "wide": P(), "layers": P("d")}
+    update = jax.jit(jax.shard_map(
+        step, mesh=mesh, in_specs=(P("d"), P("d"), of_state), out_specs=(placed, of_state)
+    ))
+    for _ in range(3):
+        updates, state = update(parts, layers, state)
+    return updates
+
+optimizer = galore(0.1, 2, update_gap=2, refresh="warm", **options)
+expected, found = three_steps({**mean, "layers": layers}), shards(parts, layers)
+for name in expected:
+    np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-5)
 """
 
 
-def test_explicit_and_automatic_meshes_give_the_numbers_of_one_device():
+def test_meshes_and_shard_map_give_the_numbers_of_one_device():
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
     environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(Path(__file__).parents[2])}
     run = subprocess.run(
