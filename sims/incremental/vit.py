@@ -53,7 +53,7 @@ QUOTED = {
     ),
     "cifar-100": ("On CIFAR-100 the trends are those of CIFAR-10", "Figures 13 and 14"),
     "imagenet": (
-        "On ImageNet the stable rank of the change grows for longer than on CIFAR-10",
+        "The rank of the change grows more on ImageNet than on CIFAR-10, where its growth is harder to see",
         "Figures 1, 15 and 16",
     ),
 }

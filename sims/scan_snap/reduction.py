@@ -24,7 +24,7 @@ from dynamics.scan_snap import FLOWS, SequenceClasses, attention_error
 from models.data.tokens import one_common_token, synthetic_classes
 from models.training import map_lanes
 from sims import plotting
-from sims.claims import ROUNDING, Claim, Preset, at_least, at_most, corrected, every, qualified, slope, stated
+from sims.claims import ROUNDING, Claim, Preset, at_least, at_most, every, qualified, slope, stated
 from sims.compare import SOLVE, convergence_order, require_ok
 from sims.ranges import Count, Positive, Share
 from sims.results import Context, Saved
@@ -161,7 +161,6 @@ def run(config: Config, context: Context) -> dict:
         "gain": ("data ratio", {name: found[name]["gain"] for name in FLOWS}),
         "reverse": ("data ratio", {name: found[name]["reverse"] for name in REDUCED}),
         "bound": {
-            "printed": ("data", _most(2 * f0 * B["full"] - log_chi["full"])),
             "below": ("data", {name: _most(2 * f0**2 * B[name] - log_chi[name]) for name in FLOWS}),
             "above": ("data", {name: _most(log_chi[name] - 2 * B[name]) for name in FLOWS}),
         },
@@ -240,18 +239,17 @@ def _tokens(saved: Saved) -> Iterator[Claim]:
     # In the full and the fast-decoder flow B is the integral of z' / f^2, where the upper bound says that z
     # never falls; the weak-correlation flow has its own B.
     bound = {name: np.max(excess[moving]) for name, excess in saved["bound"].items()}
-    most, simpson = "printed: most that ln chi is below 2 f(0) B", "Simpson's rule on the records"
-    mended = [
-        at_most(f"{label}: {side}", bound[f"{key}/{name}"], 0.0, 1e-6, why=simpson)
-        for name, label in NAMES.items()
-        for key, side in (("below", "below 2 f(0)^2 B"), ("above", "above 2 B"))
-    ]
-    yield corrected(
+    why = "Simpson's rule on the records"
+    yield stated(
         "growth-bounds",
-        "The gain of the dominant token lies between exp(2 f(0)^2 B) and exp(2 B); a talk lost the square",
+        "The gain of the dominant token lies between exp(2 f(0)^2 B) and exp(2 B): its share f rises from "
+        "f(0), and the upper bound says no more than that f is at most 1",
         "tian2023scan, Theorem 3",
-        printed=[at_most(most, bound["printed"], 0.0, 1e-6, why=simpson)],
-        mended=mended,
+        *(
+            at_most(f"{label}: {side}", bound[f"{key}/{name}"], 0.0, 1e-6, why=why)
+            for name, label in NAMES.items()
+            for key, side in (("below", "below 2 f(0)^2 B"), ("above", "above 2 B"))
+        ),
     )
 
 
@@ -349,7 +347,6 @@ def figure(config: Config, saved: Saved) -> Figure:
     bounds.plot(ts, log_chi, color="C0", label="strongest distinct token", **plotting.TRAINED)
     bounds.plot(ts, 2 * B, label="bounds 2 f(0)² B and 2 B", **plotting.THEORY)
     bounds.plot(ts, 2 * f0**2 * B, **plotting.THEORY)
-    bounds.plot(ts, 2 * f0 * B, label="printed lower bound 2 f(0) B", **plotting.PRINTED)
     labels = ("Full flow, ratio 1: growth and its bounds", "time × learning_rate_Y", "ln of the growth χ")
     plotting.finish(bounds, *labels, place, ylim=(0, 2.8 * B.max()))
     return drawn
