@@ -76,7 +76,7 @@ def solve(function: Callable[..., Any], rtol: Any = 1e-4, **arguments: Any) -> A
 
 def in_steps(function: Callable[..., Any], **arguments: Any) -> Any:
     """A simulation in steps, alike."""
-    return function(**arguments)
+    return function(**arguments, throw=False)
 
 
 def decay(t, y, rate):
@@ -319,17 +319,17 @@ CALLS: dict[str, Call] = {
         ts=TIMES,
     ),
     "dynamics.replicator.natural_gradient_flow": call(
-        solve, gradient=slope, z0=VECTOR, ts=TIMES, scale=number(1.0)
+        solve, gradient=slope, z0=Real(np.array([0.3, 0.8]), fine="shorter"), ts=TIMES, scale=number(1.0)
     ),
     "dynamics.replicator.softmax_flow": call(
-        solve, gradient=slope, z0=VECTOR, ts=TIMES, key_scale=number(1.0)
+        solve, gradient=slope, z0=Real(np.array([0.3, 0.8]), fine="shorter"), ts=TIMES, key_scale=number(1.0)
     ),
     "dynamics.replicator.overparametrized_rate": call(
         sigma=Real(1.0, (0.0, -1.0), ANY),
         lipschitz=Real(0.5, (0.0, -1.0), ANY),
         residual=Real(0.25, (-1.0,), ANY),
     ),
-    "dynamics.replicator.softmax_jacobian": call(x=VECTOR),
+    "dynamics.replicator.softmax_jacobian": call(x=Real(np.array([0.3, 0.8]), fine="shorter")),
     "dynamics.replicator.softmax_jacobian_product": call(
         x=Real(np.array([[0.6, 0.4]]), fine=ANY), g=Real(np.array([[0.5, -0.1]]), fine=ANY)
     ),
@@ -348,7 +348,12 @@ CALLS: dict[str, Call] = {
     "dynamics.replicator.condition_number": call(x=HALF_HALF, hessian=HESSIAN),
     "dynamics.replicator.local_matrix": call(x=HALF_HALF, hessian=HESSIAN),
     "dynamics.replicator.random_minima": call(
-        rng=np.random.default_rng(0), n=3, count=2, log10_ratio=1.0, log10_spread=1.0
+        host=True,
+        rng=np.random.default_rng(0),
+        n=3,
+        count=2,
+        log10_ratio=number(1.0, -1.0, 301.0),
+        log10_spread=number(1.0, -1.0, 301.0),
     ),
     "dynamics.replicator.corollary_bound": call(x=HALF_HALF, hessian=HESSIAN),
     "dynamics.replicator.conserved_quantity": call(

@@ -14,36 +14,64 @@ import jax.numpy as jnp
 import optimistix
 from jaxtyping import Array, Float
 
-from dynamics.arguments import require_finite, require_real, require_shape
-from dynamics.flow import ArrayLike, Trajectory, as_inexact, integrate, require_number
-from dynamics.replicator.population import require_values
-from dynamics.replicator.simplex import require_simplex
+from dynamics.arguments import (
+    ArrayLike,
+    as_real,
+    cast,
+    nan_unless,
+    require_every,
+    require_finite,
+    require_number,
+    require_shapes,
+    require_vector,
+)
+from dynamics.flow import Trajectory, integrate
+from dynamics.replicator.simplex import guarded_start, require_fit, require_simplex, require_values
+from dynamics.spectra import norm
 
 # A gradient maps a point of the simplex (n,) to the gradient of the loss there, (n,).
 Gradient = Callable[[Array], Array]
 
 
-def softmax_jacobian_product(
-    x: Float[Array, "*batch n"], g: Float[Array, "*batch n"]
-) -> Float[Array, "*batch n"]:
+def softmax_jacobian_product(x: ArrayLike, g: ArrayLike) -> Float[Array, "*batch n"]:
     r"""J(x) g = x * (g - <x, g>) along the last axis, without forming J(x) = diag(x) - x x^T.
 
+    Args:
+        x: points, shape (..., n).
+        g: vectors, the shape of `x`.
+
+    Raises:
+        ValueError: the shapes differ.
+
     Example:
-        >>> softmax_jacobian_product(jnp.array([0.5, 0.5]), jnp.array([1.0, 0.0])).tolist()
+        >>> softmax_jacobian_product([0.5, 0.5], [1.0, 0.0]).tolist()
         [0.25, -0.25]
     """
+    x, g = _one_dtype(x=x, g=g)
+    require_shapes(x=(x, "... n"), g=(g, "... n"))
+    return _product(x, g)
+
+
+def _product(x: Array, g: Array) -> Array:
     return x * (g - jnp.sum(x * g, axis=-1, keepdims=True))
 
 
-def softmax_jacobian(x: Float[Array, " n"]) -> Float[Array, "n n"]:
+def softmax_jacobian(x: ArrayLike) -> Float[Array, "n n"]:
     r"""J(x) = diag(x) - x x^T for a point of the simplex, every entry to full relative precision.
 
     The diagonal is x_i sum_{j != i} x_j: next to a vertex, 1 - x_i would lose all its digits.
 
+    Args:
+        x: the point, shape (n,).
+
+    Raises:
+        ValueError: `x` has another shape.
+
     Example:
-        >>> softmax_jacobian(jnp.array([0.5, 0.5])).tolist()
+        >>> softmax_jacobian([0.5, 0.5]).tolist()
         [[0.25, -0.25], [-0.25, 0.25]]
     """
+    x = require_vector("x", x)
     off = x[:, None] * x[None, :] * (1 - jnp.eye(x.size, dtype=x.dtype))
     return jnp.diag(jnp.sum(off, axis=1)) - off
 
@@ -59,11 +87,10 @@ def attention_field(x: ArrayLike, gradient: ArrayLike, key_scale: ArrayLike = 1.
         key_scale: k, squared length of the keys, a number.
 
     Returns:
-        dx/dt, shape (n,); NaN where a traced x is not on the simplex.
+        dx/dt, shape (n,); NaN where a traced x is not on the simplex, or another number is not finite.
 
     Raises:
-        ValueError: `x` is not on the simplex, the gradient's shape does not fit, `key_scale` is no finite
-            number.
+        ValueError: `x` is not on the simplex, the gradient's shape does not fit, a number is not finite.
 
     Source: softmax2025talk, theorem on local analysis, the flow that it linearizes.
 
@@ -72,15 +99,13 @@ def attention_field(x: ArrayLike, gradient: ArrayLike, key_scale: ArrayLike = 1.
         [-0.125, 0.125]
     """
     x = require_simplex("x", x)
-    gradient, key_scale = jnp.asarray(gradient, x.dtype), require_number("key_scale", key_scale, x.dtype)
-    require_shape("gradient", gradient, x.shape)
+    gradient = require_fit("gradient", gradient, x)
+    key_scale = require_number("key_scale", key_scale, x.dtype)
     jacobian = softmax_jacobian(x)
     return -key_scale * (jacobian @ (jacobian @ gradient))
 
 
-def squared_error_gradient(
-    values: Float[Array, "*batch n"], targets: Float[Array, "*batch"], x: Float[Array, "*batch n"]
-) -> Float[Array, "*batch n"]:
+def squared_error_gradient(values: ArrayLike, targets: ArrayLike, x: ArrayLike) -> Float[Array, "*batch n"]:
     r"""Gradient in each attention row x of half the squared error, (1/2) (<u, x> - y)^2: (<u, x> - y) u.
 
     Args:
@@ -92,12 +117,24 @@ def squared_error_gradient(
         The gradient in each row, (..., n). `jax.tree_util.Partial` with values and targets makes of it the
         gradient that `softmax_flow` (one row) and `coupled_flow` (all of them) take.
 
+    Raises:
+        ValueError: the shapes do not fit.
+
     Example:
         >>> u, y, x = jnp.array([1.0, -1.0]), jnp.array(0.5), jnp.array([0.5, 0.5])
         >>> squared_error_gradient(u, y, x).tolist()
         [-0.5, 0.5]
     """
+    values, targets, x = _one_dtype(values=values, targets=targets, x=x)
+    require_shapes(values=(values, "... n"), targets=(targets, "..."), x=(x, "... n"))
     return (jnp.sum(values * x, axis=-1) - targets)[..., None] * values
+
+
+def _one_dtype(**arrays: ArrayLike) -> list[Array]:
+    """Arrays of real numbers in the dtype that JAX promotes them to."""
+    converted = [as_real(name, array) for name, array in arrays.items()]
+    dtype = jnp.result_type(*converted)
+    return [cast(array, dtype) for array in converted]
 
 
 def softmax_flow(
@@ -134,7 +171,7 @@ def softmax_flow(
     """
     z0 = _require_logits(gradient, z0, ndim=1)
     key_scale = require_number("key_scale", key_scale, z0.dtype)
-    return integrate(_softmax_field, z0, ts, (gradient, key_scale), **options)
+    return integrate(_softmax_field, guarded_start(z0, key_scale), ts, (gradient, key_scale), **options)
 
 
 def natural_gradient_flow(
@@ -168,7 +205,7 @@ def natural_gradient_flow(
     """
     z0 = _require_logits(gradient, z0, ndim=1)
     scale = require_number("scale", scale, z0.dtype)
-    return integrate(_natural_gradient_field, z0, ts, (gradient, scale), **options)
+    return integrate(_natural_gradient_field, guarded_start(z0, scale), ts, (gradient, scale), **options)
 
 
 def coupled_flow(
@@ -202,10 +239,10 @@ def coupled_flow(
         (2, 1, 2)
     """
     z0 = _require_logits(gradient, z0, ndim=2)
-    gram = jnp.asarray(gram, z0.dtype)
-    require_shape("gram", gram, (*z0.shape, *z0.shape))
-    require_finite("gram", gram)
-    return integrate(_coupled_field, z0, ts, (gradient, gram), **options)
+    gram = cast(as_real("gram", gram), z0.dtype)
+    require_shapes(z0=(z0, "N n"), gram=(gram, "N n N n"))
+    gram = require_finite("gram", gram)
+    return integrate(_coupled_field, guarded_start(z0, gram), ts, (gradient, gram), **options)
 
 
 def two_token_solution(
@@ -223,15 +260,26 @@ def two_token_solution(
         u0: u at time 0.
 
     Returns:
-        u at the times, shape (T,).
+        u at the times, shape (T,); NaN where a traced number is not finite, or the right-hand side is beyond
+        the dtype.
+
+    Raises:
+        ValueError: `ts` has another shape, or a number is not finite.
 
     Example:
         >>> two_token_solution([10.0], gap=1.0).round(8).tolist()
         [-2.68739012]
     """
-    ts = as_inexact(ts)
-    gap, key_scale, u0 = (jnp.asarray(number, ts.dtype) for number in (gap, key_scale, u0))
-    return _invert_x_plus_sinh(u0 + jnp.sinh(u0) - key_scale * gap * ts)
+    ts = as_real("ts", ts)
+    if ts.ndim != 1:
+        raise ValueError(f"ts must have shape (T,), got shape {ts.shape}")
+    ts = require_finite("ts", ts)
+    gap, key_scale, u0 = (
+        require_number(name, number, ts.dtype)
+        for name, number in (("gap", gap), ("key_scale", key_scale), ("u0", u0))
+    )
+    target = u0 + jnp.sinh(u0) - key_scale * gap * ts
+    return nan_unless(jnp.isfinite(target), _invert_x_plus_sinh(target))
 
 
 @jax.jit
@@ -256,10 +304,20 @@ class LinearRate(NamedTuple):
     displacement: Array
 
 
-def attention_lipschitz(tokens: Float[Array, "N n d"], keys: Float[Array, "N n d"]) -> Float[Array, ""]:
+def attention_lipschitz(tokens: ArrayLike, keys: ArrayLike) -> Float[Array, ""]:
     r"""Lipschitz constant of p -> A(p), rows softmax(K_i p)^T X_i: half the root of sum_i |X_i|^2 |K_i|^2.
 
     The norms are spectral; the half is the largest eigenvalue of a softmax Jacobian.
+
+    Args:
+        tokens: X, shape (N, n, d).
+        keys: K, shape (N, n, d).
+
+    Returns:
+        The constant, a scalar; NaN where a traced number is not finite.
+
+    Raises:
+        ValueError: the shapes do not fit, or a number is not finite.
 
     Source: softmax2025talk, over-parametrized theorem (constants derived anew, they are not public).
 
@@ -267,8 +325,11 @@ def attention_lipschitz(tokens: Float[Array, "N n d"], keys: Float[Array, "N n d
         >>> float(attention_lipschitz(jnp.eye(2)[None], jnp.eye(2)[None]))
         0.5
     """
+    tokens, keys = _one_dtype(tokens=tokens, keys=keys)
+    require_shapes(tokens=(tokens, "N n d"), keys=(keys, "N n d"))
+    tokens, keys = require_finite("tokens", tokens), require_finite("keys", keys)
     norms = jnp.linalg.norm(tokens, ord=2, axis=(1, 2)) * jnp.linalg.norm(keys, ord=2, axis=(1, 2))
-    return 0.5 * jnp.linalg.norm(norms)
+    return 0.5 * norm(norms)
 
 
 def overparametrized_rate(sigma: ArrayLike, lipschitz: ArrayLike, residual: ArrayLike) -> LinearRate:
@@ -279,13 +340,17 @@ def overparametrized_rate(sigma: ArrayLike, lipschitz: ArrayLike, residual: Arra
     2 |r_0| / s. Bounded prompts keep the attention away from the boundary of the simplex.
 
     Args:
-        sigma: s, smallest singular value of the matrix of attended tokens at the start.
-        lipschitz: L_A, from `attention_lipschitz`.
-        residual: |r_0|, Euclidean norm of the residuals at the start.
+        sigma: s > 0, smallest singular value of the matrix of attended tokens at the start.
+        lipschitz: L_A > 0, from `attention_lipschitz`.
+        residual: |r_0| >= 0, Euclidean norm of the residuals at the start.
 
     Returns:
         `LinearRate(hypothesis, rate, displacement)`: the ratio s^2 / (4 L_A |r_0|), at least 1 where the
-        theorem applies; mu; the bound on the distance from the start.
+        theorem applies; mu; the bound on the distance from the start. NaN where a traced number is out of
+        range.
+
+    Raises:
+        ValueError: a number is out of range.
 
     Source: softmax2025talk, over-parametrized theorem (constants derived anew, they are not public).
 
@@ -293,36 +358,40 @@ def overparametrized_rate(sigma: ArrayLike, lipschitz: ArrayLike, residual: Arra
         >>> overparametrized_rate(1.0, 0.5, 0.25).hypothesis.tolist()
         2.0
     """
-    sigma, lipschitz, residual = as_inexact(sigma), as_inexact(lipschitz), as_inexact(residual)
-    return LinearRate(sigma**2 / (4 * lipschitz * residual), sigma**2 / 4, 2 * residual / sigma)
+    sigma, lipschitz, residual = _one_dtype(sigma=sigma, lipschitz=lipschitz, residual=residual)
+    sigma = require_every("sigma", sigma, _is_positive, "finite and > 0")
+    lipschitz = require_every("lipschitz", lipschitz, _is_positive, "finite and > 0")
+    residual = require_every("residual", residual, lambda r: (r >= 0) & (r < jnp.inf), "finite and >= 0")
+    # Quotients come first: a square, or a product of small numbers, may vanish where the ratio does not.
+    return LinearRate(sigma / (4 * lipschitz) * (sigma / residual), sigma**2 / 4, 2 * residual / sigma)
+
+
+def _is_positive(number: Any) -> Any:
+    return (number > 0) & (number < jnp.inf)
 
 
 def _require_logits(gradient: Gradient, z0: ArrayLike, ndim: int) -> Array:
-    z0 = as_inexact(z0)
-    require_real("z0", z0)
+    z0 = as_real("z0", z0)
     wanted = "(n,)" if ndim == 1 else "(N, n)"
     if z0.ndim != ndim or z0.size == 0:
         raise ValueError(f"z0 must have shape {wanted}, got shape {z0.shape}")
-    if not callable(gradient):
-        raise ValueError(f"gradient must be a function of the attention, got {type(gradient).__name__}")
     require_values("gradient", gradient, jax.ShapeDtypeStruct(z0.shape, z0.dtype))
-    require_finite("z0", z0)
-    return z0
+    return require_finite("z0", z0)
 
 
 def _softmax_field(t, z, args):
     gradient, key_scale = args
     x = jax.nn.softmax(z)
-    return -key_scale * softmax_jacobian_product(x, gradient(x).astype(x.dtype))
+    return -key_scale * _product(x, jnp.asarray(gradient(x), x.dtype))
 
 
 def _natural_gradient_field(t, z, args):
     gradient, scale = args
-    g = gradient(jax.nn.softmax(z)).astype(z.dtype)
+    g = jnp.asarray(gradient(jax.nn.softmax(z)), z.dtype)
     return -scale * (g - jnp.mean(g))
 
 
 def _coupled_field(t, z, args):
     gradient, gram = args
     x = jax.nn.softmax(z, axis=-1)
-    return -jnp.einsum("iajb,jb->ia", gram, softmax_jacobian_product(x, gradient(x).astype(x.dtype)))
+    return -jnp.einsum("iajb,jb->ia", gram, _product(x, jnp.asarray(gradient(x), x.dtype)))

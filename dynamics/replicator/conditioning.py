@@ -7,10 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dynamics.arguments import require_shape
-from dynamics.flow import ArrayLike, is_traced
+from dynamics.arguments import (
+    ArrayLike,
+    as_real,
+    brief,
+    cast,
+    nan_unless,
+    require_concrete,
+    require_finite,
+    require_shape,
+    require_sizes,
+    require_symmetric,
+)
 from dynamics.replicator.attention import softmax_jacobian
-from dynamics.replicator.simplex import require_simplex, tangent_basis
+from dynamics.replicator.simplex import require_tangent, tangent_basis
 
 
 def condition_number(x: ArrayLike, hessian: ArrayLike) -> Float[Array, ""]:
@@ -26,10 +36,10 @@ def condition_number(x: ArrayLike, hessian: ArrayLike) -> Float[Array, ""]:
 
     Returns:
         Scalar >= 1; inf where the Hessian is singular on the tangent space or an entry of x is zero, NaN
-        where the Hessian is indefinite there.
+        where the Hessian is indefinite there, or a traced argument is bad.
 
     Raises:
-        ValueError: `x` is not on the simplex, the Hessian's shape does not fit or it is not symmetric.
+        ValueError: `x` is not on the simplex, the Hessian has another shape or is not finite and symmetric.
 
     Source: softmax2025talk, theorem on local analysis, part on the condition number.
 
@@ -50,7 +60,7 @@ def condition_number(x: ArrayLike, hessian: ArrayLike) -> Float[Array, ""]:
     backward = jax.scipy.linalg.solve_triangular(factor, inverse, lower=True)
     log_kappa = 2 * (jnp.log(_spectral_norm(forward)) + jnp.log(_spectral_norm(backward)))
     value = jnp.where(definite & positive, jnp.exp(log_kappa), jnp.inf)
-    return jnp.where(jnp.isnan(largest) | jnp.any(jnp.isnan(x)), jnp.nan, value)
+    return nan_unless(_known(x, largest), value)
 
 
 def condition_bounds(x: ArrayLike, hessian: ArrayLike) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -69,7 +79,7 @@ def condition_bounds(x: ArrayLike, hessian: ArrayLike) -> tuple[Float[Array, ""]
         At a vertex, where every w is zero and kappa is inf, max w / min w is taken as 1.
 
     Raises:
-        ValueError: `x` is not on the simplex, the Hessian's shape does not fit or it is not symmetric.
+        ValueError: `x` is not on the simplex, the Hessian has another shape or is not finite and symmetric.
 
     Source: softmax2025talk, theorem on local analysis (the printed lower bound has max x / min x and is
         wrong; the bounds here are corrected ones).
@@ -81,11 +91,14 @@ def condition_bounds(x: ArrayLike, hessian: ArrayLike) -> tuple[Float[Array, ""]
     x, tangent_hessian = _require_local(x, hessian)
     smallest, largest = _extremes(tangent_hessian)
     weights = jnp.diag(softmax_jacobian(x))
-    lower = smallest / largest * _ratio(jnp.max(weights), jnp.min(weights)) ** 2
+    # The square of a ratio may overflow where the lower bound does not.
+    ratio = _ratio(jnp.max(weights), jnp.min(weights))
+    lower = smallest / largest * ratio * ratio
     upper = largest / smallest * (jnp.max(x) / jnp.min(x)) ** 2
     # A Hessian of zeros has 0 / 0 here.
-    singular = smallest == 0
-    return jnp.where(singular, 0, lower), jnp.where(singular, jnp.inf, upper)
+    singular, known = smallest == 0, _known(x, largest)
+    bounds = jnp.where(singular, 0, lower), jnp.where(singular, jnp.inf, upper)
+    return nan_unless(known, bounds[0]), nan_unless(known, bounds[1])
 
 
 def corollary_bound(x: ArrayLike, hessian: ArrayLike) -> Float[Array, ""]:
@@ -105,7 +118,7 @@ def corollary_bound(x: ArrayLike, hessian: ArrayLike) -> Float[Array, ""]:
         vertex, where d = e = 0 and the condition number is inf, the bracket is taken as 1.
 
     Raises:
-        ValueError: `x` is not on the simplex, the Hessian's shape does not fit or it is not symmetric.
+        ValueError: `x` is not on the simplex, the Hessian has another shape or is not finite and symmetric.
 
     Source: softmax2025talk, corollary of the theorem on local analysis (the printed bound lacks d and is
         wrong next to a vertex; the bound here is a corrected one).
@@ -119,8 +132,9 @@ def corollary_bound(x: ArrayLike, hessian: ArrayLike) -> Float[Array, ""]:
     n, weights = x.size, jnp.diag(softmax_jacobian(x))
     # x (1 - x) at the largest coordinate is d (1 - d), at the smallest e (1 - e).
     large = jnp.minimum(weights[jnp.argmax(x)], (n - 1) / n**2)
-    bound = smallest / largest * _ratio(large, weights[jnp.argmin(x)]) ** 2
-    return jnp.where(smallest == 0, 0, bound)
+    ratio = _ratio(large, weights[jnp.argmin(x)])
+    bound = smallest / largest * ratio * ratio
+    return nan_unless(_known(x, largest), jnp.where(smallest == 0, 0, bound))
 
 
 def local_matrix(x: ArrayLike, hessian: ArrayLike) -> Float[Array, "m m"]:
@@ -136,7 +150,7 @@ def local_matrix(x: ArrayLike, hessian: ArrayLike) -> Float[Array, "m m"]:
         -Q^T J^2 H Q with Q of `tangent_basis`, shape (n - 1, n - 1).
 
     Raises:
-        ValueError: `x` is not on the simplex, the Hessian's shape does not fit.
+        ValueError: `x` is not on the simplex, the Hessian has another shape or is not finite and symmetric.
 
     Source: softmax2025talk, theorem on local analysis.
 
@@ -144,9 +158,8 @@ def local_matrix(x: ArrayLike, hessian: ArrayLike) -> Float[Array, "m m"]:
         >>> local_matrix([0.5, 0.5], jnp.eye(2)).round(6).tolist()
         [[-0.25]]
     """
-    x = require_simplex("x", x)
-    hessian = jnp.asarray(hessian, x.dtype)
-    require_shape("hessian", hessian, (x.size, x.size))
+    x = require_tangent("x", x)
+    hessian = _require_hessian(hessian, x)
     basis, jacobian = tangent_basis(x.size, x.dtype), softmax_jacobian(x)
     return -basis.T @ jacobian @ jacobian @ hessian @ basis
 
@@ -162,17 +175,26 @@ def random_minima(
         rng: NumPy's generator.
         n: coordinates of a point.
         count: number of instances.
-        log10_ratio: decades over which the entries of a point spread, at most.
-        log10_spread: decades over which the eigenvalues of a Hessian spread, at most; they are at least one.
+        log10_ratio: decades over which the entries of a point spread, at most: a number from 0 to 300.
+        log10_spread: decades over which the eigenvalues of a Hessian spread, at most, from 0 to 300; they are
+            at least one.
 
     Returns:
         Points (count, n) and Hessians (count, n, n).
+
+    Raises:
+        ValueError: an argument is out of range, or traced.
 
     Example:
         >>> x, hessian = random_minima(np.random.default_rng(0), 3, 10, 2.0, 1.0)
         >>> x.sum(axis=1).round(12).tolist() == [1.0] * 10, hessian.shape
         (True, (10, 3, 3))
     """
+    if not isinstance(rng, np.random.Generator):
+        raise ValueError(f"rng must be a numpy.random.Generator, got {type(rng).__name__}")
+    n, count = require_sizes(n=n, count=count)
+    log10_ratio = _require_decades("log10_ratio", log10_ratio)
+    log10_spread = _require_decades("log10_spread", log10_spread)
     x = 10 ** (-log10_ratio * rng.uniform(size=(count, 1)) * rng.uniform(size=(count, n)))
     values = 10 ** (log10_spread * rng.uniform(size=(count, 1)) * rng.uniform(size=(count, n)))
     rotation = np.linalg.qr(rng.normal(size=(count, n, n)))[0]
@@ -180,20 +202,27 @@ def random_minima(
     return x / x.sum(axis=1, keepdims=True), (hessian + np.swapaxes(hessian, 1, 2)) / 2
 
 
-def _require_local(x: ArrayLike, hessian: ArrayLike) -> tuple[Array, Array]:
-    """x, and the Hessian in the tangent basis."""
-    x = require_simplex("x", x)
-    hessian = jnp.asarray(hessian, x.dtype)
+def _require_decades(name: str, decades: float) -> float:
+    array = require_concrete(name, decades)
+    if array.ndim != 0 or not 0 <= array <= 300:
+        raise ValueError(f"{name} must be a number from 0 to 300, got {brief(decades)}")
+    return float(decades)
+
+
+def _require_hessian(hessian: ArrayLike, x: Array) -> Array:
+    hessian = cast(as_real("hessian", hessian), x.dtype)
     require_shape("hessian", hessian, (x.size, x.size))
-    slack = float(jnp.finfo(x.dtype).eps) ** 0.5
-    if not is_traced(hessian):
-        values = np.asarray(hessian, float)
-        if not np.all(np.abs(values - values.T) <= slack * np.max(np.abs(values))):
-            raise ValueError(f"hessian must be finite and symmetric, got {values.tolist()}")
-    good = jnp.all(jnp.abs(hessian - hessian.T) <= slack * jnp.max(jnp.abs(hessian)))
-    hessian = jnp.where(good, (hessian + hessian.T) / 2, jnp.nan)
+    return require_symmetric("hessian", require_finite("hessian", hessian))
+
+
+def _require_local(x: ArrayLike, hessian: ArrayLike) -> tuple[Array, Array]:
+    """x, and the Hessian in the tangent basis, in units of its largest entry: only ratios are asked for."""
+    x = require_tangent("x", x)
+    hessian = _require_hessian(hessian, x)
+    unit = jax.lax.stop_gradient(jnp.max(jnp.abs(hessian)))
+    hessian = hessian / jnp.where(unit == 0, 1, unit)
     basis = tangent_basis(x.size, x.dtype)
-    return x, basis.T @ hessian @ basis
+    return x, basis.T @ ((hessian + hessian.T) / 2) @ basis
 
 
 def _extremes(tangent_hessian: Array) -> tuple[Array, Array]:
@@ -203,8 +232,13 @@ def _extremes(tangent_hessian: Array) -> tuple[Array, Array]:
     largest = jnp.max(sizes)
     slack = 8 * values.size * jnp.finfo(values.dtype).eps * largest
     smallest = jnp.where(jnp.min(sizes) <= slack, 0, jnp.min(sizes))  # NaN stays
-    indefinite = (values[0] < -slack) & (values[-1] > slack)
-    return jnp.where(indefinite, jnp.nan, smallest), jnp.where(indefinite, jnp.nan, largest)
+    definite = ~((values[0] < -slack) & (values[-1] > slack))
+    return nan_unless(definite, smallest), nan_unless(definite, largest)
+
+
+def _known(x: Array, largest: Array) -> Array:
+    """Whether neither the point nor the curvature is NaN."""
+    return jnp.all(jnp.isfinite(x)) & jnp.isfinite(largest)
 
 
 def _ratio(large: Array, small: Array) -> Array:

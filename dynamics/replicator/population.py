@@ -11,9 +11,28 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dynamics.arguments import require_finite, require_integer, require_real, require_shape
-from dynamics.flow import ArrayLike, Trajectory, all_finite, as_inexact, integrate, is_traced
-from dynamics.replicator.simplex import require_simplex, simplex_slack
+from dynamics.arguments import (
+    ArrayLike,
+    as_concrete,
+    as_real,
+    brief,
+    cast,
+    is_traced,
+    nan_unless,
+    require_finite,
+    require_integer,
+    require_number,
+    require_shape,
+    require_shapes,
+)
+from dynamics.flow import Trajectory, all_finite, integrate, nan_derivatives
+from dynamics.replicator.simplex import (
+    guarded_start,
+    require_fit,
+    require_simplex,
+    require_values,
+    simplex_slack,
+)
 
 # Fitness is given by a payoff matrix (n, n), as payoff @ x, or by any function of x with values (n,).
 Fitness = ArrayLike | Callable[[Array], Array]
@@ -49,18 +68,29 @@ def simulate(fitness: Fitness, x0: ArrayLike, ts: ArrayLike, **options: Any) -> 
     """
     x0 = require_simplex("x0", x0)
     fitness = _require_fitness(fitness, x0.size, x0.dtype)
-    start, support = _log_start(x0)
+    start, support = _log_start(_guarded(x0, fitness))
     path = integrate(_log_field, start, ts, (fitness, support), **options)
     return Trajectory(path.ts, _log_shares(path.ys, support, path.ts), path.ok)
 
 
-def replicator_field(x: Float[Array, " n"], fitness: Float[Array, " n"]) -> Float[Array, " n"]:
+def replicator_field(x: ArrayLike, fitness: ArrayLike) -> Float[Array, " n"]:
     r"""The replicator equation's right-hand side J(x) F = x * (F - <x, F>), J(x) = diag(x) - x x^T.
 
+    Args:
+        x: the point, shape (n,); what is off the simplex is taken as it is.
+        fitness: F, shape (n,).
+
+    Raises:
+        ValueError: a shape does not fit.
+
     Example:
-        >>> replicator_field(jnp.array([0.5, 0.5]), jnp.array([1.0, 0.0])).tolist()
+        >>> replicator_field([0.5, 0.5], [1.0, 0.0]).tolist()
         [0.25, -0.25]
     """
+    x, fitness = as_real("x", x), as_real("fitness", fitness)
+    require_shapes(x=(x, "n"), fitness=(fitness, "n"))
+    dtype = jnp.result_type(x, fitness)
+    x, fitness = cast(x, dtype), cast(fitness, dtype)
     return x * (fitness - jnp.sum(x * fitness))
 
 
@@ -105,7 +135,8 @@ def simulate_two_populations(
         _require_matrix(name, payoff, shape, dtype)
         for name, payoff in (("row_payoff", row_payoff), ("column_payoff", column_payoff))
     ]
-    (u0, support_x), (v0, support_y) = _log_start(x0.astype(dtype)), _log_start(y0.astype(dtype))
+    starts = guarded_start([cast(x0, dtype), cast(y0, dtype)], *payoffs)
+    (u0, support_x), (v0, support_y) = map(_log_start, starts)
     path = integrate(_two_population_field, (u0, v0), ts, (*payoffs, support_x, support_y), **options)
     u, v = path.ys
     logs = (_log_shares(u, support_x, path.ts), _log_shares(v, support_y, path.ts))
@@ -117,8 +148,10 @@ def simulate_mutator(
 ) -> Trajectory:
     r"""Replicator-mutator flow dx_j/dt = sum_i x_i F_i(x) Q_ij - x_j <x, F(x)>.
 
-    Mutation fills empty strategies, so this one is integrated in x itself: log coordinates have no
-    finite speed at zero. Fitness must be positive for the simplex to be invariant.
+    With the births b = (x * F) Q it is dx/dt = b - x sum(b) / sum(x), which conserves sum(x) for fitness of
+    either sign. Mutation fills empty strategies, so this one is integrated in x itself: log coordinates have
+    no finite speed at zero. Negative fitness makes negative births: where mutation carries them to an empty
+    strategy the state leaves the simplex, and there is no flow from then on.
 
     Args:
         fitness: payoff matrix (n, n) or a function from x (n,) to F (n,).
@@ -128,11 +161,12 @@ def simulate_mutator(
         **options: options of `dynamics.flow.integrate`.
 
     Returns:
-        A `Trajectory` with `ys` = log x, shape (T, n). A state that leaves the simplex makes `ok` false.
+        A `Trajectory` with `ys` = log x, shape (T, n): -inf where x is zero, or a rounding error below. Where
+        a share falls below zero by more than a millionth the solve fails: `ys` is NaN from there on.
 
     Raises:
         ValueError: `x0` is not on the simplex, `mutation` is not row-stochastic, the payoff is bad.
-        RuntimeError: the solve failed.
+        RuntimeError: the solve failed, or the state leaves the simplex.
 
     Source: hofbauer1998, section 20.1.
 
@@ -144,24 +178,23 @@ def simulate_mutator(
     """
     x0 = require_simplex("x0", x0)
     fitness = _require_fitness(fitness, x0.size, x0.dtype)
-    mutation = _require_matrix("mutation", mutation, (x0.size, x0.size), x0.dtype)
-    slack = simplex_slack(x0.dtype)
-    if not is_traced(mutation):
-        values = np.asarray(mutation, float)
-        if not np.all(values >= 0) or not np.all(np.abs(np.sum(values, axis=1) - 1) <= slack):
-            raise ValueError(f"mutation must have non-negative rows that sum to one, got {values.tolist()}")
-    stochastic = jnp.all(mutation >= 0) & jnp.all(jnp.abs(jnp.sum(mutation, axis=1) - 1) <= slack)
-    x0 = jnp.where(stochastic, x0, jnp.nan)  # a bad traced mutation fails its lane
-    path = integrate(_mutator_field, x0, ts, (fitness, mutation), **options)
+    mutation = _require_stochastic(_require_matrix("mutation", mutation, (x0.size, x0.size), x0.dtype))
+    start = guarded_start(_guarded(x0, fitness), mutation)
+    try:
+        path = integrate(_mutator_field, start / jnp.sum(start), ts, (fitness, mutation), **options)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "simulate_mutator: negative fitness with mutation may take the state off the simplex, where no "
+            f"step can be taken ({error})"
+        ) from None
     # Where mutation is absent a coordinate may end a rounding error below zero.
-    inside = jnp.all(jnp.where(jnp.isfinite(path.ys), path.ys, 0) > -1e-6)
     shares = jnp.maximum(path.ys, 0)
     logs = jnp.log(shares) - jnp.log(jnp.sum(shares, axis=1, keepdims=True))
-    return Trajectory(path.ts, logs, path.ok & inside)
+    return Trajectory(path.ts, logs, path.ok)
 
 
 def simulate_discrete(
-    fitness: Fitness, x0: ArrayLike, steps: int, *, background: ArrayLike = 0.0
+    fitness: Fitness, x0: ArrayLike, steps: int, *, background: ArrayLike = 0.0, throw: bool = True
 ) -> Trajectory:
     r"""Discrete replicator map x_i <- x_i (F_i(x) + c) / (<x, F(x)> + c), one generation per step.
 
@@ -170,12 +203,14 @@ def simulate_discrete(
         x0: start on the simplex, shape (n,).
         steps: number of generations.
         background: c, background fitness; large values approach the flow, with time step 1/c.
+        throw: raise when F + c is not positive. With False the failure is `ok=False`, per lane under `vmap`.
 
     Returns:
-        A `Trajectory` with `ts` = 0, 1, ..., steps and `ys` = log x; `ok` is false where F + c was not.
+        A `Trajectory` with `ts` = 0, 1, ..., steps and `ys` = log x, NaN from where F + c was not positive.
 
     Raises:
         ValueError: `x0` is not on the simplex, the payoff or `background` is bad, `steps` is negative.
+        RuntimeError: F + c is not positive for a strategy that is present, or a number is not finite.
 
     Source: hofbauer1998, section 7.1.
 
@@ -184,11 +219,14 @@ def simulate_discrete(
         >>> jnp.exp(path.ys[-1]).round(6).tolist()
         [0.75, 0.25]
     """
-    return _iterate(_discrete_step, fitness, x0, steps, "background", background, time_step=1.0)
+    x0, fitness, steps = _require_map(fitness, x0, steps)
+    background = require_number("background", background, x0.dtype)
+    path = _scan(_discrete_step, fitness, x0, steps, background, jnp.ones((), x0.dtype))
+    return _told(path, throw, "simulate_discrete: fitness plus background must stay positive and finite")
 
 
 def exponentiated_gradient(
-    fitness: Fitness, x0: ArrayLike, steps: int, learning_rate: ArrayLike
+    fitness: Fitness, x0: ArrayLike, steps: int, learning_rate: ArrayLike, *, throw: bool = True
 ) -> Trajectory:
     r"""Exponentiated gradient x <- softmax(log x + learning_rate F(x)): the replicator flow to first order.
 
@@ -199,12 +237,14 @@ def exponentiated_gradient(
         x0: start on the simplex, shape (n,).
         steps: number of steps.
         learning_rate: step size, the time of one step.
+        throw: raise when a number is not finite. With False the failure is `ok=False`, per lane under `vmap`.
 
     Returns:
         A `Trajectory` with `ts` = learning_rate * step and `ys` = log x.
 
     Raises:
         ValueError: `x0` is not on the simplex, the payoff or `learning_rate` is bad, `steps` is negative.
+        RuntimeError: a number is not finite, such as a fitness of the function's.
 
     Source: kivinen1997, section 3.
 
@@ -213,9 +253,10 @@ def exponentiated_gradient(
         >>> float(path.ys[-1, 0] - path.ys[-1, 1]).__round__(6)
         1.0
     """
-    return _iterate(
-        _exponentiated_step, fitness, x0, steps, "learning_rate", learning_rate, time_step=learning_rate
-    )
+    x0, fitness, steps = _require_map(fitness, x0, steps)
+    learning_rate = require_number("learning_rate", learning_rate, x0.dtype)
+    path = _scan(_exponentiated_step, fitness, x0, steps, learning_rate, learning_rate)
+    return _told(path, throw, "exponentiated_gradient: the steps must stay finite; lower learning_rate")
 
 
 def constant_fitness_solution(fitness: ArrayLike, x0: ArrayLike, ts: ArrayLike) -> Float[Array, "T n"]:
@@ -227,7 +268,7 @@ def constant_fitness_solution(fitness: ArrayLike, x0: ArrayLike, ts: ArrayLike) 
         ts: times, shape (T,), in any order.
 
     Raises:
-        ValueError: `x0` is not on the simplex or the fitness has another shape.
+        ValueError: `x0` is not on the simplex, a shape does not fit, or a number is not finite.
 
     Source: hofbauer1998, section 7.1.
 
@@ -236,27 +277,29 @@ def constant_fitness_solution(fitness: ArrayLike, x0: ArrayLike, ts: ArrayLike) 
         (1, 2)
     """
     x0 = require_simplex("x0", x0)
-    fitness, ts = jnp.asarray(fitness, x0.dtype), jnp.asarray(ts, x0.dtype)
-    require_shape("fitness", fitness, x0.shape)
-    require_finite("fitness", fitness)
+    fitness = require_fit("fitness", fitness, x0)
+    ts = cast(as_real("ts", ts), x0.dtype)
+    if ts.ndim != 1:
+        raise ValueError(f"ts must have shape (T,), got shape {ts.shape}")
+    ts = require_finite("ts", ts)
     return jax.nn.log_softmax(jnp.log(x0)[None, :] + ts[:, None] * fitness[None, :], axis=1)
 
 
-def require_values(name: str, function: Callable[[Any], Any], like: Any) -> None:
-    """Raise `ValueError` unless a function of the shares returns real numbers of the same shape."""
-    returned = jax.eval_shape(lambda x: jnp.asarray(function(x)), like)
-    if returned.shape != like.shape:
-        raise ValueError(f"{name} must return shape {like.shape}, got shape {returned.shape}")
-    if jnp.issubdtype(returned.dtype, jnp.complexfloating):
-        raise ValueError(f"{name} must return real numbers, got dtype {returned.dtype}")
-
-
 def _require_matrix(name: str, matrix: Any, shape: tuple[int, int], dtype: Any) -> Array:
-    matrix = as_inexact(matrix)
+    matrix = cast(as_real(name, matrix), dtype)
     require_shape(name, matrix, shape)
-    require_real(name, matrix)
-    require_finite(name, matrix)
-    return matrix.astype(dtype)
+    return require_finite(name, matrix)
+
+
+def _require_stochastic(mutation: Array) -> Array:
+    slack = simplex_slack(mutation.dtype)
+    values = as_concrete(mutation)
+    if values is None:
+        sums = jnp.sum(mutation, axis=1)
+        return nan_unless(jnp.all(mutation >= 0) & jnp.all(jnp.abs(sums - 1) <= slack), mutation)
+    if not (np.all(values >= 0) and np.all(np.abs(np.sum(values, axis=1, dtype=float) - 1) <= slack)):
+        raise ValueError(f"mutation must have non-negative rows that sum to one, got {brief(values)}")
+    return mutation
 
 
 def _require_fitness(fitness: Fitness, size: int, dtype: Any) -> Any:
@@ -264,6 +307,11 @@ def _require_fitness(fitness: Fitness, size: int, dtype: Any) -> Any:
         return _require_matrix("fitness", fitness, (size, size), dtype)
     require_values("fitness", fitness, jax.ShapeDtypeStruct((size,), dtype))
     return fitness
+
+
+def _guarded(x0: Array, fitness: Any) -> Array:
+    """The start, which is NaN where a traced payoff is bad; what a function returns is seen as it is used."""
+    return x0 if callable(fitness) else guarded_start(x0, fitness)
 
 
 def _payoffs(fitness: Any, x: Array) -> Any:
@@ -280,7 +328,7 @@ def _log_shares(logits: Array, support: Array, ts: Array) -> Array:
     """Log x from logits (T, n), -inf for absent strategies; NaN where the solver gave up."""
     logs = jax.nn.log_softmax(logits, axis=1, where=support[None, :])
     reached = jnp.all(jnp.isfinite(logits), axis=1, keepdims=True)
-    return jnp.where(reached, logs, jnp.nan)
+    return nan_unless(reached, logs)
 
 
 def _masked_speed(fitness: Array, x: Array, support: Array) -> Array:
@@ -301,31 +349,31 @@ def _two_population_field(t, state, args):
     return _masked_speed(row_payoff @ y, x, support_x), _masked_speed(column_payoff.T @ x, y, support_y)
 
 
+# How far a share may be below zero, in a solver's stages too.
+_SLACK = 1e-6
+
+
 def _mutator_field(t, x, args):
     fitness, mutation = args
-    offspring = x * _payoffs(fitness, x)
-    return offspring @ mutation - x * jnp.sum(offspring)
+    births = (x * _payoffs(fitness, x)) @ mutation
+    # Off the simplex there is no field: the solver ends there, also where the state would come back.
+    return nan_unless(jnp.all(x >= -_SLACK), births - x * (jnp.sum(births) / jnp.sum(x)))
 
 
 def _discrete_step(log_x, fitness, background):
     # Fitness of absent strategies is not looked at: it may be negative.
     growth = jnp.where(jnp.isneginf(log_x), 1, fitness + background)
-    growth = jnp.where(growth > 0, growth, jnp.nan)
-    return jax.nn.log_softmax(log_x + jnp.log(growth))
+    return jax.nn.log_softmax(log_x + jnp.log(nan_unless(growth > 0, growth)))
 
 
 def _exponentiated_step(log_x, fitness, learning_rate):
     return jax.nn.log_softmax(log_x + learning_rate * fitness)
 
 
-def _iterate(step, fitness, x0, steps, name, rate, time_step) -> Trajectory:
+def _require_map(fitness: Fitness, x0: ArrayLike, steps: int) -> tuple[Array, Any, int]:
     x0 = require_simplex("x0", x0)
     fitness = _require_fitness(fitness, x0.size, x0.dtype)
-    steps = require_integer("steps", steps, at_least=0)
-    if np.shape(rate) != () or not (is_traced(rate) or np.isfinite(float(rate))):
-        raise ValueError(f"{name} must be a finite number, got {rate}")
-    rate, time_step = jnp.asarray(rate, x0.dtype), jnp.asarray(time_step, x0.dtype)
-    return _scan(step, fitness, x0, steps, rate, time_step)
+    return _guarded(x0, fitness), fitness, require_integer("steps", steps, at_least=0)
 
 
 @eqx.filter_jit
@@ -337,5 +385,18 @@ def _scan(step, fitness, x0, steps, rate, time_step):
     start = jnp.log(x0)
     _, rest = jax.lax.scan(body, start, length=steps)
     logs = jnp.concatenate([start[None, :], rest])
-    ok = all_finite(jnp.exp(logs))
-    return Trajectory(jnp.arange(steps + 1, dtype=x0.dtype) * time_step, logs, ok)
+    ok = all_finite((jnp.exp(logs), rate))
+    ts = jnp.arange(steps + 1, dtype=x0.dtype) * time_step
+    return Trajectory(ts, nan_derivatives(~ok, logs, (fitness, x0, rate)), ok)
+
+
+def _told(path: Trajectory, throw: bool, message: str) -> Trajectory:
+    """The path, or a `RuntimeError` where it failed and that is to be told, from inside of `jit` too."""
+    if not throw:
+        return path
+    if is_traced(path.ok):
+        ok = eqx.error_if(path.ok, ~path.ok, message, on_error="raise")
+        return Trajectory(path.ts, nan_unless(ok, path.ys), ok)
+    if not bool(path.ok):
+        raise RuntimeError(message)
+    return path

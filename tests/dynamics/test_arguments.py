@@ -185,7 +185,7 @@ def test_indices_neither_wrap_nor_clamp():
 HALF = np.array([0.5, 0.5])
 CALLS = {
     "x must be a point of the simplex": (lambda x: replicator.kkt_residual(x, HALF)[0], HALF, [0.5, 0.6]),
-    "hessian must be finite and symmetric": (
+    "hessian must be symmetric": (
         lambda hessian: replicator.condition_number(HALF, hessian),
         np.eye(2),
         np.triu(np.ones((2, 2))),

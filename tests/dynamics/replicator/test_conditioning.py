@@ -183,9 +183,12 @@ def test_the_softmax_flow_is_linearized_with_two_jacobians():
     [
         (lambda: condition_number([0.5, 0.6], np.eye(2)), r"x must be a point of the simplex"),
         (lambda: condition_number([0.5, 0.5], np.eye(3)), r"hessian must have shape \(2, 2\), got shape \(3"),
-        (lambda: condition_bounds([0.5, 0.5], [[1, 2], [0, 1]]), "hessian must be finite and symmetric"),
-        (lambda: condition_bounds([0.5, 0.5], np.full((2, 2), np.nan)), "hessian must be finite and symm"),
-        (lambda: condition_number([1.0], [[1.0]]), "n must be >= 2, got 1"),
+        (
+            lambda: condition_bounds([0.5, 0.5], [[1, 2], [0, 1]]),
+            "hessian must be symmetric, got an asymmetry of 2",
+        ),
+        (lambda: condition_bounds([0.5, 0.5], np.full((2, 2), np.nan)), "hessian must be finite, got NaN"),
+        (lambda: condition_number([1.0], [[1.0]]), r"x must have shape \(n,\) with n >= 2, got shape \(1,\)"),
     ],
 )
 def test_bad_input_is_told(call, message):
