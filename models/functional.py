@@ -20,6 +20,10 @@ def as_function(model: nnx.Module) -> tuple[Callable[[PyTree, Any], Any], PyTree
     The function is a pytree that carries the frozen variables: another model of the same structure gives
     an equal function, which compiles nothing anew where it is passed to `eqx.filter_jit`.
 
+    Raises:
+        ValueError: the model draws random numbers when it is called (`nnx.Dropout`): the same ones at each
+            call, since their state is frozen too.
+
     Example:
         >>> from models.attention import PromptAttention
         >>> predict, params = as_function(PromptAttention([0.0], [1.0], train_value=False))
@@ -31,4 +35,17 @@ def as_function(model: nnx.Module) -> tuple[Callable[[PyTree, Any], Any], PyTree
 
 
 def _predict(structure, frozen, params, inputs):
-    return nnx.merge(structure, params, frozen)(inputs)
+    model = nnx.merge(structure, params, frozen, copy=True)  # a call that draws numbers changes it
+    counts = _counts(model)
+    outputs = model(inputs)
+    if any(before is not after for before, after in zip(counts, _counts(model), strict=True)):
+        raise ValueError(
+            "model must draw no random numbers, which would be the same ones at each call: "
+            "call model.eval(), or train nnx.split(model, nnx.Param, ...) with keys drawn by batches"
+        )
+    return outputs
+
+
+def _counts(model: nnx.Module) -> list[Any]:
+    """How many random numbers were drawn, as the very objects that a draw replaces."""
+    return jax.tree.leaves(nnx.state(model, nnx.RngCount))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ def _identity(params: PyTree) -> PyTree:
 def train(
     loss: Callable[..., Array],
     params: PyTree,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | optax.MultiSteps,
     *,
     steps: int,
     observe: Observe | None = None,
@@ -53,8 +54,10 @@ def train(
 
     Args:
         loss: scalar `loss(params)`, or `loss(params, batch)` where `batches` is given.
-        params: parameters, any pytree of floating arrays.
-        optimizer: an Optax gradient transformation.
+        params: parameters, any pytree of floating arrays. Functions among its leaves, such as the activations
+            of an `eqx.nn.MLP`, are held: `loss` and `observe` see them, what is recorded has None there.
+        optimizer: an Optax gradient transformation. It is handed `value`, `grad` and `value_fn`, which
+            line searches (`optax.lbfgs`) and schedules by the loss (`reduce_on_plateau`) look at.
         steps: number of updates, at least 0.
         observe: function of the parameters whose value is recorded; the parameters themselves where None.
         every: steps between two records.
@@ -76,16 +79,19 @@ def train(
         >>> path.ys.tolist()
         [1.0, 0.5, 0.25]
     """
-    params = _require_run(params, optimizer, steps, every, batches, key, time_step)
+    params, held = _require_params(params)
+    optimizer = _require_run(optimizer, steps, every, batches, key, time_step)
     steps, every = int(steps), int(every)
-    observe = _identity if observe is None else observe
-    last, ys, ok = _train(loss, params, optimizer, steps, observe, every, batches, key)
-    return last, Trajectory(_times(record_steps(steps, every), time_step, params), ys, ok)
+    observe = _identity if observe is None else _of_whole(observe, held)
+    last, ys, ok = _train(_of_whole(loss, held), params, optimizer, steps, observe, every, batches, key)
+    ts = _times(record_steps(steps, every), time_step, params)
+    return eqx.combine(last, held), Trajectory(ts, ys, ok)
 
 
-def _require_run(params, optimizer, steps, every, batches, key, time_step) -> PyTree:
-    """Check what the two drivers share; return the parameters as arrays."""
-    params = _require_params(params)
+def _require_run(optimizer, steps, every, batches, key, time_step) -> optax.GradientTransformation:
+    """Check what the two drivers share; return the optimizer as a transformation."""
+    if isinstance(optimizer, optax.MultiSteps):
+        optimizer = optimizer.gradient_transformation()
     if not isinstance(optimizer, optax.GradientTransformation):
         raise ValueError(
             f"optimizer must be an Optax transformation such as optax.sgd(0.1), got {optimizer!r}"
@@ -102,16 +108,40 @@ def _require_run(params, optimizer, steps, every, batches, key, time_step) -> Py
             raise ValueError(f"batches must have a leading axis of length steps = {steps}, got {lengths}")
     if np.shape(time_step):
         raise ValueError(f"time_step must be one number, got shape {np.shape(time_step)}")
-    return params
+    return optimizer
 
 
-def _require_params(params: PyTree) -> PyTree:
-    """The parameters as arrays, or `ValueError`."""
-    params = jax.tree.map(jnp.asarray, params)
-    dtypes = {leaf.dtype for leaf in jax.tree.leaves(params)}
-    if not dtypes or not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes):
-        raise ValueError(f"params must be floating arrays, got {sorted(map(str, dtypes)) or 'none'}")
-    return params
+def _require_params(params: PyTree) -> tuple[PyTree, PyTree]:
+    """The parameters as arrays, and the functions among them, each with None for the others."""
+    held, numbers = eqx.partition(params, callable)
+
+    def as_parameter(path, leaf):
+        try:
+            array = jnp.asarray(leaf)
+        except (TypeError, ValueError):
+            array = None
+        if array is None or not jnp.issubdtype(array.dtype, jnp.inexact):
+            kind = type(leaf).__name__ if array is None else array.dtype
+            raise ValueError(
+                f"params must be floating arrays, got {kind} at {jax.tree_util.keystr(path) or 'the top'}: "
+                "what is not trained is split off and put back within the loss, for instance by "
+                "eqx.partition(model, eqx.is_inexact_array) or nnx.split(model, nnx.Param, ...)"
+            )
+        return array
+
+    arrays = jax.tree_util.tree_map_with_path(as_parameter, numbers)
+    if not jax.tree.leaves(arrays):
+        raise ValueError("params must be floating arrays, got none")
+    return arrays, held
+
+
+def _of_whole(function: Callable[..., Any], held: PyTree) -> Callable[..., Any]:
+    """The function of the parameters together with what is held, as one of the parameters alone."""
+    return jax.tree_util.Partial(_put_back, function, held) if jax.tree.leaves(held) else function
+
+
+def _put_back(function, held, params, *batch):
+    return function(eqx.combine(params, held), *batch)
 
 
 @eqx.filter_jit
@@ -140,9 +170,27 @@ def _times(marks: np.ndarray | Array, time_step: ArrayLike, params: PyTree) -> A
 
 def _update(state, loss, optimizer, batch):
     """The state after one update; `batch` holds what the loss takes after the parameters."""
-    gradient = jax.grad(loss)(state.params, *batch)
-    updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
-    return TrainState(optax.apply_updates(state.params, updates), optimizer_state, state.step + 1)
+    params, optimizer_state = _descend(state.params, state.optimizer_state, loss, optimizer, batch)
+    return TrainState(params, optimizer_state, state.step + 1)
+
+
+def _descend(params, optimizer_state, loss, optimizer, batch=()):
+    def value_fn(params):
+        return loss(params, *batch)
+
+    def in_the_dtype_of(old, new):
+        # Some transformations start from JAX's default float, whatever the dtype of the parameters.
+        same = jnp.result_type(old) == jnp.result_type(new)
+        return new if same else jnp.asarray(new).astype(jnp.result_type(old))
+
+    value, gradient = jax.value_and_grad(value_fn)(params)
+    offered = {"value": value, "grad": gradient, "value_fn": value_fn}
+    # Some that say they take any more arguments take none, such as optax.contrib.sam: what is taken counts.
+    taken = inspect.signature(optimizer.update).parameters
+    if not any(one.kind is one.VAR_KEYWORD for one in taken.values()):
+        offered = {name: more for name, more in offered.items() if name in taken}
+    updates, moved = optimizer.update(gradient, optimizer_state, params, **offered)
+    return optax.apply_updates(params, updates), jax.tree.map(in_the_dtype_of, optimizer_state, moved)
 
 
 def _advance(state, loss, optimizer, steps, observe, every, batches, key):
@@ -176,7 +224,7 @@ _advance_compiled = eqx.filter_jit(_advance)
 def train_in_chunks(
     loss: Callable[..., Array],
     params: PyTree,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | optax.MultiSteps,
     *,
     steps: int,
     chunk: int,
@@ -225,11 +273,12 @@ def train_in_chunks(
         >>> path.ys.tolist()
         [1.0, 0.5, 0.25, 0.125, 0.0625]
     """
-    params = _require_run(params, optimizer, steps, every, batches, key, time_step)
+    params, held = _require_params(params)
+    optimizer = _require_run(optimizer, steps, every, batches, key, time_step)
     if not isinstance(chunk, (int, np.integer)) or chunk < 1 or chunk % every:
         raise ValueError(f"chunk must be a positive multiple of every = {every}, got {chunk!r}")
     steps, every, chunk = int(steps), int(every), int(chunk)
-    observe = _identity if observe is None else observe
+    loss, observe = _of_whole(loss, held), _identity if observe is None else _of_whole(observe, held)
     state = TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
     first = jax.tree.map(np.asarray, observe(params))
     marks = record_steps(steps, every)
@@ -254,7 +303,8 @@ def train_in_chunks(
             progress(done + count, steps)
     ys = jax.tree.map(jnp.asarray, records)
     ts = _times(marks, time_step, params)
-    return state.params, Trajectory(ts, ys, all_finite(ys) & all_finite(state.params))
+    whole = eqx.combine(state.params, held)
+    return whole, Trajectory(ts, ys, all_finite(ys) & all_finite(state.params))
 
 
 def _write(records: PyTree, start: int, observed: PyTree) -> None:
@@ -418,9 +468,9 @@ class Descent:
             The learning rates (L,) and a `Trajectory` with `ts` (L, points + 1) and leaves
             (L, points + 1, ...); `ok` (L,): the records and the last parameters of a lane are finite.
         """
-        params = _require_params(params)
+        params, held = _require_params(params)
         rates = jnp.asarray(self.rates, jnp.result_type(*jax.tree.leaves(params)))
-        observe = _identity if observe is None else observe
+        loss, observe = _of_whole(loss, held), _identity if observe is None else _of_whole(observe, held)
         precondition = _UNCHANGED if precondition is None else precondition
         counts = jnp.asarray(self.substeps)
         return rates, _train_lanes(loss, params, counts, rates, self.points, observe, precondition)
@@ -432,9 +482,7 @@ def _train_lanes(loss, params, counts, rates, points, observe, precondition):
         optimizer = optax.chain(precondition, optax.sgd(rate))
 
         def update(_, carry):
-            params, state = carry
-            updates, state = optimizer.update(jax.grad(loss)(params), state, params)
-            return optax.apply_updates(params, updates), state
+            return _descend(*carry, loss, optimizer)
 
         def to_next_record(carry, _):
             carry = jax.lax.fori_loop(0, count, update, carry)

@@ -2,7 +2,9 @@
 
 import shutil
 import warnings
+from functools import partial
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import optax
 import pytest
 from flax import nnx
 
+from models.functional import as_function
 from models.training import (
     Descent,
     map_lanes,
@@ -167,6 +170,106 @@ def test_a_flax_module_trains():
     np.testing.assert_allclose(nnx.merge(graph, trained)(x), 1, atol=1e-6)
 
 
+OPTIMIZERS = {
+    "line search": (optax.lbfgs(), ("value", "grad", "value_fn")),
+    "schedule by the loss": (
+        optax.chain(optax.sgd(0.05), optax.contrib.reduce_on_plateau(patience=1, rtol=0.5)),
+        ("value",),
+    ),
+    "gradients of several steps": (optax.MultiSteps(optax.adam(0.1), 3), ()),
+    "takes no more": (optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.01)), ()),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_are_handed_what_they_look_at(name):
+    """In 32-bit, though some of these begin from numbers of JAX's default dtype."""
+    optimizer, takes = OPTIMIZERS[name]
+    batches = np.linspace(-1, 1, 7, dtype=np.float32)
+    params = jax.tree.map(np.float32, PARAMS)
+
+    @jax.jit
+    def step(params, state, batch):
+        value, gradient = jax.value_and_grad(loss)(params, batch)
+        offered = {"value": value, "grad": gradient, "value_fn": partial(loss, batch=batch)}
+        taken = {name: offered[name] for name in takes}
+        updates, state = optimizer.update(gradient, state, params, **taken)
+        return optax.apply_updates(params, updates), state
+
+    last, path = train(loss, params, optimizer, steps=7, batches=batches)
+    chunks, _ = train_in_chunks(loss, params, optimizer, steps=7, chunk=7, batches=batches)
+    assert bool(path.ok)
+    assert_trees_equal(chunks, last)
+    state = optimizer.init(params)
+    for batch in batches:
+        params, state = step(params, state, batch)
+    for name, leaf in last.items():
+        assert leaf.dtype == np.float32
+        np.testing.assert_allclose(leaf, params[name], rtol=2e-5, err_msg=name)
+
+
+def test_a_network_of_equinox_keeps_its_functions():
+    model, x = eqx.nn.MLP(2, 1, 3, 1, activation=jnp.tanh, key=KEY), jnp.eye(2)
+    arrays, held = eqx.partition(model, eqx.is_inexact_array)
+
+    def fit(model):
+        return jnp.mean((jax.vmap(model)(x) - 1) ** 2)
+
+    trained, path = train(fit, model, SGD, steps=4, observe=fit)
+    _, by_hand = train(lambda arrays: fit(eqx.combine(arrays, held)), arrays, SGD, steps=4)
+    chunked, records = train_in_chunks(fit, model, SGD, steps=4, chunk=2)
+    np.testing.assert_array_equal(fit(trained), path.ys[-1])
+    assert_trees_equal(records.ys, by_hand.ys)
+    assert_trees_equal(eqx.filter(chunked, eqx.is_array), eqx.filter(trained, eqx.is_array))
+    with count_compilations() as names:
+        train(
+            fit, eqx.nn.MLP(2, 1, 3, 1, activation=jnp.tanh, key=jax.random.key(0)), SGD, steps=4, observe=fit
+        )
+    assert "jit(_train)" not in names
+    _, lanes = Descent(0.4, 2, (1, 2)).train(fit, model, fit)
+    np.testing.assert_allclose(
+        lanes.ys[0, 1], train(fit, model, optax.sgd(0.2), steps=1, observe=fit)[1].ys[1]
+    )
+
+
+class Dropping(nnx.Module):
+    def __init__(self, rngs):
+        self.linear, self.dropout = nnx.Linear(2, 1, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x, rngs=None):
+        return self.dropout(self.linear(x), rngs=rngs)
+
+
+def test_dropout_draws_anew_at_each_step_or_is_refused():
+    model, x = Dropping(nnx.Rngs(0)), jnp.ones((4, 2))
+    graph, state = nnx.split(model)
+    with pytest.raises(
+        ValueError, match=r"^params must be floating arrays, got .* nnx\.split\(model, nnx\.Param,"
+    ):
+        train(lambda state: jnp.sum(nnx.merge(graph, state)(x)), state, SGD, steps=1)
+
+    predict, params = as_function(model)
+    for call in (predict, jax.jit(predict)):
+        with pytest.raises(
+            ValueError, match=r"^model must draw no random numbers, .* call model\.eval\(\), or"
+        ):
+            call(params, x)
+    predict, params = as_function(nnx.view(model, deterministic=True))
+    np.testing.assert_array_equal(predict(params, x), model.linear(x))
+
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def outputs(params, key):
+        return jnp.sum(nnx.merge(graph, params, rest)(x, rngs=nnx.Rngs(dropout=key)))
+
+    _, path = train(outputs, params, SGD, steps=5, batches=lambda key: key, key=KEY)
+    steps = np.diff(
+        path.ys["linear"]["bias"][...][:, 0]
+    )  # -0.1 for each output, twice for those that are kept
+    np.testing.assert_allclose(steps / -0.2, np.round(steps / -0.2), atol=1e-6)
+    assert len(set(np.round(steps / -0.2))) > 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -176,7 +279,12 @@ def test_a_flax_module_trains():
         ({"batches": np.ones(5)}, r"^batches must have a leading axis of length steps = 4, got \{\(5,\)\}$"),
         ({"batches": (np.ones(4), 1.0)}, r"^batches must have a leading axis of length steps = 4, got"),
         ({"params": {}}, r"^params must be floating arrays, got none$"),
-        ({"params": {"n": np.arange(2)}}, r"^params must be floating arrays, got \['int64'\]$"),
+        ({"params": {"n": np.arange(2)}}, r"^params must be floating arrays, got int64 at \['n'\]: what is"),
+        (
+            {"params": (1.0, "relu")},
+            r"^params must be floating arrays, got str at \[1\]: .* eqx\.partition\(",
+        ),
+        ({"params": jnp.tanh}, r"^params must be floating arrays, got none$"),
         ({"time_step": [0.1, 0.2]}, r"^time_step must be one number, got shape \(2,\)$"),
     ],
 )
