@@ -482,7 +482,8 @@ def _train_lanes(loss, params, counts, rates, points, observe, precondition):
         optimizer = optax.chain(precondition, optax.sgd(rate))
 
         def update(_, carry):
-            return _descend(*carry, loss, optimizer)
+            params, state = carry
+            return _descend(params, state, loss, optimizer)
 
         def to_next_record(carry, _):
             carry = jax.lax.fori_loop(0, count, update, carry)
