@@ -1,15 +1,16 @@
 """From scanning to snapping: attention grows, and then almost stops, near t = K ln(M) / learning_rate_Y.
 
 The closed form of the growth B_n(t) and its printed form stand beside the theorem's own hypothesis,
-integrated. The full population flow tells when attention moves fastest, over classes, vocabularies and
-learning rates. The growth in a trained network follows the flow's at first order in the learning rate.
+integrated. The full population flow tells when attention moves fastest and when scanning turns into snapping,
+over classes, vocabularies and learning rates. Trained networks tell what either learning rate does to the
+sparsity of attention. The growth in a trained network follows the flow's at first order in the learning rate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import equinox as eqx
 import jax
@@ -40,8 +41,8 @@ from sims.claims import (
     slope,
     stated,
 )
-from sims.compare import SOLVE, convergence_order, fit_line, largest, named_lanes, require_ok
-from sims.ranges import Count, Length, Positive, Range, Share
+from sims.compare import SOLVE, convergence_order, fit_line, largest, named_groups, named_lanes, require_ok
+from sims.ranges import Count, Length, Positive, Range, Share, check_ranges
 from sims.results import Context, Saved
 
 # Distinct tokens per class, of weights 0.1 and 1.
@@ -71,9 +72,11 @@ class Config:
     constants: tuple[Positive, ...] = (0.1, 10.0)
     """The theorem's constants C0 of the closed form, besides 1."""
     rates_Z: Rates = (0.1, 0.3, 1.0, 3.0, 10.0)
-    """Increasing learning_rate_Z of the closed form, learning_rate_Y = 1."""
-    rates_Y: Rates = (0.1, 0.3, 1.0, 3.0, 10.0)
-    """Increasing learning_rate_Y of the closed form, learning_rate_Z = 1."""
+    """Increasing learning_rate_Z of trained networks, learning_rate_Y = 1; the first two are at most 1."""
+    rates_Y: Rates = (1.0, 3.0, 10.0)
+    """Increasing learning_rate_Y of trained networks, at least learning_rate_Z = 1."""
+    long_horizon: Positive = 100.0
+    """Time at which the training of these networks ends."""
     shapes: Annotated[tuple[tuple[Size, Size], ...], Length(2)] = ((2, 34), (8, 34), (8, 102))
     """Numbers of classes and vocabulary sizes (K, M) of the full flow; the network has the first."""
     ratios: Annotated[tuple[float, ...], Length(1), Range(above=0, at_most=1)] = (0.01, 0.1, 1.0)
@@ -88,6 +91,17 @@ class Config:
     """Records along a flow, and along the network's training."""
     substeps: Annotated[tuple[Count, ...], Length(2)] = (2, 4, 8, 16)
     """Steps of the network between two records, one per learning rate."""
+
+    def __post_init__(self):
+        check_ranges(self)
+        if self.rates_Z[1] > 1 or self.rates_Z[-2] < 1 or self.rates_Y[0] < 1:
+            wanted = "must begin with two numbers <= 1 and end with two >= 1, and rates_Y be >= 1"
+            raise ValueError(f"rates_Z {wanted}, got {self.rates_Z} and {self.rates_Y}")
+
+    @property
+    def long(self) -> Descent:
+        """Gradient descent of the networks of several rates, in steps of two lengths."""
+        return Descent(self.long_horizon, points=200, substeps=(10, 20))
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -126,47 +140,29 @@ def _growth(settings: jax.Array, ts: jax.Array) -> dict[str, jax.Array]:
         path = integrate(_hypothesis_field, start, ts, tuple(setting), rtol=1e-10, atol=1e-12, **SOLVE)
         sizes = {"learning_rate_Y": rate_Y, "num_classes": K, "vocab_size": M}
         crossover = scan_snap.crossover_time(**sizes)
-        margin = M * scan_snap.decoder_margin(crossover, **sizes)
         # From the second time on: the late forms are infinite at t = 0.
         forms = {name: form(ts[1:], learning_rate_Z=rate_Z, C0=C0, **sizes) for name, form in FORMS.items()}
         integrated = jnp.where(path.ok, -path.ys[1][1:], jnp.nan)
-        return {**forms, "integrated": integrated, "crossover": crossover, "margin": margin}
+        return {**forms, "integrated": integrated, "crossover": crossover}
 
     return jax.vmap(one)(settings, ts)
 
 
 def _closed_form(config: Config) -> dict:
-    """Growth over time by the closed forms and as integrated, and over either learning rate."""
-    most = (config.num_classes[-1], config.vocab_sizes[-1], 1.0)
+    """Growth over time by the closed forms and as integrated, both learning rates one."""
     constants = np.unique([1.0, *config.constants])
     # Settings are K, M, C0, and the learning rates of decoder and attention.
-    groups = {
-        "grid": [(*size, C0, 1.0, 1.0) for C0 in constants for size in config.sizes],
-        "over_Z": [(*most, 1.0, rate) for rate in config.rates_Z],
-        "over_Y": [(*most, rate, 1.0) for rate in config.rates_Y],
-    }
-    settings = np.array([setting for group in groups.values() for setting in group])
-    K, M, _, rate_Y, _ = settings.T
+    settings = np.array([(*size, C0, 1.0, 1.0) for C0 in constants for size in config.sizes])
+    K, M, C0, *_ = settings.T
     # Times in units of K ln(M), with those at which the claims look.
     units = np.unique([0.0, 0.1, 2.0, 200.0, *np.geomspace(1e-2, 400, 93)])
     found = jax.device_get(_growth(settings, (K * np.log(M))[:, None] * units))
-    off = found["crossover"] * rate_Y / (K * (np.log(M) + 1)) - 1
-    group = np.repeat(list(groups), [len(each) for each in groups.values()])
-    shown, over_Z = (group == "grid") & (settings[:, 2] == 1), group == "over_Z"
+    shown = C0 == 1
     return {
         "unit": ("unit", units[1:]),
-        "rate_Z": ("rate_Z", np.array(config.rates_Z)),
-        "rate_Y": ("rate_Y", np.array(config.rates_Y)),
         "growth": ("size unit", {name: found[name][shown] for name in (*FORMS, "integrated")}),
         "growth_gap": largest(found["closed"] - found["integrated"]),
-        "crossover": {
-            "grid": ("size", found["crossover"][shown]),
-            "over_Z": ("rate_Z", found["crossover"][over_Z]),
-        },
-        "crossover_excess": largest(np.exp(found["margin"]) / (M - 1) - 1),
-        "crossover_error": largest(off[np.max(M) == M]),
-        "over_Z": ("rate_Z unit", {name: found[name][over_Z] for name in ("closed", "printed")}),
-        "over_Y": ("rate_Y unit", found["closed"][group == "over_Y"]),
+        "size_crossover": ("size", found["crossover"][shown]),
     }
 
 
@@ -177,9 +173,15 @@ def _lane(shape: tuple[int, int], units: np.ndarray, overlap: float, rate_Y: flo
     return classes, np.array([rate_Y, rate_Z]), units * (K * np.log(M) / rate_Y)
 
 
+def _confidence(weights: scan_snap.Weights, classes: SequenceClasses) -> jax.Array:
+    """Probability of the next token of the first class."""
+    f = scan_snap.attended_features(weights.Z, classes.P, classes.query)[0]
+    return jax.nn.softmax(f @ weights.Y)[classes.next_token[0]]
+
+
 @eqx.filter_jit
 def _solve(flow, lanes: dict[str, tuple]) -> dict[str, Trajectory]:
-    """A flow in every lane: xi by the flow's own formula, |z'| of the first class's likeliest token."""
+    """A flow in every lane: xi by its own formula, and of the first class |z'| and the next token."""
 
     def one(lane):
         classes, (rate_Y, rate_Z), ts = lane
@@ -192,7 +194,8 @@ def _solve(flow, lanes: dict[str, tuple]) -> dict[str, Trajectory]:
                 xi = scan_snap.weak_growth_rate(weights.Z, classes, t, rate_Y)
             else:
                 xi = scan_snap.growth_rate(weights, classes)
-            return {"growth_rate": xi, "speed": jnp.abs(velocity[classes.query[0], likeliest])}
+            speed = jnp.abs(velocity[classes.query[0], likeliest])
+            return {"growth_rate": xi, "speed": speed, "confidence": _confidence(weights, classes)}
 
         return Trajectory(ts, jax.vmap(measure)(ts, path.ys), path.ok)
 
@@ -206,7 +209,7 @@ def _solved(flow, lanes: dict[str, tuple]) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _peaks(config: Config, context: Context, network: tuple) -> tuple[dict, np.ndarray]:
-    """When attention moves fastest along the full flow, over shapes and rates; xi in the network's lane."""
+    """When attention moves fastest and the next token is even, over shapes and rates; xi for the network."""
     units = np.concatenate([[0], np.geomspace(0.1, 5, config.points)])
     slowest = config.ratios[0]
     weak = {f"ratio {ratio}": (config.overlap, 1.0, ratio) for ratio in config.ratios}
@@ -224,15 +227,78 @@ def _peaks(config: Config, context: Context, network: tuple) -> tuple[dict, np.n
         solved.append(_solved(scan_snap.population_flow, lanes))
     speeds = [{name: paths[name]["speed"][1:] for name in settings} for paths in solved]
     peaks = {name: units[1:][np.argmax([speed[name] for speed in speeds], axis=1)] for name in settings}
+    K, M = np.array(config.shapes).T
+    even = np.array([[_even(paths[name]["confidence"], units) for name in weak] for paths in solved])
     measured = {
-        "flow_unit": ("flow_unit", units[1:]),
         "ratio": ("ratio", np.array(config.ratios)),
         "weak_peak": ("shape ratio", np.stack([peaks[name] for name in weak], axis=1)),
         "peak": ("shape", {name: peak for name, peak in peaks.items() if name not in weak}),
-        "speed": ("shape flow_unit", np.array([speed[f"ratio {slowest}"] for speed in speeds])),
-        "first_speed": ("flow_unit", {name: speeds[0][name] for name in ("fast", "strong")}),
+        "even": ("shape ratio", (K * np.log(M))[:, None] * even),
+        "crossover": ("shape", [_crossover(shape) for shape in config.shapes]),
     }
     return measured, solved[0]["network"]["growth_rate"]
+
+
+def _crossover(shape: tuple[int, int]) -> float:
+    K, M = shape
+    return float(scan_snap.crossover_time(1.0, num_classes=K, vocab_size=M))
+
+
+def _even(confidence: np.ndarray, ts: np.ndarray) -> float:
+    """When the next token is as likely as all others together."""
+    return float(np.interp(0.5, confidence, ts))
+
+
+@eqx.filter_jit
+def _train_long(descent: Descent, lanes: tuple) -> Trajectory:
+    """Networks trained in every lane of classes and learning rates of decoder and attention."""
+
+    def one(lane):
+        classes, (rate_Y, rate_Z) = lane
+        loss, params = population_loss(classes)
+
+        def observe(params):
+            weights = observe_weights(params)
+            return {
+                "growth_rate": scan_snap.growth_rate(weights, classes)[0],
+                "entropy": scan_snap.distinct_entropy(weights.Z, classes)[0],
+                "confidence": _confidence(weights, classes),
+            }
+
+        return descent.train(loss, params, observe, scale_by_name(Y=rate_Y, Z=rate_Z))[1]
+
+    return jax.vmap(one)(lanes)
+
+
+def _over_rates(config: Config) -> dict:
+    """Sparsity of trained attention over either learning rate, and its growth at a small one."""
+    K, M = shape = config.shapes[0]
+    weak, strong = (
+        one_common_token(overlap, K, num_distinct=DISTINCT, vocab_size=M)
+        for overlap in (config.overlap, STRONG_OVERLAP)
+    )
+    families = {
+        "over_Z": [(weak, np.array([1.0, rate])) for rate in config.rates_Z],
+        "over_Y": [(weak, np.array([rate, 1.0])) for rate in config.rates_Y],
+        "strong_over_Y": [(strong, np.array([rate, 1.0])) for rate in config.rates_Y],
+    }
+    paths = named_groups(Partial(_train_long, config.long), families)
+    require_ok("training", *paths.values())
+    # The finest steps of the smallest learning_rate_Z: what the closed form says does not depend on C0 there.
+    ts, slowest = config.long.times, jax.tree.map(lambda leaf: leaf[0, -1], paths["over_Z"].ys)
+    B = scan_snap.growth_along(slowest["growth_rate"][:, None], ts, config.rates_Z[0])[1:, 0]
+    exponent = ts[1:] * config.rates_Z[0] * slowest["growth_rate"][1:] / B
+    marks = [K * np.log(M) / 10, _crossover(shape), ts[-1]]
+    return {
+        "rate_Z": ("rate_Z", np.array(config.rates_Z)),
+        "rate_Y": ("rate_Y", np.array(config.rates_Y)),
+        "long_time": ("long_time", ts),
+        "entropy": {
+            name: (f"rate_{name[-1]} step long_time", path.ys["entropy"]) for name, path in paths.items()
+        },
+        "trained_even": ("step", [_even(row, ts) for row in paths["over_Z"].ys["confidence"][0]]),
+        "exponent": ("mark", np.interp(marks, ts[1:], exponent)),
+    }
 
 
 def _observe(classes: SequenceClasses, params) -> jax.Array:
@@ -271,36 +337,18 @@ def run(config: Config, context: Context) -> dict:
     units = np.linspace(0, config.horizon, config.points + 1)
     lane = _lane(config.shapes[0], units, STRONG_OVERLAP, 1.0, config.trained_ratio)
     peaks, full = _peaks(config, context, lane)
-    context.progress("training the network", 0.7)
-    return {**closed_form, **peaks, **_network(config, lane, full)}
+    context.progress("training networks at several rates", 0.6)
+    over_rates = _over_rates(config)
+    context.progress("training the network", 0.8)
+    return {**closed_form, **peaks, **over_rates, **_network(config, lane, full)}
 
 
 def claims(config: Config, saved: Saved) -> Iterator[Claim]:
     """The closed form and what it says of learning rates, the peak of the flow, and the network."""
     yield _closed_form_claim(saved)
-    excess, error = saved["crossover_excess"], saved["crossover_error"]
-    root, next_order = "a root to machine precision, of size ln M", "3 / M and ln(M) / M over ln(M) + 1"
-    yield stated(
-        "crossover",
-        "Scanning turns into snapping, exp(M h) = M - 1, at about K (ln(M) + 1) / learning_rate_Y",
-        "tian2023scan, Theorem 4 (derived here: twice K ln(M) is where its late form is good)",
-        at_most("exp(M h) / (M - 1) - 1 at the crossover", excess, 1e-9, why=root),
-        at_most("relative error of the estimate, largest M", error, 0.01, why=next_order),
-    )
+    yield _crossover_claim(config, saved)
     yield _peak_time(config, saved)
-    rising, denser = np.diff(saved["over_Z/closed"], axis=0) > 0, np.diff(saved["over_Y"], axis=0)
-    early, late = saved["unit"] <= 1 / saved["rate_Y"][-1], saved["unit"] >= 2 / saved["rate_Y"][0]
-    yield qualified(
-        "rates",
-        "Larger learning_rate_Z gives sparser attention, larger learning_rate_Y denser attention",
-        "tian2023scan, Theorem 4",
-        condition="it is late, for learning_rate_Y: early on B grows with it",
-        inside=[
-            every("B rises with learning_rate_Z, all times", rising),
-            every("B falls with learning_rate_Y, after 2 K ln(M) / rate_Y", denser[:, late] < 0),
-        ],
-        outside=[every("B rises with learning_rate_Y, before K ln(M) / rate_Y", denser[:, early] > 0)],
-    )
+    yield _rates(config, saved)
     order, gap = convergence_order(saved["rate"], saved["gap"]).slope, saved["reduced_gap"]
     peak, wrong = saved["fastest/network"] / saved["fastest/full"], "what a wrong flow looks like"
     yield stated(
@@ -336,6 +384,58 @@ def _closed_form_claim(saved: Saved) -> Claim:
     )
 
 
+def _crossover_claim(config: Config, saved: Saved) -> Claim:
+    closed, even, trained = saved["crossover"], saved["even"], saved["trained_even"]
+    flow = even / closed[:, None]
+    worst, trained = flow.flat[np.argmax(abs(flow - 1))], trained[-1] / closed[0]
+    (K, M), early, at, late = config.shapes[0], *saved["exponent"]
+    # For small B, with u = M h, the exponent is 2 t u' / u, and u' = M / (2 K (M - 1)) at the crossover.
+    derived, end = 1 + (M - 2) / ((M - 1) * np.log(M - 1)), 2 / np.log(M * config.long_horizon / K)
+    overlap = f"classes overlap by {config.overlap:g}, up to seven others"
+    moved = "attention that has moved, and the overlap"
+    return stated(
+        "crossover",
+        "Growth of attention turns from scanning (t^2) to snapping (ln^2 t) where the next token has "
+        "probability 1/2, at K (ln(M - 1) (M - 1) / M + (M - 2) / M) / learning_rate_Y, about K (ln(M) + 1)",
+        "tian2023scan, Theorem 4 (derived here; trained networks and the full flow at rate_Z <= rate_Y)",
+        equals("its time in a trained network over the derived one", trained, 1.0, 0.05, why=overlap),
+        equals("the same along the full flow, all shapes and ratios, worst", worst, 1.0, 0.05, why=overlap),
+        equals("power of t in trained growth at 0.1 K ln(M)", early, 2.0, 0.1, why="u is linear so early"),
+        equals("the same at the crossover, 1 + (M - 2) / ((M - 1) ln(M - 1))", at, derived, 0.15, why=moved),
+        equals("the same at the end, 2 / ln(M t / K)", late, end, 0.15, why=moved),
+    )
+
+
+def _rates(config: Config, saved: Saved) -> Claim:
+    entropy, ts, (K, M) = saved["entropy"], saved["long_time"], config.shapes[0]
+    # From one rate to the next, at either length of steps and at every time but the first.
+    over = {name: np.diff(path, axis=0)[..., 1:] for name, path in entropy.items()}
+    slow = saved["rate_Z"][1:] <= 1
+    unit = ts[1:] * saved["rate_Y"][:-1, None, None] / (K * np.log(M))
+    unit = np.broadcast_to(unit, over["over_Y"].shape)
+    return qualified(
+        "rates",
+        "Larger learning_rate_Z gives sparser attention, larger learning_rate_Y denser attention",
+        "tian2023scan, Theorem 4 (in trained networks, by the entropy of attention over the distinct tokens)",
+        condition="learning_rate_Z <= learning_rate_Y, classes hardly overlap, and late for learning_rate_Y",
+        inside=[
+            every("falls with learning_rate_Z up to learning_rate_Y, all times", over["over_Z"][slow] < 0),
+            every("rises with learning_rate_Y, after 2 K ln(M) / rate_Y", over["over_Y"][unit >= 2] > 0),
+        ],
+        outside=[
+            every("falls with learning_rate_Y, before K ln(M) / (2 rate_Y)", over["over_Y"][unit <= 0.5] < 0),
+            every(
+                "rises from the last learning_rate_Z but one to the last, at the end",
+                over["over_Z"][-1, :, -1] > 0,
+            ),
+            every(
+                f"falls from the first learning_rate_Y to the next, overlap {STRONG_OVERLAP:g}, at the end",
+                over["strong_over_Y"][0, :, -1] < 0,
+            ),
+        ],
+    )
+
+
 def _peak_time(config: Config, saved: Saved) -> Claim:
     weak, fast, strong = saved["weak_peak"], saved["peak/fast"], saved["peak/strong"]
     K, M = np.array(config.shapes).T
@@ -367,34 +467,12 @@ def _peak_time(config: Config, saved: Saved) -> Claim:
 
 
 def figure(config: Config, saved: Saved) -> Figure:
-    """The growth over time, over learning rates, the peak of every shape, and the trained network."""
+    """The growth over time, sparsity over learning rates, times over shapes, and the trained network."""
     drawn, axes = plotting.new_figure(2, 2, width=4.8, height=3.6)
-    (over_time, over_rates), (peaks, network) = axes
+    (over_time, over_rates), (times, network) = axes
     _draw_growth(over_time, config, saved)
-    units, K, M = saved["unit"], config.num_classes[-1], config.vocab_sizes[-1]
-    ts = units * (K * np.log(M))
-    for index, rate in enumerate(saved["rate_Z"]):
-        label = f"rate_Z = {rate:g} rate_Y"
-        over_rates.plot(ts, saved["over_Z/closed"][index], color=f"C{index}", label=label)
-        late = ts >= saved["crossover/over_Z"][index]
-        over_rates.plot(ts[late], saved["over_Z/printed"][index][late], **plotting.PRINTED)
-    over_rates.plot([], [], label="printed", **plotting.PRINTED)
-    over_rates.set(xscale="log", xlabel="time × learning_rate_Y", ylabel="growth B", ylim=(-0.5, 16))
-    over_rates.set_title("Larger learning_rate_Z, more growth and earlier")
-    over_rates.legend(loc="upper left", ncols=2)
-
-    def draw_speed(speed, **style):
-        peaks.plot(saved["flow_unit"], speed / speed.max(), **style)
-
-    for index, (K, M) in enumerate(config.shapes):
-        draw_speed(saved["speed"][index], color=f"C{index}", label=f"K = {K}, M = {M}")
-    draw_speed(saved["first_speed/fast"], color="0.45", linestyle="--", label="rate_Z = 10 rate_Y")
-    draw_speed(saved["first_speed/strong"], color="0.45", linestyle=":", label="classes overlap by 0.72")
-    peaks.plot([1, 1], [0, 1], color="0.7", linewidth=1)
-    peaks.set(xscale="log", ylim=(0, 1.9), ylabel="|z'| / its maximum")
-    peaks.set_xlabel("time / (K ln(M) / learning_rate_Y)")
-    peaks.set_title("When attention moves fastest, full flow")
-    peaks.legend(loc="upper left", ncols=2)
+    _draw_sparsity(over_rates, saved)
+    _draw_times(times, config, saved)
 
     ts = saved["time"]
     for color, name, rate in (("C0", "coarsest", saved["rate"][0]), ("C1", "finest", saved["rate"][-1])):
@@ -415,15 +493,66 @@ def _draw_growth(ax: Axes, config: Config, saved: Saved) -> None:
     count = len(config.sizes)
     for index, row in enumerate((0, count // 2, count - 1)):
         growth = {name: form[row] for name, form in saved["growth"].items()}
-        (K, M), crossover = config.sizes[row], saved["crossover/grid"][row]
+        (K, M), crossover = config.sizes[row], saved["size_crossover"][row]
         unit = K * np.log(M)
         ts = saved["unit"] * unit
         ax.plot(ts, growth["closed"], color=f"C{index}", label=f"K = {K}, M = {M}", **plotting.TRAINED)
         for form, where in (("scanning", ts <= unit), ("snapping", ts >= 2 * unit)):
             ax.plot(ts[where], growth[form][where], **plotting.THEORY)
+        ax.plot(ts[ts >= unit], growth["printed"][ts >= unit], **{**plotting.PRINTED, "color": f"C{index}"})
         ax.plot(crossover, np.interp(crossover, ts, growth["closed"]), "o", color=f"C{index}", zorder=6)
     ax.plot([], [], label="early and late form", **plotting.THEORY)
+    ax.plot([], [], label="late form, as printed", **plotting.PRINTED)
     ax.plot([], [], "o", color="0.3", label="crossover")
-    ax.set(xscale="log", xlabel="time, both learning rates 1", ylabel="growth B")
-    ax.set_title("Scanning, then snapping")
-    ax.legend(loc="upper left")
+    ax.set(xscale="log", yscale="log", xlabel="time, both learning rates 1", ylabel="growth B")
+    ax.set(ylim=(1e-4, 20), title="Scanning, then snapping")
+    ax.legend(loc="lower right")
+
+
+def _draw_sparsity(ax: Axes, saved: Saved) -> None:
+    """How much sparser attention of trained networks has become, at the finest steps."""
+    ts, paths = saved["long_time"][1:], saved["entropy"]
+
+    def draw(path, label, **style):
+        fall = 1e3 * (path[-1, 0] - path[-1, 1:])
+        (line,) = ax.plot(ts, fall, **style)
+        _name(ax, ts[-1], fall[-1], label, line.get_color())
+
+    for index, rate in enumerate(saved["rate_Z"]):
+        draw(paths["over_Z"][index], "both rates 1" if rate == 1 else f"rate_Z = {rate:g}", color=f"C{index}")
+    for index, rate in enumerate(saved["rate_Y"]):
+        if rate > 1:
+            draw(paths["over_Y"][index], f"rate_Y = {rate:g}", color="0.35", linestyle="--")
+    ax.set(xscale="log", xlim=(0.4, 14 * ts[-1]), xlabel="time = learning rate × step")
+    ax.set_ylabel("fall of the entropy [nats / 1000]")
+    ax.set_title("Trained attention gets sparser; the other rate is 1")
+
+
+def _draw_times(ax: Axes, config: Config, saved: Saved) -> None:
+    """When attention moves fastest, and when the next token is even, for every shape."""
+    K, M = np.array(config.shapes).T
+    unit, places, last = K * np.log(M), np.arange(len(K)), len(K) - 1
+    circles: dict[str, Any] = {"ms": 8, "mfc": "none", "color": "C0"}
+    even, crossover = saved["even"][:, 0] / unit, saved["crossover"] / unit
+    series = {
+        f"fastest, overlap {STRONG_OVERLAP:g}": (saved["peak/strong"], "^", {"color": "C3"}),
+        "next token has probability 1/2": (even, "o", circles),
+        f"fastest, rate_Z = {saved['ratio'][0]:g} rate_Y": (saved["weak_peak"][:, 0], "s", {"color": "C1"}),
+        f"fastest, rate_Z = {saved['ratio'][-1]:g} rate_Y": (saved["weak_peak"][:, -1], "D", {"color": "C4"}),
+        f"fastest, rate_Z = {FAST_RATIO:g} rate_Y": (saved["peak/fast"], "v", {"color": "C2"}),
+    }
+    for label, (values, marker, style) in series.items():
+        ax.plot(places, values, marker, **style)
+        _name(ax, last + 0.15, values[-1], label, style["color"])
+    ax.plot(0, saved["trained_even"][-1] / unit[0], "*", color="C0", label="probability 1/2, trained network")
+    ax.plot(places, crossover, label="crossover, closed form", **plotting.THEORY)
+    plotting.label_ticks(ax, places, [f"K = {k}\nM = {m}" for k, m in config.shapes])
+    ax.set(xlim=(-0.4, last + 0.9 * len(K)), ylim=(0, 3), xlabel="classes and vocabulary")
+    ax.set(ylabel="time / (K ln(M) / learning_rate_Y)", title="When attention turns, full flow")
+    ax.legend(loc="upper right")
+
+
+def _name(ax: Axes, x: float, y: float, label: str, color: Any) -> None:
+    """Write what a curve is to the right of its end."""
+    place: dict[str, Any] = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+    ax.annotate(label, (x, y), color=color, fontsize=8, **place)
