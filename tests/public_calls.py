@@ -292,7 +292,7 @@ CALLS: dict[str, Call] = {
         u0=Real(FACTORS["u0"].value, (np.array([0.5, -0.5]),)),
         v0=FACTORS["v0"],
         log_inv_alpha=POSITIVE,
-        taus=Real(TIMES.value, (*TIMES.bad, np.array([-0.2, 0.3]))),
+        taus=Real(TIMES.value, (*TIMES.bad, np.array([-0.2, 0.3])), "shorter"),
     ),
     "dynamics.incremental.greedy": call(
         lambda f, u0, v0: f(PULL, 2, max_stages=2, u0=u0, v0=v0),

@@ -17,15 +17,20 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from dynamics.arguments import require_finite, require_positive, require_same_shape
-from dynamics.flow import (
+from dynamics.arguments import (
     ArrayLike,
-    Trajectory,
-    as_inexact,
-    integrate,
+    as_real,
+    brief,
+    cast,
     is_traced,
+    nan_unless,
+    require_every,
+    require_finite,
+    require_positive,
+    require_shapes,
     require_times,
 )
+from dynamics.flow import Trajectory, integrate, nan_derivatives
 
 NegGradient = Callable[[Any], Any]
 
@@ -95,7 +100,7 @@ def conserved_quantity(u: ArrayLike, v: ArrayLike) -> Array:
         >>> conserved_quantity([2.0], [1.0]).tolist()
         [3.0]
     """
-    u, v = as_inexact(u), as_inexact(v)
+    u, v = as_real("u", u), as_real("v", v)
     return (u - v) * (u + v)
 
 
@@ -112,18 +117,16 @@ def canonical_start(u0: ArrayLike, v0: ArrayLike) -> tuple[Float[Array, " p"], F
         v0: second factors, (p,).
 
     Returns:
-        w0 and z0, (p,) each; z0 = 0 where the magnitudes are equal.
+        w0 and z0, (p,) each; one of them is zero where the magnitudes are equal.
 
     Raises:
-        ValueError: the shapes are not one shape (p,).
+        ValueError: the shapes are not one shape (p,), or a number is not finite.
 
     Example:
         >>> [x.tolist() for x in canonical_start([1.0, -1.0], [-2.0, 0.5])]
         [[1.0, 0.5], [3.0, 1.5]]
     """
-    u0, v0 = as_inexact(u0), as_inexact(v0)
-    require_same_shape("(p,)", [1], u0=u0, v0=v0)
-    return _canonical(u0, v0)
+    return _canonical(*require_factors(u0, v0))
 
 
 @jax.jit
@@ -170,7 +173,7 @@ def raw_flow(
         A `Trajectory` whose `ys` are `Products`, (T, p) each.
 
     Raises:
-        ValueError: shapes, times or tolerances are bad.
+        ValueError: a shape, a number, a time or a tolerance is bad.
         RuntimeError: the solve failed and `throw` is true.
 
     Example:
@@ -178,9 +181,8 @@ def raw_flow(
         >>> [round(float(x[-1, 0]), 6) for x in raw_flow(g, [1.0], [0.5], [0.0, 20.0]).ys]  # u v = 2
         [1.55237, 1.288353]
     """
-    u0, v0 = as_inexact(u0), as_inexact(v0)
-    require_same_shape("(p,)", [1], u0=u0, v0=v0)
-    require_gradient(neg_gradient, u0.shape[0], u0.dtype)
+    u0, v0 = require_factors(u0, v0)
+    neg_gradient = require_gradient(neg_gradient, u0.size, u0.dtype)
     return integrate(
         _raw_field,
         Products(u0, v0),
@@ -242,7 +244,8 @@ def log_flow(
         adjoint: how the solve is differentiated, as for `dynamics.flow.integrate`.
 
     Returns:
-        A `Trajectory` with `ts` = taus whose `ys` are `LogProducts`, (T, p) each.
+        A `Trajectory` with `ts` = taus whose `ys` are `LogProducts`, (T, p) each. Where it is not `ok`, all
+        their derivatives are NaN.
 
     Raises:
         ValueError: u0 and v0 have equal magnitude in a coordinate (the product could never take one of its
@@ -255,14 +258,12 @@ def log_flow(
         >>> path.ys.beta[:, 0].round(6).tolist()  # active from 1 / g(0) = 0.5 on
         [0.0, 2.0]
     """
-    w0, z0 = canonical_start(u0, v0)
+    w0, z0 = require_start(u0, v0)
     dtype = w0.dtype
-    require_different(w0, z0)
     lam = require_positive("log_inv_alpha", log_inv_alpha, dtype)
-    require_gradient(neg_gradient, w0.shape[0], dtype)
-    taus = require_times(taus, dtype)
-    if not is_traced(taus) and float(taus[0]) < 0:
-        raise ValueError(f"taus must not be negative, got {float(taus[0]):g}")
+    neg_gradient = require_gradient(neg_gradient, w0.size, dtype)
+    taus = require_times(taus, dtype, "taus")
+    taus = require_every("taus", taus, lambda tau: tau >= 0, ">= 0")
 
     double = jnp.finfo(dtype).bits >= 64
     if solver is None:
@@ -271,12 +272,12 @@ def log_flow(
     rtol = (1e-7 if double else 1e-4) if rtol is None else rtol
     atol = (1e-9 if double else 1e-6) if atol is None else atol
 
-    b0, times, args = _log_problem(w0, z0, lam, taus)
+    b0, times, constants = _log_problem(w0, z0, lam, taus)
     path = integrate(
         _log_field,
         b0,
         times,
-        (neg_gradient, *args),
+        (neg_gradient, *constants),
         solver=solver,
         rtol=rtol,
         atol=atol,
@@ -284,22 +285,29 @@ def log_flow(
         throw=throw,
         adjoint=adjoint,
     )
-    products, within = _log_products(path.ys, *args)
-    if throw and not is_traced(within) and not bool(within):
-        raise RuntimeError(
-            "log_flow: a product grew above 1e8, the most there may be; has the loss no minimum?"
-        )
-    return Trajectory(taus, products, path.ok & within)
+    products, within = _log_products(path.ys, *constants)
+    ok = path.ok & within
+    if throw:
+        message = "log_flow: a product grew above 1e8, the most there may be; has the loss no minimum?"
+        if not is_traced(ok) and not bool(ok):
+            raise RuntimeError(message)
+        if is_traced(ok):
+            # As `integrate` does: derivatives need the states no more, but this choice.
+            ok = eqx.error_if(ok, ~ok, message, on_error="raise")
+            products = jax.tree.map(lambda leaf: nan_unless(ok, leaf), products)
+    return Trajectory(taus, nan_derivatives(~ok, products, (neg_gradient, b0, times, constants)), ok)
 
 
 @jax.jit
 def _log_problem(w0, z0, lam, taus):
-    """Start, times and constants of the flow; NaN where a traced argument is bad."""
-    good = jnp.all(jnp.minimum(w0, z0) > 0) & (lam > 0) & (taus[0] >= 0)
-    b0 = 1 - jnp.log(jnp.where(good, w0, jnp.ones_like(w0))) / jnp.where(good, lam, jnp.ones_like(lam))
+    """Start, times and constants of the flow. The start is NaN where an argument is."""
+    b0 = 1 - jnp.log(w0) / lam
     # The flow starts a hair before zero, so that taus[0] = 0 can be asked for.
-    start = jnp.where(good, -1e-30, jnp.nan).astype(w0.dtype)
-    return b0, jnp.concatenate([start[None], taus]), (lam, jnp.log(w0 * z0))
+    start = jnp.full(1, -1e-30, w0.dtype)
+    # Implicit solvers differentiate all lanes alike: where one has NaN inside of them, all derivatives are.
+    good = jnp.all(jnp.isfinite(b0))
+    constants = jnp.where(good, lam, 1), jnp.where(good, jnp.log(w0 * z0), 0)
+    return b0, jnp.concatenate([start, taus]), constants
 
 
 @jax.jit
@@ -323,25 +331,42 @@ def _log_field(tau, b, args):
     return -neg_gradient(_beta(b, lam, log_c))
 
 
-def require_different(w0: Array, z0: Array) -> None:
-    """`ValueError` unless the factors of every product are finite and differ in magnitude."""
-    if is_traced(w0, z0):
-        return
-    require_finite("u0 and v0", w0)
-    equal = np.flatnonzero(np.minimum(np.asarray(w0), np.asarray(z0)) <= 0)
-    if equal.size:
-        raise ValueError(
-            f"u0 and v0 must differ in magnitude, got equal ones in coordinate {equal[0]}: "
-            "its product can take one sign only"
-        )
+def require_factors(u0: ArrayLike, v0: ArrayLike) -> tuple[Array, Array]:
+    """First and second factors, which are finite, of one shape (p,) and of one dtype."""
+    u0, v0 = as_real("u0", u0), as_real("v0", v0)
+    require_shapes(u0=(u0, "p"), v0=(v0, "p"))
+    dtype = jnp.promote_types(u0.dtype, v0.dtype)
+    return cast(require_finite("u0", u0), dtype), cast(require_finite("v0", v0), dtype)
 
 
-def require_gradient(neg_gradient: Any, size: int, dtype: Any) -> None:
-    """`ValueError` unless neg_gradient maps (p,) to (p,)."""
+def require_start(u0: ArrayLike, v0: ArrayLike, dtype: Any = None) -> tuple[Array, Array]:
+    """`canonical_start` of factors that differ in magnitude, both of which are then positive."""
+    u0, v0 = require_factors(u0, v0)
+    if not is_traced(u0, v0):
+        equal = np.flatnonzero(np.abs(np.asarray(u0)) == np.abs(np.asarray(v0)))
+        if equal.size:
+            raise ValueError(
+                f"u0 and v0 must differ in magnitude, got equal ones in coordinate {equal[0]}: "
+                "its product can take one sign only"
+            )
+    w0, z0 = _canonical(u0, v0)
+    good = jnp.minimum(w0, z0) > 0
+    return nan_unless(good, w0), nan_unless(good, z0)
+
+
+def require_gradient(neg_gradient: Any, size: int, dtype: Any) -> NegGradient:
+    """The negative gradient, a function from (p,) to (p,), with the tracers in it as leaves of a pytree.
+
+    What a function closes over is hidden from the rules of differentiation for failures.
+    """
     if not callable(neg_gradient):
-        raise ValueError(f"neg_gradient must be a function of beta, got {neg_gradient!r}")
-    found = eqx.filter_eval_shape(neg_gradient, jax.ShapeDtypeStruct((size,), dtype))
+        raise ValueError(f"neg_gradient must be a function of beta, got {brief(neg_gradient)}")
+    beta = jax.ShapeDtypeStruct((size,), dtype)
+    converted = eqx.filter_closure_convert(neg_gradient, beta)
+    found = eqx.filter_eval_shape(converted, beta)
     if getattr(found, "shape", None) != (size,) or found.dtype != dtype:
         raise ValueError(
             f"neg_gradient must map beta of shape ({size},) and {jnp.dtype(dtype)} to the same, got {found}"
         )
+    # A function without tracers stays the object that it is, so that nothing is compiled anew.
+    return converted if is_traced(eqx.filter(converted, eqx.is_array)) else neg_gradient

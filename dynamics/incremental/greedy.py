@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import diffrax
@@ -11,11 +12,24 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 
-from dynamics.arguments import require_integer, require_same_shape, require_sizes
-from dynamics.flow import ArrayLike, as_inexact, integrate_until, is_traced
-from dynamics.incremental.flows import NegGradient, canonical_start, require_different, require_gradient
+from dynamics.arguments import (
+    ArrayLike,
+    as_real,
+    cast,
+    is_traced,
+    nan_unless,
+    require_dtype,
+    require_every,
+    require_finite,
+    require_integer,
+    require_shapes,
+    require_sizes,
+)
+from dynamics.flow import integrate_until, nan_derivatives
+from dynamics.incremental.flows import NegGradient, require_gradient, require_start
 
 # A coordinate that enters starts its stage at this product.
 _ENTRY = 1e-10
@@ -72,18 +86,22 @@ def time_until_active(b: ArrayLike, gradient: ArrayLike) -> Float[Array, " p"]:
         gradient: the negative loss gradient g with respect to the products, (p,).
 
     Returns:
-        Times, (p,).
+        Times, (p,); NaN where a traced number is bad.
 
     Raises:
-        ValueError: the shapes are not one shape (p,).
+        ValueError: the shapes are not one shape (p,), or a number is not finite or out of range.
 
     Example:
         >>> time_until_active([1.0, 0.5, 1.0], [2.0, -3.0, 0.0]).tolist()
         [0.5, 0.5, inf]
     """
-    b, g = as_inexact(b), as_inexact(gradient)
-    require_same_shape("(p,)", [1], b=b, gradient=g)
-    return _time_until_active(b, g)
+    b, g = as_real("b", b), as_real("gradient", gradient)
+    require_shapes(b=(b, "p"), gradient=(g, "p"))
+    dtype = jnp.promote_types(b.dtype, g.dtype)
+    slack = float(jnp.finfo(dtype).eps) ** 0.5
+    b = require_every("b", b, lambda b: (b >= -slack) & (b <= 2 + slack), "between 0 and 2")
+    times = _time_until_active(cast(b, dtype), cast(require_finite("gradient", g), dtype))
+    return nan_unless(~jnp.isnan(b), times)
 
 
 @jax.jit
@@ -116,7 +134,9 @@ def greedy(
     theorem excludes this case. What they settle to may depend on the proportions of their starts, which
     `u0` and `v0` give.
 
-    One program is compiled per shape; it jits and vmaps where `max_stages` is given.
+    One program is compiled per shape; it jits, vmaps and differentiates where `max_stages` is given. Loops of
+    unknown length run forwards only: derivatives of either mode take one run, in parallel, for each number
+    that is differentiated.
 
     Source: boixadsera2023, Algorithm 1, Equations 8 to 11.
 
@@ -130,7 +150,9 @@ def greedy(
         dtype: floating dtype; that of u0, or JAX's default, where None.
 
     Returns:
-        A `GreedyPath` with S = max_stages, or as many stages as there are.
+        A `GreedyPath` with S = max_stages, or as many stages as there are. Where a traced argument is bad, or
+        the gradient at zero is not finite, its numbers are NaN. Where a stage has not `converged`, all
+        derivatives are NaN.
 
     Raises:
         ValueError: an argument is bad, or the gradient at zero is not finite; or max_stages is missing where
@@ -147,14 +169,14 @@ def greedy(
     (size,) = require_sizes(size=size)
     count = 2 * size + 2 if max_stages is None else require_integer("max_stages", max_stages, at_least=1)
     w0, z0 = _require_start(size, u0, v0, dtype)
-    require_gradient(neg_gradient, size, w0.dtype)
-    state, path, scale = _stages(neg_gradient, _at_zero(size, w0.dtype), w0, z0, count)
-    if not is_traced(scale) and not np.isfinite(scale):
+    neg_gradient = require_gradient(neg_gradient, size, w0.dtype)
+    state, path, good = _stages(neg_gradient, _at_zero(size, w0.dtype), w0, z0, count)
+    if not is_traced(good) and not bool(good):
         raise ValueError("neg_gradient must be finite at beta = 0, got NaN or infinity")
     if max_stages is not None:
         return path
-    if is_traced(scale):
-        raise ValueError("max_stages must be given where greedy is jitted or vmapped, got None")
+    if is_traced(good):
+        raise ValueError("max_stages must be given where greedy is traced, as in jit or grad, got None")
     return _to_the_end(neg_gradient, state, path, w0, z0)
 
 
@@ -181,13 +203,13 @@ def _require_start(size: int, u0: ArrayLike | None, v0: ArrayLike | None, dtype:
     if (u0 is None) != (v0 is None):
         raise ValueError("u0 and v0 must be given together")
     if u0 is None or v0 is None:
-        ones = jnp.ones(size, jnp.result_type(float) if dtype is None else dtype)
+        ones = jnp.ones(size, require_dtype(dtype))
         return ones, ones
-    w0, z0 = canonical_start(u0, v0)
+    w0, z0 = require_start(u0, v0)
     if w0.shape != (size,):
         raise ValueError(f"u0 and v0 must have shape ({size},), got {w0.shape}")
-    require_different(w0, z0)
-    return w0, z0
+    dtype = w0.dtype if dtype is None else require_dtype(dtype)
+    return w0.astype(dtype), z0.astype(dtype)
 
 
 def _at_zero(size: int, dtype: Any) -> _State:
@@ -221,9 +243,23 @@ def _joined(pieces: list[GreedyPath]) -> GreedyPath:
 
 @eqx.filter_jit
 def _stages(neg_gradient, state, w0, z0, count):
-    """Up to `count` stages from a state: the state after them, the path, and the largest gradient at zero."""
-    state = jax.tree.map(jnp.asarray, state)
+    """Up to `count` stages from a state: the state after them, the path, and whether the problem is good."""
     scale = jnp.max(jnp.abs(neg_gradient(jnp.zeros_like(w0))))
+    good = jnp.isfinite(scale) & jnp.all(jnp.isfinite(w0) & jnp.isfinite(z0))
+    # A lane that is bad does not hold up the others, nor has it NaN inside of solvers, which differentiate
+    # all lanes alike.
+    state = jax.tree.map(jnp.asarray, state)._replace(stuck=state.stuck | ~good)
+    starts = (jnp.where(good, factors, jnp.ones_like(factors)) for factors in (w0, z0))
+    state, path = _run(neg_gradient, state, *starts, jax.lax.stop_gradient(scale), count)
+    path = eqx.tree_at(lambda path: path.converged, path, path.converged & good)
+    numbers, others = eqx.partition(path, eqx.is_inexact_array)
+    numbers = jax.tree.map(partial(nan_unless, good), numbers)
+    numbers = nan_derivatives(~jnp.all(path.converged), numbers, (neg_gradient, w0, z0))
+    return state, eqx.combine(numbers, others), good
+
+
+def _loop(neg_gradient, state, w0, z0, scale, count):
+    """Up to `count` stages from a state: the state after them, and the path."""
     path = GreedyPath(
         times=jnp.full(count, jnp.inf, w0.dtype),
         beta=jnp.broadcast_to(state.beta[None], (count + 1, w0.size)),
@@ -262,7 +298,26 @@ def _stages(neg_gradient, state, w0, z0, count):
     # One stage fewer than there is room for: whether anything is left has to be asked.
     waits, _ = _waits(neg_gradient, state, scale)
     state = state._replace(complete=jnp.all(jnp.isinf(waits)) & ~state.stuck)
-    return state, eqx.tree_at(lambda p: p.complete, path, state.complete), scale
+    return state, eqx.tree_at(lambda p: p.complete, path, state.complete)
+
+
+_run = eqx.filter_custom_jvp(_loop)
+
+
+@_run.def_jvp
+def _(primals, tangents):
+    """The Jacobian, found forwards, times the tangent: that can be transposed."""
+    moves = jax.tree.map(lambda tangent: tangent is not None, tangents, is_leaf=lambda x: x is None)
+    moving, fixed = eqx.partition(primals, moves)
+    point, unravel = ravel_pytree(moving)
+
+    def run(point):
+        out = _loop(*eqx.combine(unravel(point), fixed))
+        return eqx.filter(out, eqx.is_inexact_array), out
+
+    jacobian, out = jax.jacfwd(run, has_aux=True)(point)
+    direction, _ = ravel_pytree(tangents)
+    return out, jax.tree.map(lambda J: J @ direction.astype(J.dtype), jacobian)
 
 
 def _waits(neg_gradient, state, scale):

@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dynamics.flow import ArrayLike, as_inexact
+from dynamics.arguments import (
+    ArrayLike,
+    as_real,
+    cast,
+    nan_unless,
+    require_every,
+    require_shapes,
+    require_times,
+)
 from dynamics.incremental.greedy import GreedyPath
 
 
@@ -18,10 +26,13 @@ def staircase(path: GreedyPath, tau: ArrayLike) -> Array:
 
     Args:
         path: from `greedy`, not under `vmap`.
-        tau: rescaled times t / log(1 / alpha), any shape.
+        tau: rescaled times t / log(1 / alpha) >= 0, any shape.
 
     Returns:
-        beta, tau.shape + (p,).
+        beta, tau.shape + (p,); NaN where a traced time is bad.
+
+    Raises:
+        ValueError: `path` is none, or a time is negative or not finite.
 
     Example:
         >>> from dynamics.incremental import greedy
@@ -29,12 +40,16 @@ def staircase(path: GreedyPath, tau: ArrayLike) -> Array:
         >>> staircase(path, [0.4, 0.6])[:, 0].round(6).tolist()
         [0.0, 2.0]
     """
-    return _staircase(path, as_inexact(tau))
+    _require_path(path)
+    tau = require_every("tau", as_real("tau", tau), lambda t: (t >= 0) & (t < jnp.inf), ">= 0 and finite")
+    return _staircase(path, tau)
 
 
 @jax.jit
 def _staircase(path, tau):
-    return path.beta[jnp.searchsorted(path.times, tau.astype(path.times.dtype), side="right")]
+    tau = tau.astype(path.times.dtype)
+    # A stage does not depend on the time in it, except that there is none at a time that is NaN.
+    return path.beta[jnp.searchsorted(path.times, tau, side="right")] + 0 * tau[..., None]
 
 
 def staircase_distance(path: GreedyPath, taus: ArrayLike, beta: ArrayLike) -> Float[Array, ""]:
@@ -45,11 +60,14 @@ def staircase_distance(path: GreedyPath, taus: ArrayLike, beta: ArrayLike) -> Fl
 
     Args:
         path: from `greedy`.
-        taus: rescaled times, (T,), increasing.
+        taus: rescaled times >= 0, (T,), increasing.
         beta: products of a flow or of a trained network at these times, (T, p).
 
     Returns:
-        The distance, a scalar.
+        The distance, a scalar; NaN where a product, or a traced time, is bad.
+
+    Raises:
+        ValueError: the shapes do not fit, or the times are negative or do not increase.
 
     Example:
         >>> from dynamics.incremental import greedy
@@ -58,12 +76,35 @@ def staircase_distance(path: GreedyPath, taus: ArrayLike, beta: ArrayLike) -> Fl
         >>> round(float(staircase_distance(path, [0.0, 1.0, 2.0], beta)), 6)
         0.25
     """
-    return _distance(path, as_inexact(taus), as_inexact(beta))
+    return _distance(path, *_require_flow(path, taus, beta))
+
+
+def _require_path(path: GreedyPath) -> None:
+    if not isinstance(path, GreedyPath):
+        raise ValueError(f"path must be a path of greedy, got {type(path).__name__}")
+    if jnp.ndim(path.times) != 1:
+        raise ValueError(f"path must be a single one, not under vmap, got times {jnp.shape(path.times)}")
+
+
+def _require_flow(path: GreedyPath, taus: ArrayLike, beta: ArrayLike) -> tuple[Array, Array]:
+    """Times and products of a flow, in one dtype."""
+    _require_path(path)
+    taus, beta = as_real("taus", taus), as_real("beta", beta)
+    dtype = jnp.result_type(taus.dtype, beta.dtype, path.beta.dtype)
+    taus = require_times(taus, dtype, "taus")
+    taus = require_every("taus", taus, lambda tau: tau >= 0, ">= 0")
+    if taus.size < 2:
+        raise ValueError(f"taus must hold at least two times, got {taus.size}")
+    require_shapes(taus=(taus, "T"), beta=(beta, "T p"))
+    if beta.shape[1] != path.beta.shape[1]:
+        raise ValueError(f"beta must have {path.beta.shape[1]} products, as path has, got {beta.shape[1]}")
+    return taus, cast(beta, dtype)
 
 
 @jax.jit
 def _distance(path, taus, beta):
-    return jnp.trapezoid(jnp.sum(jnp.abs(beta - _staircase(path, taus)), axis=-1), taus)
+    stairs = _staircase(path, taus).astype(beta.dtype)
+    return jnp.trapezoid(jnp.sum(jnp.abs(beta - stairs), axis=-1), taus)
 
 
 def jump_times(path: GreedyPath, taus: ArrayLike, beta: ArrayLike) -> Float[Array, " S"]:
@@ -71,11 +112,15 @@ def jump_times(path: GreedyPath, taus: ArrayLike, beta: ArrayLike) -> Float[Arra
 
     Args:
         path: from `greedy`.
-        taus: rescaled times, (T,), increasing.
+        taus: rescaled times >= 0, (T,), increasing.
         beta: products of a flow or of a trained network at these times, (T, p).
 
     Returns:
-        Rescaled times, (S,), interpolated between the given ones; NaN where it does not pass.
+        Rescaled times, (S,), interpolated between the given ones; NaN where it does not pass, beyond the end
+        of the path, and where a number is bad.
+
+    Raises:
+        ValueError: the shapes do not fit, or the times are negative or do not increase.
 
     Example:
         >>> from dynamics.incremental import greedy
@@ -83,7 +128,7 @@ def jump_times(path: GreedyPath, taus: ArrayLike, beta: ArrayLike) -> Float[Arra
         >>> jump_times(path, [0.0, 0.5, 1.0], [[0.0, 0.0], [0.5, 0.0], [1.5, 0.0]]).round(6).tolist()
         [0.75]
     """
-    return _jumps(path, as_inexact(taus), as_inexact(beta))
+    return _jumps(path, *_require_flow(path, taus, beta))
 
 
 @jax.jit
@@ -93,8 +138,9 @@ def _jumps(path, taus, beta):
         up = (level[:-1] < 0) & (level[1:] >= 0) & (taus[1:] > start)
         i = jnp.argmax(up)
         share = -level[i] / (level[i + 1] - level[i])
-        return jnp.where(jnp.any(up), taus[i] + share * (taus[i + 1] - taus[i]), jnp.nan)
+        passes = jnp.any(up) & jnp.all(jnp.isfinite(level)) & (coordinate >= 0)
+        return nan_unless(passes, taus[i] + share * (taus[i + 1] - taus[i]))
 
     after = jnp.take_along_axis(path.beta[1:], path.order[:, None], axis=1)[:, 0]
     starts = jnp.concatenate([jnp.zeros_like(path.times[:1]), path.times[:-1]])
-    return jax.vmap(one)(path.order, after, starts)
+    return jax.vmap(one)(path.order, after.astype(beta.dtype), starts.astype(beta.dtype))

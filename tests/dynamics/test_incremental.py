@@ -1,3 +1,7 @@
+from dataclasses import replace
+from functools import partial
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +13,7 @@ from scipy.optimize import linprog, nnls
 from dynamics import incremental
 from dynamics.incremental import greedy, log_flow, negative_gradient, raw_flow
 from tests.helpers import count_compilations
+from tests.public_calls import PATH
 
 LOG10 = float(np.log(10))
 POWERS = (8, 16, 32)  # of alpha
@@ -222,10 +227,13 @@ def test_a_product_that_returns_with_the_other_sign():
     ("arguments", "message"),
     [
         (([1.0, 1.0], [0.5, -1.0], 5.0, [0.0, 1.0]), "u0 and v0 must differ in magnitude.*coordinate 1"),
-        (([1.0], [0.5, 0.5], 5.0, [0.0, 1.0]), "u0 and v0 must have one shape"),
+        (
+            ([1.0], [0.5, 0.5], 5.0, [0.0, 1.0]),
+            r"u0 and v0 must have shapes \(p,\) and \(p,\), got \(1,\) and \(2,\)",
+        ),
         (([1.0, 1.0], [0.5, 0.5], 0.0, [0.0, 1.0]), "log_inv_alpha must be a positive number, got 0.0"),
-        (([1.0, 1.0], [0.5, 0.5], 5.0, [-1.0, 1.0]), "taus must not be negative"),
-        (([1.0, np.nan], [0.5, 0.5], 5.0, [0.0, 1.0]), "u0 and v0 must be finite"),
+        (([1.0, 1.0], [0.5, 0.5], 5.0, [-1.0, 1.0]), "taus must be >= 0, got -1.0"),
+        (([1.0, np.nan], [0.5, 0.5], 5.0, [0.0, 1.0]), "u0 must be finite"),
     ],
 )
 def test_bad_input_of_the_flow(arguments, message):
@@ -244,3 +252,102 @@ def test_bad_input_of_the_algorithm():
         greedy(lambda beta: jnp.sum(beta), 2)
     with pytest.raises(ValueError, match="neg_gradient must be finite"):
         greedy(negative_gradient(quadratic, jnp.full((2, 2), jnp.nan), jnp.ones(2)), 2)
+    with pytest.raises(ValueError, match="max_stages must be given where greedy is traced"):
+        jax.jit(lambda u0: greedy(lambda beta: -beta, 2, u0=u0, v0=[0.5, 0.1]))(jnp.ones(2))
+
+
+def spring(target, stiffness, beta):
+    """With stiffness zero there is no minimum."""
+    return target - stiffness * beta
+
+
+def flow_of_spring(stiffness, u0=(1.0, 1.0), log_inv_alpha=5.0, taus=(0.5, 3.0), **options):
+    def g(beta):  # what it closes over may be traced
+        return spring(jnp.array([2.0, -1.0]), stiffness, beta)
+
+    return log_flow(g, u0, [0.5, -0.5], log_inv_alpha, taus, **options)
+
+
+def test_the_flow_raises_exactly_where_it_is_not_ok():
+    raising = eqx.filter_jit(flow_of_spring)
+    quiet = jax.jit(lambda stiffness: flow_of_spring(stiffness, throw=False))
+    assert quiet(1.0).ok
+    np.testing.assert_array_equal(raising(1.0).ys.beta, quiet(1.0).ys.beta)
+    for stiffness, message in ((0.0, "a product grew above 1e8"), (np.nan, r"integrate: .*")):
+        assert not quiet(stiffness).ok
+        for call in (flow_of_spring, raising):
+            with pytest.raises(RuntimeError, match=message):
+                call(jnp.asarray(stiffness))
+
+
+def test_derivatives_of_a_failed_flow_are_nan():
+    good = (1.0, [1.0, 1.0], 5.0, [0.5, 3.0])
+    bad = [
+        (0.0, *good[1:]),
+        (1.0, [0.5, 1.0], *good[2:]),
+        (*good[:2], -5.0, good[3]),
+        (*good[:3], [-0.5, 3.0]),
+    ]
+
+    @jax.jit
+    @jax.vmap
+    @partial(jax.grad, argnums=(0, 1, 2, 3))
+    def slopes(*arguments):
+        return jnp.sum(flow_of_spring(*arguments, throw=False).ys.beta[-1])
+
+    found = slopes(*(jnp.asarray(lanes) for lanes in zip(good, *bad, strict=True)))
+    # The minimum is at (2, -1) / stiffness.
+    for slope, expected in zip(found, (-1.0, [0.0, 0.0], 0.0, [0.0, 0.0]), strict=True):
+        np.testing.assert_allclose(slope[0], expected, atol=1e-6)
+        assert np.isnan(slope[1:]).all()
+
+
+def test_derivatives_of_the_path_and_its_bad_lanes():
+    @jax.jit
+    @jax.vmap
+    @partial(jax.jacrev, argnums=(1, 2), has_aux=True)
+    def slopes(S, c, u0):
+        path = greedy(negative_gradient(quadratic, S, c), 2, max_stages=2, u0=u0, v0=jnp.array([0.5, 0.1]))
+        return (path.times, path.beta[-1]), path
+
+    S, c, u0 = np.array([[1.0, 0.3], [0.3, 2.0]]), np.array([2.0, -1.0]), np.array([1.0, 0.5])
+    lanes = [
+        (S, c, u0),
+        (np.ones((2, 2)), np.full(2, 2.0), u0),  # both enter together
+        (np.zeros((2, 2)), c, u0),  # no minimum
+        (S, c, np.array([0.5, 0.5])),
+        (S, np.array([np.nan, -1.0]), u0),
+    ]
+    ((times_c, times_u0), (beta_c, beta_u0)), path = slopes(*map(np.stack, zip(*lanes, strict=True)))
+    # T_1 = 1 / c_0, and then the second product waits with g = c_1 - S_10 c_0 / S_00.
+    np.testing.assert_allclose(times_c[0], [[-0.25, 0.0], [-0.15234375, 0.5078125]], atol=1e-8)
+    np.testing.assert_allclose(beta_c[0], np.linalg.inv(S), atol=1e-8)
+    # The shares of two that enter together: 2 w_i^2 / (w_0^2 + w_1^2).
+    w = np.array([1.5, 0.6])
+    expected = 4 * w * w[::-1] ** 2 * np.array([[1.0, -1.0], [-1.0, 1.0]]) / np.sum(w**2) ** 2
+    np.testing.assert_allclose(beta_u0[1], expected, rtol=1e-6)
+    for slope in (times_c, times_u0, beta_c, beta_u0):
+        assert np.isnan(slope[2:]).all()
+    assert path.converged.all(axis=1).tolist() == [True, True, False, False, False]
+    for values in (path.times, path.beta, path.log_scale):
+        assert np.isnan(values).all(axis=tuple(range(1, values.ndim))).tolist() == [False] * 3 + [True] * 2
+
+
+def test_the_staircase_has_no_stage_at_a_bad_time():
+    for tau in (np.nan, -0.1, np.inf):
+        with pytest.raises(ValueError, match="tau must be >= 0 and finite, got"):
+            incremental.staircase(PATH, tau)
+    found, slope = jax.jit(jax.vmap(jax.value_and_grad(lambda tau: incremental.staircase(PATH, tau)[0])))(
+        jnp.array([0.6, np.nan, -0.1, 2.0])
+    )
+    np.testing.assert_array_equal(found, [2.0, np.nan, np.nan, 2.0])
+    np.testing.assert_array_equal(slope, [0.0, np.nan, np.nan, 0.0])
+    with pytest.raises(ValueError, match="path must be a single one"):
+        incremental.staircase(jax.tree.map(lambda leaf: leaf[None], PATH), 1.0)
+
+
+def test_there_is_no_jump_beyond_the_end():
+    # The flow is late: its product passes half of what it settles to after the last jump.
+    path = replace(PATH, times=np.array([0.5, np.inf]), order=np.array([1, -1]), beta=PATH.beta[[0, 2, 2]])
+    times = incremental.jump_times(path, [0.0, 0.5, 1.0], [[0.0, 0.0], [0.0, -0.25], [0.0, -0.75]])
+    np.testing.assert_allclose(times, [0.75, np.nan])
