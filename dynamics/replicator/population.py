@@ -161,8 +161,9 @@ def simulate_mutator(
         **options: options of `dynamics.flow.integrate`.
 
     Returns:
-        A `Trajectory` with `ys` = log x, shape (T, n): -inf where x is zero, or a rounding error below. Where
-        a share falls below zero by more than a millionth the solve fails: `ys` is NaN from there on.
+        A `Trajectory` with `ys` = log x, shape (T, n): -inf, with a derivative of zero, where x is zero or a
+        rounding error below. Where a share falls below zero by more than a millionth the solve fails: `ys` is
+        NaN from there on.
 
     Raises:
         ValueError: `x0` is not on the simplex, `mutation` is not row-stochastic, the payoff is bad.
@@ -187,10 +188,11 @@ def simulate_mutator(
             "simulate_mutator: negative fitness with mutation may take the state off the simplex, where no "
             f"step can be taken ({error})"
         ) from None
-    # Where mutation is absent a coordinate may end a rounding error below zero.
-    shares = jnp.maximum(path.ys, 0)
-    logs = jnp.log(shares) - jnp.log(jnp.sum(shares, axis=1, keepdims=True))
-    return Trajectory(path.ts, logs, path.ok)
+    # Where mutation is absent a coordinate may end a rounding error below zero. NaN counts as present.
+    present = ~(path.ys <= 0)
+    logs = jnp.where(present, jnp.log(jnp.where(present, path.ys, 1)), -jnp.inf)
+    total = jnp.sum(path.ys, axis=1, keepdims=True, where=present)
+    return Trajectory(path.ts, logs - jnp.log(total), path.ok)
 
 
 def simulate_discrete(
@@ -355,9 +357,12 @@ _SLACK = 1e-6
 
 def _mutator_field(t, x, args):
     fitness, mutation = args
+    # Off the simplex there is no field: the solver ends there, also where the state would come back. NaN does
+    # not go through the equation, since steps that were tried and rejected would pass it on to derivatives.
+    inside = jnp.all(x >= -_SLACK)
+    x = jnp.where(inside, x, 1 / x.size)
     births = (x * _payoffs(fitness, x)) @ mutation
-    # Off the simplex there is no field: the solver ends there, also where the state would come back.
-    return nan_unless(jnp.all(x >= -_SLACK), births - x * (jnp.sum(births) / jnp.sum(x)))
+    return jnp.where(inside, births - x * (jnp.sum(births) / jnp.sum(x)), jnp.nan)
 
 
 def _discrete_step(log_x, fitness, background):
