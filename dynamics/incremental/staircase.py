@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from dynamics.arguments import (
     ArrayLike,
     as_real,
+    brief,
     cast,
+    is_traced,
     nan_unless,
     require_every,
     require_shapes,
-    require_times,
 )
 from dynamics.incremental.greedy import GreedyPath
 
@@ -41,8 +43,7 @@ def staircase(path: GreedyPath, tau: ArrayLike) -> Array:
         [0.0, 2.0]
     """
     _require_path(path)
-    tau = require_every("tau", as_real("tau", tau), lambda t: (t >= 0) & (t < jnp.inf), ">= 0 and finite")
-    return _staircase(path, tau)
+    return _staircase(path, _require_tau("tau", as_real("tau", tau)))
 
 
 @jax.jit
@@ -60,14 +61,14 @@ def staircase_distance(path: GreedyPath, taus: ArrayLike, beta: ArrayLike) -> Fl
 
     Args:
         path: from `greedy`.
-        taus: rescaled times >= 0, (T,), increasing.
+        taus: rescaled times >= 0, (T,), that do not decrease.
         beta: products of a flow or of a trained network at these times, (T, p).
 
     Returns:
         The distance, a scalar; NaN where a product, or a traced time, is bad.
 
     Raises:
-        ValueError: the shapes do not fit, or the times are negative or do not increase.
+        ValueError: the shapes do not fit, or the times are negative or decrease.
 
     Example:
         >>> from dynamics.incremental import greedy
@@ -86,19 +87,28 @@ def _require_path(path: GreedyPath) -> None:
         raise ValueError(f"path must be a single one, not under vmap, got times {jnp.shape(path.times)}")
 
 
+def _require_tau(name: str, tau: Array) -> Array:
+    return require_every(name, tau, lambda tau: (tau >= 0) & (tau < np.inf), ">= 0 and finite")
+
+
 def _require_flow(path: GreedyPath, taus: ArrayLike, beta: ArrayLike) -> tuple[Array, Array]:
     """Times and products of a flow, in one dtype."""
     _require_path(path)
-    taus, beta = as_real("taus", taus), as_real("beta", beta)
-    dtype = jnp.result_type(taus.dtype, beta.dtype, path.beta.dtype)
-    taus = require_times(taus, dtype, "taus")
-    taus = require_every("taus", taus, lambda tau: tau >= 0, ">= 0")
-    if taus.size < 2:
-        raise ValueError(f"taus must hold at least two times, got {taus.size}")
-    require_shapes(taus=(taus, "T"), beta=(beta, "T p"))
-    if beta.shape[1] != path.beta.shape[1]:
-        raise ValueError(f"beta must have {path.beta.shape[1]} products, as path has, got {beta.shape[1]}")
-    return taus, cast(beta, dtype)
+    times, products = as_real("taus", taus), as_real("beta", beta)
+    dtype = jnp.result_type(times.dtype, products.dtype, path.beta.dtype)
+    times = _require_tau("taus", cast(times, dtype))
+    require_shapes(taus=(times, "T"), beta=(products, "T p"))
+    if times.size < 2:
+        raise ValueError(f"taus must hold at least two times, got {times.size}")
+    # Times may be equal: what lies between them adds nothing.
+    if is_traced(times):
+        times = nan_unless(jnp.all(jnp.diff(times) >= 0), times)
+    elif np.any(np.diff(np.asarray(times)) < 0):
+        raise ValueError(f"taus must not decrease, got {brief(times)}")
+    if products.shape[1] != path.beta.shape[1]:
+        size = path.beta.shape[1]
+        raise ValueError(f"beta must have {size} products, as path has, got {products.shape[1]}")
+    return times, cast(products, dtype)
 
 
 @jax.jit
@@ -112,7 +122,7 @@ def jump_times(path: GreedyPath, taus: ArrayLike, beta: ArrayLike) -> Float[Arra
 
     Args:
         path: from `greedy`.
-        taus: rescaled times >= 0, (T,), increasing.
+        taus: rescaled times >= 0, (T,), that do not decrease.
         beta: products of a flow or of a trained network at these times, (T, p).
 
     Returns:
@@ -120,7 +130,7 @@ def jump_times(path: GreedyPath, taus: ArrayLike, beta: ArrayLike) -> Float[Arra
         of the path, and where a number is bad.
 
     Raises:
-        ValueError: the shapes do not fit, or the times are negative or do not increase.
+        ValueError: the shapes do not fit, or the times are negative or decrease.
 
     Example:
         >>> from dynamics.incremental import greedy

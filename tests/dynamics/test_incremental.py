@@ -351,3 +351,11 @@ def test_there_is_no_jump_beyond_the_end():
     path = replace(PATH, times=np.array([0.5, np.inf]), order=np.array([1, -1]), beta=PATH.beta[[0, 2, 2]])
     times = incremental.jump_times(path, [0.0, 0.5, 1.0], [[0.0, 0.0], [0.0, -0.25], [0.0, -0.75]])
     np.testing.assert_allclose(times, [0.75, np.nan])
+
+
+def test_equal_times_add_nothing_to_the_distance():
+    taus, beta = np.array([0.0, 0.6, 1.2]), np.array([[0.0, 0.0], [1.5, 0.1], [2.0, -0.9]])
+    cut = incremental.staircase_distance(PATH, taus[:2], beta[:2])
+    distance = jax.jit(lambda taus: incremental.staircase_distance(PATH, taus, beta))
+    np.testing.assert_allclose([distance(np.minimum(taus, 0.6)), distance(taus[::-1])], [cut, np.nan])
+    np.testing.assert_allclose(incremental.staircase_distance(PATH, np.minimum(taus, 0.6), beta), cut)
