@@ -22,13 +22,25 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.optimize import brentq
 from scipy.special import ndtr
+from scipy.stats import norm
 
 from dynamics import joma
 from dynamics.flow import Trajectory, integrate
 from models.losses import bind
 from models.training import Descent, map_lanes, train
 from sims import plotting
-from sims.claims import SECOND_ORDER, Claim, Preset, at_least, at_most, equals, qualified, slope, stated
+from sims.claims import (
+    SECOND_ORDER,
+    Claim,
+    Preset,
+    at_least,
+    at_most,
+    corrected,
+    every,
+    qualified,
+    slope,
+    stated,
+)
 from sims.compare import SOLVE, lane_gaps, named_groups, named_lanes, orders, percent, require_ok
 from sims.ranges import Count, Length, Range
 from sims.results import Context, Saved
@@ -49,9 +61,11 @@ WRONG_FACTOR = 1.2
 DIM = 4  # of the clusters at right angles, one per dimension
 SEPARATION, CLOSE = 8.0, 2.0  # norms of their centers, in widths
 START = np.array([0.3, 0.6])  # of the nodes in the plane
+SMALL = 0.1  # norm of the starts that are followed to the end
 FINE = 3  # times of a flow per record of training
 # What the nodes are called that are trained to the end.
 ENDS = {"relu": "ReLU, one pulls", "linear": "linear, one pulls", "two_pull": "ReLU, two pull"}
+ANGLE = "the angle is of the order of width over separation"
 TOO_WIDE = f"clusters {percent(WRONG_FACTOR)} too wide"
 
 
@@ -72,7 +86,7 @@ class Config:
     starts: Count = 32
     """Starts of the node that is followed to the end."""
     end: Annotated[float, Range(above=1e-3)] = 1e4
-    """Time at which its direction is taken."""
+    """Time at which its direction and its norm are taken."""
 
 
 _QUICK = Config()
@@ -287,18 +301,19 @@ def _train_to_the_end(key: Array, nodes: dict[str, Node], starts: Array) -> dict
 
 
 def _followed_to_the_end(key: Array, starts: np.ndarray, flows: dict[str, Trajectory]) -> dict:
-    """Cosines to the nearest center along the averaged flows and at the end of training, from many starts."""
+    """Norms, and cosines to the nearest center, along averaged flows and after training, from many starts."""
     nodes = _at_right_angles()
     by_two = {name: nodes[name]._replace(mix=nodes[name].mix[:2]) for name in ENDS}  # none of them is a GELU
     trained = jax.device_get(_train_to_the_end(key, by_two, starts))
 
-    def cosine(v):  # the centers lie on the axes
-        return np.max(v, axis=-1) / np.linalg.norm(v, axis=-1)
+    def polar(v):  # the centers lie on the axes
+        norm = np.linalg.norm(v, axis=-1)
+        return {"norm": norm, "cosine": np.max(v, axis=-1) / norm}
 
     return {
         "time": ("time", flows["relu"].ts[0]),
-        "cosine": ("start time", {name: cosine(flows[name].ys) for name in nodes}),
-        "trained_cosine": ("start", {name: cosine(v) for name, v in trained.items()}),
+        "flow": ("start time", {name: polar(flows[name].ys) for name in nodes}),
+        "trained": ("start", {name: polar(v) for name, v in trained.items()}),
     }
 
 
@@ -306,7 +321,7 @@ def run(config: Config, context: Context) -> dict:
     """Compare the field with samples, train a node, and follow many starts to where they end."""
     keys = jax.random.split(jax.random.key(context.seed), 5)
     starts = np.asarray(jax.random.normal(keys[3], (config.starts, DIM)))
-    starts = 0.1 * starts / np.linalg.norm(starts, axis=1, keepdims=True)
+    starts = SMALL * starts / np.linalg.norm(starts, axis=1, keepdims=True)
     context.progress("sampling the field", 0.0)
     measured = _sampled_field(keys[1], jax.random.normal(keys[0], (PROBES, 3)), config.samples)
     context.progress("integrating the averaged flows", 0.2)
@@ -316,11 +331,13 @@ def run(config: Config, context: Context) -> dict:
     return measured | _followed_to_the_end(keys[4], starts, flows)
 
 
-def _final_cosine(separation: float) -> float:
-    r"""Cosine to its center where a ReLU node ends that one cluster pulls and DIM - 1 others push.
+def _end(separation: float) -> tuple[float, float]:
+    r"""Where a ReLU node ends that one cluster pulls and DIM - 1 others push: cosine to its center, and |v|'.
 
     The direction (c, -s, ..., -s) does not turn where s Phi(R c) = c Phi(-R s): what pulls along v itself
-    drops out.
+    drops out. With phi the normal density the norm grows by
+
+        |v|' = (R c Phi(R c) + phi(R c) + (DIM - 1) (R s Phi(-R s) - phi(R s))) / DIM.
     """
 
     def turn(s):
@@ -328,7 +345,10 @@ def _final_cosine(separation: float) -> float:
         return s * ndtr(separation * c) - c * ndtr(-separation * s)
 
     s = float(brentq(turn, 0.0, 1 / np.sqrt(DIM)))  # pyright: ignore[reportArgumentType]
-    return float(np.sqrt(1 - (DIM - 1) * s**2))
+    c = float(np.sqrt(1 - (DIM - 1) * s**2))
+    at, (pulls, pushes) = separation * np.array([c, s]), norm.pdf(separation * np.array([c, s]))
+    growth = at[0] * ndtr(at[0]) + pulls + (DIM - 1) * (at[1] * ndtr(-at[1]) - pushes)
+    return c, float(growth) / DIM
 
 
 def claims(config: Config, saved: Saved) -> Iterator[Claim]:
@@ -371,41 +391,84 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         at_most(f"order with {TOO_WIDE}", over_size["wrong"], 0.3, why=closes_not),
     )
     yield _cluster_center(saved)
+    yield _direction(saved)
 
 
 def _cluster_center(saved: Saved) -> Claim:
-    relu, linear, two, close = (saved[f"cosine/{name}"][:, -1] for name in (*ENDS, "close"))
-    predicted, median = _final_cosine(SEPARATION), np.median(saved["trained_cosine/relu"])
-    gap = np.max(np.abs(relu - predicted))
-    angle = "the angle is of the order of width over separation"
+    ts, sizes, cosine = saved["time"], saved["flow/relu/norm"], saved["flow/relu/cosine"][:, -1]
+    # By the law of cosines, from every start.
+    distance = np.sqrt(sizes[:, -1] ** 2 + SEPARATION**2 - 2 * SEPARATION * sizes[:, -1] * cosine)
+    rate = np.diff(sizes[:, -2:]) / np.diff(ts[-2:])
+    direction, derived = _end(SEPARATION)
+    gap, worst = np.max(np.abs(cosine - direction)), np.max(np.abs(rate / derived - 1))
     power = "the angle closes as a power of time, 10,000 here"
-    off = "centers of 500 samples are off by 0.04 widths of 8"
-    constant = "v' is constant, along the sum of the centers; 1e-5 of the start is left"
-    return qualified(
+    return corrected(
         "cluster-center",
-        "Owing to the nonlinearity the hidden weight ends at one of the cluster centers",
-        "tian2024joma, section 4 (mu ~ a cluster center); where it ends is derived here",
-        condition="the node is a ReLU, one cluster alone pulls and the others push, and all lie far out",
-        inside=[
-            at_least("ReLU, one pulls: lowest cosine to a center", relu.min(), 0.95, why=f"{angle}: 1/8"),
-            at_most("largest difference to s Phi(R c) = c Phi(-R s)", gap, 1e-3, why=power),
-            equals("trained on samples, median over starts", median, predicted, 0.01, why=off),
+        "With a constant upstream gradient the hidden weight ends at a cluster center in direction alone: "
+        "its norm grows without bound",
+        "tian2024joma, section 4 (mu ~ a cluster center); where it ends and how it grows is derived here",
+        printed=[
+            at_most(
+                "least distance to a center over the center's norm, all starts",
+                distance.min() / SEPARATION,
+                0.5,
+                why="a critical point near a center is nearer to it than to zero",
+            )
         ],
-        outside=[
-            equals("linear: cosine to the nearest center, largest", linear.max(), 0.5, 1e-3, why=constant),
-            at_most("ReLU, two pull: largest cosine to a center", two.max(), 2**-0.5, 1e-3, why="their sum"),
-            at_most("ReLU, centers two widths out: largest cosine", close.max(), 0.9, why=f"{angle}: 1/2"),
+        mended=[
+            at_least("lowest cosine to a center, all starts", cosine.min(), 0.95, why=f"{ANGLE}: 1/8"),
+            at_most("largest difference to s Phi(R c) = c Phi(-R s)", gap, 1e-3, why=power),
+            at_most("|v|' at the end over the derived one, largest |ratio - 1|", worst, 1e-3, why=power),
         ],
     )
 
 
+def _direction(saved: Saved) -> Claim:
+    linear, two, close = (saved[f"flow/{name}/cosine"][:, -1] for name in ("linear", "two_pull", "close"))
+    trained = {of: saved[f"trained/relu/{of}"] for of in ("norm", "cosine")}
+    arrived = saved["flow/relu/cosine"][:, -1] >= 0.95
+    ended, dead = trained["cosine"] >= 0.95, _dead(trained["norm"])
+    (predicted, _), off = _end(SEPARATION), "centers of 500 samples are off by 0.04 widths of 8"
+    gap = np.max(np.abs(trained["cosine"][ended] - predicted), initial=0)
+    opposite = "dead are starts that all four centers are opposite of: fewer than one in 2^4"
+    constant = "v' is constant, along the sum of the centers; 1e-5 of the start is left"
+    return qualified(
+        "direction",
+        "Owing to the nonlinearity the hidden weight turns to one of the cluster centers",
+        "tian2024joma, section 4 (mu ~ a cluster center); from every start",
+        condition="the node is a ReLU, one cluster alone pulls and the others push, and all lie far out",
+        inside=[
+            every("averaged flow: starts that end with a cosine of 0.95 or more", arrived),
+            at_least("trained on samples: share of such starts", ended.mean(), 15 / 16, why=opposite),
+            every("trained: starts that end so, or dead where they began", ended | dead),
+            at_most("trained: difference to s Phi(R c) = c Phi(-R s) of those", gap, 0.01, why=off),
+        ],
+        outside=[
+            at_most(
+                "linear: cosine to the nearest center, largest |difference| to 1/2",
+                np.max(np.abs(linear - 0.5)),
+                1e-3,
+                why=constant,
+            ),
+            at_most("ReLU, two pull: largest cosine to a center", two.max(), 2**-0.5, 1e-3, why="their sum"),
+            at_most("ReLU, centers two widths out: largest cosine", close.max(), 0.9, why=f"{ANGLE}: 1/2"),
+        ],
+    )
+
+
+def _dead(norms: np.ndarray) -> np.ndarray:
+    """Nodes that no sample reaches any more stay near their small start."""
+    return norms < 2 * SMALL
+
+
 def figure(config: Config, saved: Saved) -> Figure:
-    """Moments over r, gaps over learning rate and samples, and cosines to the nearest center."""
+    """Moments over r, gaps over learning rate and samples, and where nodes end from many starts."""
     drawn, axes = plotting.new_figure(2, 3, width=4.2, height=3.5)
-    (gain, stretch, over_rate), (paths, ends, over_size) = axes
+    (gain, stretch, over_rate), (arrivals, ends, over_size) = axes
     _draw_moment(gain, "gain", "Pull along a center: E[φ′(r + |v| u)]", saved)
     _draw_moment(stretch, "stretch", "Pull along v: E[u φ′(r + |v| u)] / |v|", saved)
-    _draw_ends(paths, ends, saved)
+    _draw_arrivals(arrivals, saved)
+    _draw_ends(ends, saved)
 
     gaps = {"averaged field": saved["rate_gap/right"], TOO_WIDE: saved["rate_gap/wrong"]}
     title = "A GELU node, infinitely many samples"
@@ -429,16 +492,46 @@ def _draw_moment(ax: Axes, moment: str, title: str, saved: Saved) -> None:
     plotting.finish(ax, title, "mean pre-activation r", moment, {"fontsize": 7})
 
 
-def _draw_ends(paths: Axes, ends: Axes, saved: Saved) -> None:
-    bins = np.arange(-1.025, 1.05, 0.05).tolist()
+def _draw_arrivals(ax: Axes, saved: Saved) -> None:
+    """The share of starts whose direction has come, to stay, within 0.05 of its last cosine."""
     for index, (name, label) in enumerate(ENDS.items()):
-        cosine, trained = saved[f"cosine/{name}"], saved[f"trained_cosine/{name}"]
-        color, once = f"C{index}", None if index else "trained"
-        paths.plot(saved["time"][1:], cosine[:, 1:].T, color=color, alpha=0.4, linewidth=0.8)
-        paths.plot([], [], color=color, label=label)
-        ends.hist(cosine[:, -1], bins, color=color, alpha=0.8, label=label)
-        ends.hist(trained, bins, color="black", histtype="step", label=once)
-    angle, legend = "cosine of v to the nearest center", {"loc": "lower right", "fontsize": 7}
-    plotting.finish(paths, "From many starts", "time", angle, legend, xscale="log", ylim=(-1.05, 1.05))
-    ends.set_xticks([-1, -0.5, 0, 0.5, 1])
-    plotting.finish(ends, "Where they end", angle, "starts", {"loc": "upper left", "fontsize": 7})
+        cosine = saved[f"flow/{name}/cosine"]
+        near = np.abs(cosine - cosine[:, -1:]) < 0.05
+        stays = np.logical_and.accumulate(near[:, ::-1], axis=1)[:, ::-1]
+        ax.plot(saved["time"][1:], stays.mean(axis=0)[1:], color=f"C{index}", label=label)
+    title, share = "When they turn there, averaged flow", "share of starts"
+    plotting.finish(ax, title, "time", share, "lower right", xscale="log", ylim=(-0.03, 1.05))
+
+
+def _draw_ends(ax: Axes, saved: Saved) -> None:
+    """Norm and cosine at the end, of every start."""
+    for index, (name, label) in enumerate({**ENDS, "close": "ReLU, one pulls, close"}.items()):
+        sizes, cosine = (saved[f"flow/{name}/{of}"][:, -1] for of in ("norm", "cosine"))
+        ax.plot(sizes, cosine, "o", color=f"C{index}", label=label)
+        if name not in ENDS:
+            continue
+        trained = {of: saved[f"trained/{name}/{of}"] for of in ("norm", "cosine")}
+        ax.plot(trained["norm"], trained["cosine"], "s", color=f"C{index}", mfc="white")
+        alive = ~_dead(trained["norm"])
+        count = f"{alive.sum()} of {alive.size}"
+        place: dict[str, Any] = {"xytext": (-6, 0), "textcoords": "offset points", "ha": "right"}
+        at = (trained["norm"][alive].mean(), trained["cosine"][alive].mean())
+        ax.annotate(count, at, color=f"C{index}", fontsize=8, va="center", **place)
+        if name == "relu" and not alive.all():
+            at = (trained["norm"][~alive].mean(), trained["cosine"][~alive].mean())
+            ax.annotate(
+                "dead: no sample\nreaches them",
+                at,
+                fontsize=8,
+                va="top",
+                xytext=(0, -8),
+                textcoords="offset points",
+            )
+    ax.plot([], [], "s", color="0.3", mfc="white", label="trained on samples")
+    ax.axvline(SEPARATION, **plotting.PRINTED)
+    ax.annotate(
+        "norm of the centers", (0.85 * SEPARATION, 0.05), rotation=90, fontsize=8, color="0.45", ha="right"
+    )
+    labels = ("Where they end, all starts", "norm |v| at the end", "cosine of v to the nearest center")
+    options: dict[str, Any] = {"xscale": "log", "xlim": (0.03, 3e5), "ylim": (-1.05, 1.05)}
+    plotting.finish(ax, *labels, {"loc": "lower right", "fontsize": 7}, **options)
