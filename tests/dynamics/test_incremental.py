@@ -355,7 +355,7 @@ def test_there_is_no_jump_beyond_the_end():
 
 def test_equal_times_add_nothing_to_the_distance():
     taus, beta = np.array([0.0, 0.6, 1.2]), np.array([[0.0, 0.0], [1.5, 0.1], [2.0, -0.9]])
-    cut = incremental.staircase_distance(PATH, taus[:2], beta[:2])
+    cut = float(incremental.staircase_distance(PATH, taus[:2], beta[:2]))
     distance = jax.jit(lambda taus: incremental.staircase_distance(PATH, taus, beta))
     np.testing.assert_allclose([distance(np.minimum(taus, 0.6)), distance(taus[::-1])], [cut, np.nan])
     np.testing.assert_allclose(incremental.staircase_distance(PATH, np.minimum(taus, 0.6), beta), cut)
