@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,9 +117,12 @@ def integrate(
         argument is bad. Where the solve failed, all derivatives of `ys` are NaN.
 
     Raises:
-        ValueError: `ts`, `y0` or a tolerance is bad and can be looked at (is not traced).
-        RuntimeError: the solve failed and `throw` is true. From the second call of a function under
-            `jax.jit` on, JAX makes a ValueError of it; `equinox.filter_jit` does not.
+        ValueError: `ts`, `y0` or a tolerance is bad and can be looked at (is not traced); a derivative in
+            forward mode is asked of a solve in reverse mode.
+        RuntimeError: the solve failed and `throw` is true: the error tells a blow-up and a field that is not
+            finite from too few steps. From the second call of a function under `jax.jit` on, JAX makes a
+            ValueError of it; `equinox.filter_jit` does not. A derivative in reverse mode is asked of a solve
+            in forward mode.
 
     Example:
         >>> decay = lambda t, y, rate: -rate * y
@@ -137,6 +141,10 @@ def integrate(
         require_number(name, tolerance, dtype, at_least=0)
         for name, tolerance in (("rtol", rtol), ("atol", atol))
     )
+    if not (adjoint is None or isinstance(adjoint, diffrax.AbstractAdjoint)):
+        raise ValueError(
+            f"adjoint must be a diffrax adjoint, such as diffrax.ForwardMode(), got {brief(adjoint)}"
+        )
     if not (solver is None or isinstance(solver, diffrax.AbstractSolver)):
         raise ValueError(f"solver must be a diffrax solver, such as diffrax.Kvaerno5(), got {solver!r}")
     (max_steps,) = require_sizes(max_steps=max_steps)
@@ -144,31 +152,28 @@ def integrate(
     args = jax.tree.map(_trace_number, args)
     solver = diffrax.Dopri8() if solver is None else solver
     adjoint = diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint
-    trajectory, ended, reached, exhausted = _solve(
-        field, y0, ts, args, solver, rtol, atol, max_steps, adjoint
-    )
+    try:
+        trajectory, reached, end = _solve(field, y0, ts, args, solver, rtol, atol, max_steps, adjoint)
+    except TypeError as error:  # JAX's own refusal does not say what to do
+        if "custom_vjp" in str(error) and not isinstance(adjoint, diffrax.ForwardMode):
+            raise ValueError(_ONLY_REVERSE) from None
+        raise
 
     if not throw:
         return trajectory
-    knobs = "raise max_steps, loosen rtol and atol, or pass a stiff solver such as diffrax.Kvaerno5()"
     if is_traced(trajectory.ok):
-        message = f"integrate: a bad start, or the solver gave up; throw=False tells where, or {knobs}"
+        messages = [f"{why}; throw=False tells where" for why in _why("", "", max_steps)]
         # Raising is asked for by name: EQX_ON_ERROR may tell other checks to be silent.
-        ok = eqx.error_if(trajectory.ok, ~trajectory.ok, message, on_error="raise")
+        ok = eqx.branched_error_if(
+            trajectory.ok, ~trajectory.ok, _cause(field, ts, args, end), messages, on_error="raise"
+        )
         # Derivatives need the states no more, but this choice, so that their failure is told too.
         ys = jax.tree.map(lambda leaf: nan_unless(ok, leaf), trajectory.ys)
         return Trajectory(trajectory.ts, ys, ok)
     if not bool(trajectory.ok):
-        last = float(ts[max(int(reached) - 1, 0)])
-        if bool(exhausted):
-            cause = f"the solver gave up after t = {last:g} (limit: {max_steps} steps); {knobs}"
-        elif not bool(ended):
-            cause = (
-                f"no step can be taken after t = {last:g}: the field is not finite, or the solution blows up"
-            )
-        else:
-            cause = f"the solution is not finite after t = {last:g}"
-        raise RuntimeError(f"integrate: {cause}")
+        last, near = float(ts[max(int(reached) - 1, 0)]), float(end.last[0])
+        messages = _why(f" after t = {last:g}", f" near t = {near:g}", max_steps)
+        raise RuntimeError(messages[int(_cause(field, ts, args, end))])
     return trajectory
 
 
@@ -205,21 +210,84 @@ def _solve(field, y0, ts, args, solver, rtol, atol, max_steps, adjoint):
         dt0=None,
         y0=start,
         args=args,
-        saveat=diffrax.SaveAt(ts=times),
+        # The last state tells why a solve ended early.
+        saveat=diffrax.SaveAt(subs=[diffrax.SubSaveAt(ts=times), diffrax.SubSaveAt(t1=True)]),
         stepsize_controller=controller,
         max_steps=max_steps,
         adjoint=adjoint,
         throw=False,
     )
+    solved: Any = (solution.ts, solution.ys)
+    (solved_ts, last_t), (solved_ys, last_y) = solved
     ended = diffrax.is_okay(solution.result) & good
     # Entries that were never saved hold infinity, which looks like data.
-    saved = jnp.isfinite(jnp.asarray(solution.ts)) & good
+    saved = jnp.isfinite(jnp.asarray(solved_ts)) & good
     ys = jax.tree.map(
-        lambda leaf: jnp.where(jnp.expand_dims(saved, range(1, leaf.ndim)), leaf, jnp.nan), solution.ys
+        lambda leaf: jnp.where(jnp.expand_dims(saved, range(1, leaf.ndim)), leaf, jnp.nan), solved_ys
     )
     exhausted = solution.result == diffrax.RESULTS.max_steps_reached
     ok = ended & all_finite(ys)
-    return Trajectory(ts, nan_derivatives(~ok, ys, (y0, ts, args)), ok), ended, jnp.sum(saved), exhausted
+    ys = nan_derivatives(~ok, ys, (y0, ts, args))
+    if isinstance(adjoint, diffrax.ForwardMode):
+        ys = eqxi.nondifferentiable_backward(ys, msg=_ONLY_FORWARD)
+    start, last = (times[0], start), jax.tree.map(lambda leaf: leaf[0], (last_t, last_y))
+    end = jax.lax.stop_gradient(_End(start, last, good, ended, exhausted))
+    return Trajectory(ts, ys, ok), jnp.sum(saved), end
+
+
+class _End(NamedTuple):
+    """How a solve ended: the first and the last time with their states, and what became of it."""
+
+    start: tuple[Array, PyTree]
+    last: tuple[Array, PyTree]
+    good: Array
+    ended: Array
+    exhausted: Array
+
+
+def _cause(field: VectorField, ts: Array, args: PyTree, end: _End) -> Array:
+    """Which of the messages of `_why` tells why a solve failed."""
+    (t0, y0), (t, y), args = end.start, end.last, jax.lax.stop_gradient(args)
+    limits = jnp.finfo(t.dtype)
+    # Steps that are stopped by a field which is not finite end this close to where it is.
+    ahead = 1e3 * limits.eps * jnp.maximum(abs(t), ts[-1] - ts[0])
+    speed = field(t, y, args)
+    beyond = field(t + ahead, jax.tree.map(lambda y, v: y + ahead * v, y, speed), args)
+    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(y)])
+    # The present speed over the mean speed, along the way so far: the rate times the time in exponential
+    # growth, which overflows at some hundreds, and near 1 / epsilon where there is a singularity ahead.
+    way = jax.tree.map(lambda y, y0: (y - y0) / largest, y, y0)
+    along = [jnp.sum(w * (v / largest)) for w, v in zip(*map(jax.tree.leaves, (way, speed)), strict=True)]
+    squares = [jnp.sum(w * w) for w in jax.tree.leaves(way)]
+    quickened = (t - t0) * sum(along) / sum(squares)
+    finite = all_finite((speed, beyond))
+    most = jnp.where(finite, 1e-3 / limits.eps, jnp.log(limits.max))
+    blows_up = (quickened > most) | (largest > 1e-6 * limits.max)
+    reasons = [~end.good, end.ended, blows_up, ~finite, end.exhausted]
+    return jnp.select(reasons, list(range(len(reasons))), len(reasons))
+
+
+def _why(last: str, near: str, max_steps: Any) -> list[str]:
+    """The causes of a failure, with what to do about each; from after `last`, near the time `near`."""
+    knobs = "raise max_steps, loosen rtol and atol, or pass a stiff solver such as diffrax.Kvaerno5()"
+    return [
+        "integrate: y0, ts, rtol or atol is bad",
+        f"integrate: the solution is not finite{last}",
+        f"integrate: the solution blows up{near}, leaving every bound: let ts end before that",
+        f"integrate: the field is not finite{near}: let ts end before that, or mend the field there",
+        f"integrate: the solver gave up{last} (limit: {max_steps} steps); {knobs}",
+        f"integrate: no step is small enough{last}: the field jumps{near}, or rtol and atol are too small",
+    ]
+
+
+_ONLY_FORWARD = (
+    "integrate: a solve with adjoint=diffrax.ForwardMode() has no derivative in reverse mode (jax.grad, "
+    "jax.jacrev): leave adjoint out, or differentiate with jax.jvp or jax.jacfwd"
+)
+_ONLY_REVERSE = (
+    "integrate: a solve has no derivative in forward mode (jax.jvp, jax.jacfwd, jax.hessian) unless it is "
+    "asked for: pass adjoint=diffrax.ForwardMode()"
+)
 
 
 def _require_field(field, y0, ts, args):
