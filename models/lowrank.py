@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, PyTree
 
 from dynamics.arguments import brief, require_number, require_sizes
+from models.draws import normal
 
 Predict = Callable[[PyTree, Any], Any]
 
@@ -284,7 +285,7 @@ def _fresh(trained: PyTree, key: Array) -> PyTree:
     def renewed(node):
         if not _is_factors(node):
             return node
-        A = jax.random.normal(jax.random.fold_in(key, next(places)), node.A.shape, node.A.dtype)
+        A = normal(jax.random.fold_in(key, next(places)), node.A.shape, node.A.dtype)
         return Factors(A / node.A.shape[-2] ** 0.5, jnp.zeros_like(node.B))
 
     return structure.unflatten([renewed(node) for node in nodes])

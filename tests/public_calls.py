@@ -661,6 +661,7 @@ NO_NUMBERS = {
     "models.data.tokens.sample_long_contexts",
     "models.data.tokens.sample_tokens",
     "models.data.tokens.synthetic_classes",
+    "models.draws.normal",
     "models.functional.as_function",
     "models.galore.flax_axes",
     "models.galore.galore",

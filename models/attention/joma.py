@@ -25,6 +25,7 @@ from dynamics.arguments import (
     rows,
 )
 from dynamics.joma import Kind, attend
+from models.draws import normal
 from models.functional import Frozen
 
 
@@ -169,9 +170,7 @@ class JomaBlock(nnx.Module):
             raise ValueError(f"dim must be at least tokens + queries = {tokens + queries}, got {dim}")
         key_embedding, key_weights = jax.random.split(key)
         U = jax.random.orthogonal(key_embedding, dim, dtype=require_dtype(dtype))
-        W = require_number("scale", scale, U.dtype, at_least=0) * jax.random.normal(
-            key_weights, (dim, hidden), U.dtype
-        )
+        W = require_number("scale", scale, U.dtype, at_least=0) * normal(key_weights, (dim, hidden), U.dtype)
         z = jnp.full((queries, tokens), float(kind == "linear"), U.dtype)
         return cls(
             U[:, :tokens],

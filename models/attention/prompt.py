@@ -12,6 +12,7 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, PyTree
 
 from dynamics.arguments import ArrayLike, as_real, require_dtype, require_sizes
+from models.draws import normal
 from models.functional import Frozen
 
 
@@ -186,10 +187,10 @@ class PromptAttention(nnx.Module):
         key_prompt, key_value = jax.random.split(key)
         shape = (dim,) if heads is None else (heads, queries, dim)
         dtype = require_dtype(dtype)
-        prompt = jax.random.normal(key_prompt, shape, dtype)
+        prompt = normal(key_prompt, shape, dtype)
         leading = () if heads is None else (heads,)
         trailing = () if outputs is None else (outputs,)
-        value = jax.random.normal(key_value, (*leading, dim, *trailing), dtype)
+        value = normal(key_value, (*leading, dim, *trailing), dtype)
         return cls(prompt / dim**0.5, value / dim**0.5, key_weights, train_value=train_value)
 
     def logits(self, tokens: ArrayLike) -> Array:

@@ -17,6 +17,7 @@ from jaxtyping import Array
 from dynamics import replicator
 from models.attention.prompt import PromptAttention, attention_log_ratio, log_mean_ratio, prompt_attention
 from models.data.teachers import teacher_with_ratio
+from models.draws import normal
 from models.functional import as_function
 from models.losses import gauss_newton_spectrum
 from models.optimizers import one_of
@@ -66,7 +67,7 @@ def _task(key, ratio, tokens, vectors, noise) -> Task:
 
 def _draws(key, leading, samples, dim, dtype=None):
     """Tokens X ~ N(0, 1) with as many tokens as dimensions, and the vectors of `_task`."""
-    rows = jax.random.normal(key, (*leading, samples * dim + 5, dim), dtype)
+    rows = normal(key, (*leading, samples * dim + 5, dim), dtype)
     tokens = rows[..., :-5, :].reshape(*leading, samples, dim, dim)
     return tokens, rows[..., -5:, :] / dim**0.5
 
@@ -265,4 +266,4 @@ def train_small(key, seeds, steps):
             "hypothesis": theory.hypothesis,
         }
 
-    return jax.vmap(run)(jax.random.normal(key, (seeds, 12, 12)))
+    return jax.vmap(run)(normal(key, (seeds, 12, 12)))

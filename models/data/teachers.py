@@ -27,6 +27,7 @@ from dynamics.arguments import (
     require_sizes,
 )
 from models.attention import attention_log_ratio, diagonal_head, log_mean_ratio
+from models.draws import normal
 
 
 def teacher_with_ratio(key: Array, keys: ArrayLike, ratio: ArrayLike) -> Array:
@@ -175,7 +176,7 @@ def nearly_orthogonal_keys(
     eps = require_number("eps", eps, keys.dtype)
     eps = require_every("eps", eps, lambda eps: abs(eps) < 1, "a number with |eps| < 1")
     rows = keys.reshape(samples * tokens, dim)
-    noise = jax.random.normal(key_gram, (len(rows), len(rows)), rows.dtype)
+    noise = normal(key_gram, (len(rows), len(rows)), rows.dtype)
     deviation = noise + noise.T
     deviation = deviation / jnp.linalg.norm(deviation, 2)
     gram = jnp.eye(len(rows), dtype=rows.dtype) + eps * deviation
@@ -248,7 +249,7 @@ def diagonal_teacher(
 @partial(jax.jit, static_argnums=3)
 def _diagonal_teacher(key: Array, kq_scale: Array, vo_scale: Array, shape: tuple[int, int, int]) -> HeadTask:
     of_tokens, of_kq, of_vo = jax.random.split(key, 3)
-    X = jax.random.normal(of_tokens, shape, kq_scale.dtype)
+    X = normal(of_tokens, shape, kq_scale.dtype)
     kq = kq_scale * jax.random.normal(of_kq, shape[2:], kq_scale.dtype)
     vo = vo_scale * jax.random.normal(of_vo, shape[2:], vo_scale.dtype)
     return HeadTask(X, diagonal_head(kq, vo, X), kq, vo)

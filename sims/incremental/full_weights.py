@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 
 from dynamics.flow import Trajectory, gradient_flow, integrate
 from models.attention import AttentionHead, head_products
+from models.draws import normal
 from models.functional import as_function
 from models.losses import bind, total_squared_error
 from models.training import Descent
@@ -107,11 +108,11 @@ _FIELD = gradient_flow(total_squared_error)
 def _task(key: Array, config: Config) -> tuple[Array, Array, Array]:
     """Tokens X (N, n, d), the teacher's outputs, and the four weights (4, d, d) of a standard start."""
     key_tokens, key_teacher, key_start = jax.random.split(key, 3)
-    X = jax.random.normal(key_tokens, (config.samples, config.tokens, config.dim))
+    X = normal(key_tokens, (config.samples, config.tokens, config.dim))
     rotations = jax.random.orthogonal(key_teacher, config.dim, (4,))[..., : len(config.kq)]
     roots = jnp.sqrt(jnp.array([config.kq, config.kq, config.vo, config.vo]))
     teacher = AttentionHead(*(rotations * roots[:, None]))
-    return X, teacher(X), jax.random.normal(key_start, (4, config.dim, config.dim))
+    return X, teacher(X), normal(key_start, (4, config.dim, config.dim))
 
 
 @jax.jit

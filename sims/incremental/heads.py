@@ -32,6 +32,7 @@ from dynamics.flow import Trajectory
 from dynamics.incremental import GreedyPath
 from models.attention import AttentionStack, Feedforward, diagonal_stack, observe_products, split_products
 from models.data.teachers import HeadTask, diagonal_teacher
+from models.draws import normal
 from models.functional import as_function
 from models.losses import bind, mean_squared_error
 from models.training import Descent
@@ -144,8 +145,8 @@ def _draw(config: Config):
     dim, scale = config.dim, config.feedforward_scale
     keys = jax.random.split(jax.random.key(config.instance), 5)
     task = diagonal_teacher(keys[0], config.samples, config.tokens, dim, kq_scale=config.kq_scale)
-    feedforward = Feedforward(*(scale * jax.random.normal(keys[1], (2, config.layers, dim, HIDDEN))))
-    kq, vo = jax.random.normal(keys[4], (2, config.layers, HEADS, dim))
+    feedforward = Feedforward(*(scale * normal(keys[1], (2, config.layers, dim, HIDDEN))))
+    kq, vo = normal(keys[4], (2, config.layers, HEADS, dim))
     target = diagonal_stack(config.kq_scale * kq, vo, task.X, feedforward)
     heads = jnp.array([1.0, config.second])[None, :, None, None]
     u0 = (heads * jax.random.uniform(keys[2], config.grid, minval=0.8, maxval=1.2)).ravel()

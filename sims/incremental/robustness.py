@@ -26,6 +26,7 @@ from dynamics.flow import Trajectory
 from dynamics.incremental import GreedyPath, Products
 from models.attention import AttentionHead, diagonal_head_loss, product_coordinates
 from models.data.teachers import HeadTask, diagonal_teacher
+from models.draws import normal
 from models.functional import as_function
 from models.losses import bind, total_squared_error
 from models.training import Descent
@@ -128,7 +129,7 @@ def _starts(key: Array, path: GreedyPath, config: Config) -> tuple[Products, np.
     """Perturbed factors, (kind, draw, stage, p) each, and the products that they should end at, alike."""
     stages = np.array(config.stages)
     before, after = path.beta[stages], path.beta[stages + 1]
-    noise = np.asarray(jax.random.normal(key, (2, config.draws, *before.shape), before.dtype))
+    noise = np.asarray(normal(key, (2, config.draws, *before.shape), before.dtype))
     noise = np.where(before != 0, noise, 0)  # inactive weights stay zero
     u, sign = np.sqrt(np.abs(before)), np.sign(before)
     entry = np.where(path.order[stages][:, None] == np.arange(before.shape[1]), ENTRY, 0)

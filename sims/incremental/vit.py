@@ -218,7 +218,8 @@ def build(config: Config, image_shape: tuple[int, ...], lanes: Array, keys: Arra
         predict, params = as_function(model)
         return predict, scale_initial(params, lane[0], gain_scale=lane[1])
 
-    return jax.vmap(lambda lane: jax.vmap(lambda key: start(lane, key))(keys))(lanes)
+    # One after the other: what draws many small arrays at once compiles for longer.
+    return jax.lax.map(lambda lane: jax.lax.map(lambda key: start(lane, key), keys), lanes)
 
 
 def total_loss(predict: Any, params: Any, batch: tuple[Array, Array]) -> Array:

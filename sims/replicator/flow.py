@@ -23,6 +23,7 @@ from dynamics import replicator
 from dynamics.flow import Trajectory, gradient_flow, integrate
 from models.attention import PromptAttention, attention_function
 from models.data.teachers import nearly_orthogonal_keys
+from models.draws import normal
 from models.functional import as_function
 from models.losses import bind, squared_error
 from models.training import Descent
@@ -101,7 +102,7 @@ def _draw(key: jax.Array, config: Config) -> Task:
     k_keys, k_prompt, k_value, k_target, k_generic = jax.random.split(key, 5)
     shape = (config.samples, config.tokens, config.dim)
     near = jax.vmap(lambda eps: nearly_orthogonal_keys(k_keys, *shape, config.key_scale, eps))
-    generic = jax.random.normal(k_generic, shape) * jnp.sqrt(config.key_scale / config.dim)
+    generic = normal(k_generic, shape) * jnp.sqrt(config.key_scale / config.dim)
     tokens = jnp.concatenate([near(jnp.array([0.0, *config.eps])), generic[None]])
     prompt = jax.random.normal(k_prompt, (config.dim,))
     value = jax.random.normal(k_value, (config.dim,))

@@ -23,6 +23,7 @@ from dynamics import replicator
 from dynamics.flow import Trajectory, gradient_flow, integrate
 from models.attention import PromptAttention, attention_function
 from models.data.teachers import orthogonal_keys
+from models.draws import normal
 from models.functional import as_function
 from models.losses import bind, squared_error
 from models.training import Descent
@@ -97,8 +98,8 @@ def _draw(key: jax.Array, config: Config) -> Task:
     k_keys, k_prompt, k_worth, k_target = jax.random.split(key, 4)
     n, samples, heads = config.tokens, config.samples, config.heads
     tokens = orthogonal_keys(k_keys, samples, n, config.dim, config.key_scale)
-    prompts = jax.random.normal(k_prompt, (heads, 1, config.dim))
-    worth = jax.random.normal(k_worth, (samples, heads, n))
+    prompts = normal(k_prompt, (heads, 1, config.dim))
+    worth = normal(k_worth, (samples, heads, n))
     return Task(tokens, prompts, worth, jax.random.normal(k_target, (samples,)))
 
 

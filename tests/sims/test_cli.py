@@ -186,7 +186,10 @@ def test_errors_of_a_simulation_are_one_line_or_a_traceback(sim, capsys, monkeyp
     err = capsys.readouterr().err
     assert err == "error: rates must be positive, got -1 (DYNASCOPE_TRACEBACK=1 shows where)\n"
     assert cli.main(["verify", "toy.one", "--trouble", "solver"]) == 2
-    assert "error: integrate: the solution blows up, leaving every bound" in capsys.readouterr().err.splitlines()[-1]
+    assert (
+        "error: integrate: the solution blows up, leaving every bound"
+        in capsys.readouterr().err.splitlines()[-1]
+    )
     assert cli.main(["verify", "toy.one", "--trouble", "interrupt"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
     assert cli.main(["verify", "toy.one", "--trouble", "memory"]) == 2
