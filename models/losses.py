@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, PyTree
 
-from dynamics.flow import ArrayLike
+from dynamics.arguments import ArrayLike, as_real, nan_unless, require_indices
 
 
 def squared_error(params: PyTree, data: Any) -> Array:
@@ -66,7 +66,12 @@ def total_squared_error(params: PyTree, data: Any) -> Array:
 def cross_entropy(params: PyTree, data: Any) -> Array:
     r"""Mean cross-entropy of logits f(params, X) against labels y, of data = (f, X, y); in nats.
 
-    It takes its data like `squared_error`; `on_batches` is for batches that change.
+    It takes its data like `squared_error`; `on_batches` is for batches that change. Logits of float16 or
+    bfloat16, in which networks are trained, are looked at in float32, which is what is returned.
+
+    Raises:
+        ValueError: logits are no real numbers, or of another shape than the labels; a label that is not
+            traced is none of 0, ..., classes - 1. A traced one makes the loss NaN.
 
     Example:
         >>> constant = lambda params, x: jnp.stack([params, 0 * params])[None]
@@ -75,7 +80,21 @@ def cross_entropy(params: PyTree, data: Any) -> Array:
     """
     predict, inputs, labels = data
     logits = predict(params, inputs)
-    return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
+    if getattr(logits, "dtype", None) in (jnp.float16, jnp.bfloat16):
+        logits = jnp.asarray(logits, jnp.float32)
+    logits = as_real("the logits of params", logits)
+    if logits.ndim == 0 or logits.size == 0:
+        raise ValueError(f"params must give logits of shape (..., classes), got shape {logits.shape}")
+    classes = logits.shape[-1]
+    labels = require_indices("labels", labels, classes)
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels must have the shape of the logits of params but for its last axis, {logits.shape[:-1]}, "
+            f"got shape {labels.shape}"
+        )
+    loss = jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
+    # A label below zero would count from the end.
+    return nan_unless(jnp.all((labels >= 0) & (labels < classes)), loss)
 
 
 def upstream_product(params: PyTree, data: Any) -> Array:

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from models.functional import as_function
+from models.losses import cross_entropy
 from models.training import (
     Descent,
     map_lanes,
@@ -599,3 +600,12 @@ def test_lanes_that_do_not_fit_are_named(lanes):
         ValueError, match=r"^lanes must be arrays with one leading axis of lanes, got lengths"
     ):
         map_lanes(lambda lane: lane, lanes)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_cross_entropy_of_half_precision_is_computed_in_float32(dtype):
+    logits = jnp.array([[3.0, 1.0, -2.0]] * 1000, dtype)
+    value = cross_entropy(logits, (lambda params, _: params, None, np.ones(1000, int)))
+    exact = np.log(np.sum(np.exp([3.0, 1.0, -2.0]))) - 1
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, exact, rtol=1e-6)
