@@ -198,7 +198,9 @@ def figure(config: Config, saved: Saved) -> Figure:
     columns = 1 if len(config.queries) == 1 else 2
     drawn, axes = plotting.new_figure(-(-len(config.queries) // columns), columns, width=4.8, height=3.8)
     rates, ratios, trained = saved["rate"], saved["ratio"], saved["entropy/trained"].mean(axis=1)
-    low = min(saved["recorded/mean"].min(), trained.min()) - 0.1
+    # Error bars are drawn whole.
+    bars = saved["recorded/mean"] - saved["recorded/std"], saved["recorded/mean"] + saved["recorded/std"]
+    low, high = min(bars[0].min(), trained.min()) - 0.05, max(bars[1].max(), trained.max()) + 0.05
     panels = axes.ravel()
     for ax in panels[len(config.queries) :]:
         ax.axis("off")
@@ -209,15 +211,16 @@ def figure(config: Config, saved: Saved) -> Figure:
             color, nudge = f"C{row}", 1.03 ** (row - 1.5)
             label = f"trained, learning rate of Z {rate:g}"
             ax.plot(ratios, trained[index, row], color=color, label=label, **plotting.TRAINED)
-            bars = {**recorded, "color": color, "lw": 1, "capsize": 2, "zorder": 4}
-            ax.errorbar(ratios * nudge, mean[row], std[row], **bars)
+            style = {**recorded, "color": color, "lw": 1, "capsize": 2, "zorder": 4}
+            ax.errorbar(ratios * nudge, mean[row], std[row], **style)
         ax.errorbar([], [], [], color="0.4", label="recorded, mean ± std", **recorded)
         lines = ax.plot(ratios, saved["flow"][index].T, **plotting.THEORY)
         lines[0].set_label("population flow, all rates")
-        ax.set(xscale="log", ylim=(low, 2.2), xlabel="learning rate of Y / learning rate of Z")
+        ax.set(xscale="log", ylim=(low, high), xlabel="learning rate of Y / learning rate of Z")
         ax.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
         ax.minorticks_off()
         ax.set_ylabel("entropy over distinct tokens [nats]")
         ax.set_title(f"{queries} last, {NEXT_PER_QUERY * queries} next tokens")
-    panels[len(config.queries) - 1].legend(loc="lower right", fontsize=8)
+    # It is the same for all panels, and there is no room for it within one.
+    drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return drawn
