@@ -50,6 +50,11 @@ from sims.results import Context, Saved
 U0, V0 = 1.0, 0.5
 TRAINED = 1  # the alpha that the network is trained from: the second one
 LOSS_TIMES = 400  # of a flow, at most
+# A product is negligible below this share of the largest one of the path. The exponent b of the next one runs
+# from 1 to 0 in its time T, so that it grows like exp(2 log(1/alpha) tau / T) and is negligible until about
+# log(50) / 2 = 2 units of T / log(1/alpha) before its jump: a stage whose middle is earlier lasts.
+NEGLIGIBLE, LASTS = 0.01, 4.0
+EXACT = "counts are exact"
 HALVES = "one half, bent by the next order in 1 / log(1/alpha)"
 RESCALED = "rescaled time t / log(1/α)"
 STIFF = 40.0  # explicit solvers are faster below this log(1 / alpha)
@@ -235,13 +240,12 @@ def run(config: Config, context: Context) -> dict:
 
 def claims(config: Config, saved: Saved) -> Iterator[Claim]:
     """What enters, in which order and to what, the network; of a path with an end also the limit."""
-    dim, active = config.dim, np.abs(np.sign(saved["path/beta"]))
+    dim = config.dim
     yield stated(
         "loss",
-        "From stage to stage the loss falls, and at most one product becomes active",
-        "boixadsera2023, Theorem 4.5 and Figure 6",
+        "From stage to stage the loss falls",
+        "boixadsera2023, Figure 6",
         every("stages that lower the loss", np.diff(saved["path/loss"]) < 0),
-        every("stages with at most one new product", np.diff(active, axis=0).clip(min=0).sum(axis=1) <= 1),
     )
     waits, later = saved["waiting/at_zero"], saved["waiting/after_first"]
     pull, of_vo = largest(saved["waiting/gradient"][:dim]), saved["path/order"][0] >= dim
@@ -264,6 +268,7 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
     # Of a path that is cut short the flows see the first jumps alone, which they may not have made by then.
     if saved["path/complete"] or len(saved["jump"]) < config.stages:
         yield _teacher(saved)
+        yield _support(saved)
         yield _limit(saved["distance"])
         yield _already(config, saved)
 
@@ -281,6 +286,46 @@ def _teacher(saved: Saved) -> Claim:
         equals("whether no product is left that would become active", complete, 1, why="the statement"),
         every("stages that reach a stationary point", saved["path/converged"]),
         every("stages that one product enters", ~saved["path/tied"]),
+    )
+
+
+def _active(beta: np.ndarray, path: np.ndarray) -> np.ndarray:
+    """Which products (..., p) are not negligible beside a path (S + 1, p): numbers, which keep a NaN."""
+    return np.heaviside(np.abs(beta) / np.max(np.abs(path)) - NEGLIGIBLE, 0)
+
+
+def _support(saved: Saved) -> Claim:
+    taus, jumps, path, lams = (
+        saved[name] for name in ("rescaled_time", "jump", "path/beta", "log_inv_alpha")
+    )
+    # The flows go through some of the stages, and the network through fewer; the last one has no end.
+    starts, ends = np.append(0, jumps[:-1]), jumps
+    middles = (starts + ends) / 2
+    lasting = np.flatnonzero((lams[-1] * (1 - starts / ends) >= LASTS) & (middles < taus[-1]))
+    active = _active(saved["products/flow"][np.searchsorted(taus, middles[lasting])], path)
+    entered = np.sum(np.diff(active, axis=0).clip(min=0), axis=1) / np.diff(lasting)
+    records = saved["record"]
+    at = np.searchsorted(records, middles[middles <= records[-1]])
+    together = np.sum(np.diff(_active(saved["network/trained"][at], path), axis=0).clip(min=0), axis=1)
+    flow, network = (f"from alpha = {np.exp(-lam):.0e}" for lam in (lams[-1], lams[TRAINED]))
+    return qualified(
+        "support",
+        "In each stage the number of products that are not negligible grows by at most one",
+        "boixadsera2023, Theorem 4.5",
+        condition="stages last in units of 1 / log(1/alpha); else several products enter at once",
+        inside=[
+            at_most(
+                f"flow {flow}: products that enter per jump, most of {len(lasting)} middles of stages",
+                entered.max(),
+                1,
+                why=EXACT,
+            ),
+            every(
+                f"flow {flow}: those where the active products are the path's",
+                np.all(active == _active(path, path)[lasting], axis=1),
+            ),
+        ],
+        outside=[at_least(f"network {network}: products that enter at once", together.max(), 2, why=EXACT)],
     )
 
 
@@ -382,7 +427,10 @@ def figure(config: Config, saved: Saved) -> Figure:
 
     lams = saved["log_inv_alpha"]
     distance.loglog(lams, saved["distance"], "o", color="C0", label="flow")
-    plotting.reference_slope(distance, lams[::-1], saved["distance"][::-1], -1, "slope −1")
+    constant = lams[-1] * saved["distance"][-1]
+    distance.plot(
+        lams, constant / lams, label=f"{constant:.2g} / log(1/α), as in the limit", **plotting.THEORY
+    )
     distance.set_xticks(lams, labels=[f"{lam:.3g}" for lam in lams])
     distance.set_xticks([], minor=True)
     distance.set(xlabel="log(1/α)", ylabel="∫ Σ |β − staircase| dτ", title="Distance to the staircase")

@@ -58,6 +58,10 @@ LEAVING = (0, 40)  # seed and samples of a problem where a product leaves, and r
 PROBLEMS = ("correlated", "orthogonal", "turning", "leaving")
 EXPLICIT = 32  # the power of ten up to which an explicit solver is the quicker one
 HORIZON = 9.0  # rescaled time that is long enough for both
+# A product is negligible below this share of the largest one of the path. The exponent b of the next one runs
+# from 1 to 0 in its time T, so that it grows like exp(2 log(1/alpha) tau / T) and is negligible until about
+# log(50) / 2 = 2 units of T / log(1/alpha) before its jump: a stage whose middle is earlier lasts.
+NEGLIGIBLE, LASTS = 0.01, 4.0
 HALVES = "one half, bent by exp(-lam) and the widths of the jumps"
 EXACT = "counts are exact"
 
@@ -301,6 +305,7 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
     """The limit, the first activation, what enters and leaves, conservation, cancellation, the network."""
     yield _staircase(config, saved)
     yield _first_activation(config, saved)
+    yield _support(config, saved)
     yield from _stages({name: saved[f"path/{name}"] for name in PROBLEMS})
     drift, moved = saved["conserved/drift"], saved["conserved/moved"]
     yield stated(
@@ -371,24 +376,60 @@ def _first_activation(config: Config, saved: Saved) -> Claim:
     )
 
 
-def _stages(paths: dict[str, dict[str, np.ndarray]]) -> Iterator[Claim]:
-    """What enters and leaves from stage to stage, and how the loss falls."""
-    # As numbers, which keep a NaN.
-    active = {name: np.abs(np.sign(path["beta"])) for name, path in paths.items()}
-    entered = np.concatenate([np.diff(on, axis=0).clip(min=0).sum(axis=1) for on in active.values()])
-    left = {name: np.diff(1 - on, axis=0).clip(min=0).sum() for name, on in active.items()}
-    beta = paths["leaving"]["beta"]
-    back = np.sum((beta.min(axis=0) < 0) & (beta.max(axis=0) > 0) & (beta[-1] != 0))
-    ties = sum(np.sum(path["tied"]) for path in paths.values())
-    yield stated(
+def _active(beta: np.ndarray, path: np.ndarray) -> np.ndarray:
+    """Which products (..., p) are not negligible beside a path (S + 1, p): numbers, which keep a NaN."""
+    return np.heaviside(np.abs(beta) / np.max(np.abs(path)) - NEGLIGIBLE, 0)
+
+
+def _support(config: Config, saved: Saved) -> Claim:
+    taus, jumps, path = saved["rescaled_time"], saved["jump_correlated"], saved["path/correlated/beta"]
+    starts, ends = np.append(0, jumps), np.append(jumps, taus[-1])
+    middles, should = (starts + ends) / 2, _active(path, path)
+    lasting = np.flatnonzero(LOG10 * config.powers[-1] * (1 - starts / ends) >= LASTS)
+    active = _active(saved["flow/last"][np.searchsorted(taus, middles[lasting])], path)
+    entered = np.sum(np.diff(active, axis=0).clip(min=0), axis=1) / np.diff(lasting)
+
+    # The network ends within a stage.
+    records, seen = saved["record"], middles < saved["record"][-1]
+    at = np.searchsorted(records, middles[seen])
+    together = np.sum(np.diff(_active(saved["network/trained"][at], path), axis=0).clip(min=0), axis=1)
+    last = np.sum(_active(saved["network/trained"][-1], path) != should[np.searchsorted(jumps, records[-1])])
+    flow, network = f"flow from alpha = 1e-{config.powers[-1]}", f"network from alpha = 1e-{config.powers[0]}"
+    return qualified(
         "support",
         "In each stage the number of products that are not negligible grows by at most one",
         "boixadsera2023, Theorem 4.5",
-        at_most(f"products that enter, most of {entered.size} stages", entered.max(), 1, why=EXACT),
-        at_most("jumps with ties", ties, 0, why=EXACT),
-        every("stages that settle", np.concatenate([path["converged"] for path in paths.values()])),
-        every("paths that end with nothing left", [path["complete"] for path in paths.values()]),
+        condition="stages last in units of 1 / log(1/alpha); else several products enter at once",
+        inside=[
+            at_most(
+                "jumps of the paths with ties",
+                sum(saved[f"path/{name}/tied"].sum() for name in PROBLEMS),
+                0,
+                why=EXACT,
+            ),
+            at_most(
+                f"{flow}: products that enter per jump, most of {len(lasting)} middles of stages",
+                entered.max(),
+                1,
+                why=EXACT,
+            ),
+            every(
+                f"{flow}: middles where the active products are the path's",
+                np.all(active == should[lasting], axis=1),
+            ),
+            at_most(f"{network}, at its end: products active there or in the path alone", last, 0, why=EXACT),
+        ],
+        outside=[at_least(f"{network}: products that enter at once, most", together.max(), 2, why=EXACT)],
     )
+
+
+def _stages(paths: dict[str, dict[str, np.ndarray]]) -> Iterator[Claim]:
+    """What leaves from stage to stage of the greedy paths, how the loss falls, and that they end."""
+    # As numbers, which keep a NaN.
+    active = {name: np.abs(np.sign(path["beta"])) for name, path in paths.items()}
+    left = {name: np.diff(1 - on, axis=0).clip(min=0).sum() for name, on in active.items()}
+    beta = paths["leaving"]["beta"]
+    back = np.sum((beta.min(axis=0) < 0) & (beta.max(axis=0) > 0) & (beta[-1] != 0))
     yield qualified(
         "leaving",
         "Products that are active stay active: the rank increases",
@@ -406,10 +447,12 @@ def _stages(paths: dict[str, dict[str, np.ndarray]]) -> Iterator[Claim]:
     rest = losses["correlated"][-1] / losses["correlated"][0]
     yield stated(
         "losses",
-        "The loss falls from one stage of the greedy path to the next",
+        "The loss falls from one stage of the greedy path to the next, until nothing is left",
         "boixadsera2023, Algorithm 1",
         at_most("largest rise, over the loss at zero", rise, 1e-15, why=ROUNDING),
         at_most("loss at the end, over that at zero", rest, 1e-15, why=ROUNDING),
+        every("stages that settle", np.concatenate([path["converged"] for path in paths.values()])),
+        every("paths that end with nothing left", [path["complete"] for path in paths.values()]),
     )
 
 
