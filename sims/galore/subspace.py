@@ -4,6 +4,8 @@ A network with three square matrices between its hidden layers learns to read di
 steps the leading left singular vectors of a minibatch gradient become the basis P of every matrix, as in a
 refresh of GaLore, and the share |P^T G|^2 / |G|^2 of gradients of other minibatches is followed from there
 on, beside the share that a fresh basis of each gradient's own would have. The training is not projected.
+Beside them stand the ranks of the weights and of their change since the start, and the angles by which the
+leading subspace of this change turns.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from jaxtyping import Array
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dynamics.spectra import captured_energy, stable_rank
+from dynamics.spectra import captured_energy, principal_angles, stable_rank
 from models.data.images import digits
 from models.losses import cross_entropy, on_batches
 from models.training import train
@@ -115,6 +117,17 @@ def _shares(G: Array, places: np.ndarray, rank: int) -> dict[str, Array]:
     return {"old": old, "fresh": own[:, rank - 1][places]}
 
 
+def _of_weights(W: Array, places: np.ndarray, rank: int) -> dict[str, Array]:
+    """Stable ranks of one matrix (mark, m, n) and of its change, and the largest angle by which this turns.
+
+    The angle is between the leading left singular vectors at a start, but the first, and a gap later.
+    """
+    change = W[1:] - W[0]
+    U = jnp.linalg.svd(change[places[1:, [0, -1]] - 1])[0][..., :rank]
+    turned = jax.lax.map(lambda pair: principal_angles(pair[0], pair[1])[-1], U)
+    return {"weight_rank": stable_rank(W), "change_rank": stable_rank(change), "turned": turned}
+
+
 @partial(jax.jit, static_argnames="config")
 def _follow(keys: Array, images: Array, labels: Array, config: Config) -> dict[str, Any]:
     """Train every seed and follow the bases."""
@@ -143,7 +156,9 @@ def _follow(keys: Array, images: Array, labels: Array, config: Config) -> dict[s
 
         gradients, losses = jax.lax.map(look, (params, probes))
         shares, ranks = jax.lax.map(of_matrix, jnp.moveaxis(gradients, 2, 0))
-        return {"share": shares, "stable_rank": ranks, "loss": losses}
+        of_weights = partial(_of_weights, places=places, rank=config.ranks[0])
+        weights = jax.lax.map(of_weights, jnp.moveaxis(params["hidden"], 1, 0))
+        return {"share": shares, "stable_rank": ranks, "loss": losses, **weights}
 
     # One after the other: on large batches of small products the threads of a CPU wait for each other.
     return jax.lax.map(one, keys)
@@ -162,7 +177,12 @@ def run(config: Config, context: Context) -> dict:
         "offset": ("offset", np.array(config.offsets)),
         "step": ("step", _marks(config)[0]),
         "share": ("seed matrix rank start offset", found["share"]),
+        "later_start": ("later_start", np.array(config.starts[1:])),
+        "later_step": ("later_step", _marks(config)[0][1:]),
         "stable_rank": ("seed matrix step", found["stable_rank"]),
+        "weight_rank": ("seed matrix step", found["weight_rank"]),
+        "change_rank": ("seed matrix later_step", found["change_rank"]),
+        "turned": ("seed matrix later_start", found["turned"]),
         "loss": ("seed step", found["loss"]),
     }
 
@@ -197,6 +217,7 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
     )
     # In the mean over seeds and minibatches.
     ranks = np.mean(saved["stable_rank"], axis=0)
+    low, eighth = config.width / 8, "low is an eighth of what is possible"
     largest = f"largest stable rank at any step, of at most {config.width}"
     yield qualified(
         "stable_rank",
@@ -205,11 +226,43 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         condition="the end is compared with the start, where gradients are low-rank already, and rise first",
         inside=[
             every("matrices with a smaller one at the end than at the start", ranks[:, -1] < ranks[:, 0]),
-            at_most(largest, ranks.max(), config.width / 16, why="low is a sixteenth of what is possible"),
+            at_most(largest, ranks.max(), low, why=eighth),
         ],
         outside=[
             every("matrices with a larger one on the way than at the start", ranks.max(axis=1) > ranks[:, 0])
         ],
+    )
+    weights, change = (np.mean(saved[f"{name}_rank"], axis=0) for name in ("weight", "change"))
+    slide = "zhao2024galore, the talk's slides on the rank of weights"
+    yield qualified(
+        "low_rank_weights",
+        "Weights are of low rank later in training, and low-rank weights go with low-rank gradients",
+        slide,
+        condition="their change since the start is meant: weights keep the rank of their random start",
+        inside=[
+            at_most("change of the weights: largest stable rank", change.max(), low, why=eighth),
+            at_most("gradients: largest stable rank", ranks.max(), low, why=eighth),
+        ],
+        outside=[at_least("weights: smallest stable rank", weights.min(), low, why=eighth)],
+    )
+    turned = np.mean(saved["turned"], axis=0)
+    over = f"largest angle of {config.ranks[0]} directions over a gap, in radians"
+    yield stated(
+        "turns",
+        "At first the subspace in which the weights change turns a lot, later little",
+        slide,
+        at_least(
+            f"from step {config.starts[1]}, least matrix: {over}",
+            turned[:, 0].min(),
+            np.pi / 4,
+            why="half way",
+        ),
+        at_most(
+            f"from step {config.starts[-1]}: {over}",
+            turned[:, -1].max(),
+            np.pi / 8,
+            why="a quarter of the way",
+        ),
     )
 
 
@@ -227,8 +280,12 @@ def figure(config: Config, saved: Saved) -> Figure:
     for index, name in enumerate(MATRICES):
         over_seeds = np.mean(saved["stable_rank"], axis=0)
         ranks.plot(steps, over_seeds[index], "o-", color=f"C{index + 3}", label=name)
-    ranks.set(xlabel="step", ylabel="stable rank of G", title="Stable rank over training")
-    ranks.legend(loc="upper right")
+        for line, kind, at in (("--", "weight", steps), (":", "change", saved["later_step"])):
+            ranks.plot(at, np.mean(saved[f"{kind}_rank"], axis=0)[index], line, color=f"C{index + 3}")
+    for line, label in (("--", "weights"), (":", "their change")):
+        ranks.plot([], [], line, color="0.3", label=label)
+    ranks.set(xlabel="step", ylabel="stable rank", ylim=(0, 28), title="Stable rank of gradients and weights")
+    ranks.legend(loc="upper right", ncols=2)
     loss.plot(steps, np.mean(saved["loss"], axis=0), "o-", color="0.3")
     loss.set(yscale="log", xlabel="step", ylabel="loss (nats)", title="Loss over training")
     for ax in (ranks, loss):
