@@ -342,6 +342,17 @@ def test_printed_contraction_needs_a_bound_on_the_learning_rate():
             assert factor <= printed
 
 
+def test_every_constant_of_the_contraction_has_its_place():
+    hats, eta, (L_A, L_B, L_C), D, sup_B, sup_C = ([[[2.0]]], [[[3.0]]]), 0.01, (0.3, 0.5, 0.7), 1.1, 4.0, 3.5
+    constants = {"lipschitz": (L_A, L_B, L_C), "weight_bound": D, "sup_B": sup_B, "sup_C": sup_C}
+    for form, loss in {
+        "printed": L_A + L_B * L_C * D**2,
+        "valid": L_A + D * (L_B * sup_C + L_C * sup_B),
+    }.items():
+        factor = galore.contraction_factor(*hats, eta, form, **constants)
+        np.testing.assert_allclose(factor, 1 - eta * (2 * 3 - loss), rtol=1e-14)
+
+
 def test_printed_contraction_is_vacuous_for_single_inputs():
     _, B, C = draw_terms(np.random.default_rng(1), 4, 3, rank_one=True)
     rate = safe_rate(galore.gradient_operator(B, C))

@@ -13,6 +13,7 @@ from dynamics.spectra import (
     captured_energy,
     effective_rank,
     entropy,
+    numerical_rank,
     principal_angles,
     stable_rank,
 )
@@ -83,6 +84,13 @@ def test_two_singular_values():
     A = jnp.diag(jnp.array([3.0, 1.0]))
     np.testing.assert_allclose(stable_rank(A), 10 / 9, rtol=1e-14)
     np.testing.assert_allclose(effective_rank(A), 4 / 3**0.75, rtol=1e-14)
+
+
+def test_each_matrix_of_a_batch_has_a_threshold_of_its_own():
+    A = np.diag([3.0, 1.0, 0.2]) * np.array([1.0, 0.01])[:, None, None]
+    np.testing.assert_array_equal(numerical_rank(A, rtol=0.1), [2, 2])
+    np.testing.assert_array_equal(numerical_rank(A, atol=0.1), [3, 0])
+    np.testing.assert_array_equal(numerical_rank(A, rtol=0.1, atol=0.02), [2, 1])
 
 
 def test_float32_is_kept_however_small():

@@ -15,6 +15,7 @@ import optax
 import pytest
 
 from models.galore import galore, scale_by_adam_8bit, scale_by_galore, state_bytes
+from models.galore.labels import is_hidden_kernel
 from tests.helpers import advance, compiled, count_compilations
 
 RANK, GAP = 3, 3
@@ -646,6 +647,17 @@ def test_flax_modules_are_labelled_by_their_attributes():
     state: Any = jax.eval_shape(galore(0.1, 2).init, params)
     bases = state[0].inner_states["galore"].inner_state.bases
     assert [leaf.shape for leaf in jax.tree.leaves(bases)] == [(4, 2)]
+
+
+def test_names_of_embeddings_heads_norms_and_biases_are_known_word_by_word():
+    told = """
+        unembed/kernel Unembed_0/kernel embedder/w token_embedding/w emb wte wpe/value logits/kernel
+        classifier/kernel lm_head/w norm_1/w LayerNorm_0/kernel ln_f/w bn1/w mlp/scale mlp/gamma mlp/beta
+        mlp/b mlp/bias
+    """
+    hidden = "member/w heads/w header/w MultiHeadAttention_0/out/w normal/w scale/w b/kernel mlp/value"
+    assert [name for name in told.split() if is_hidden_kernel(name, None)] == []
+    assert [name for name in hidden.split() if not is_hidden_kernel(name, None)] == []
 
 
 # --- Sharding

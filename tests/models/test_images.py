@@ -13,7 +13,10 @@ RNG = np.random.default_rng(0)
 
 
 def test_digits_are_those_of_the_library():
+    from sklearn.datasets import load_digits
+
     images, labels = digits("float32")
+    np.testing.assert_array_equal(16 * images, load_digits().images)
     assert (images.shape, images.dtype) == ((1797, 8, 8), jnp.float32)
     assert (float(images.min()), float(images.max())) == (0.0, 1.0)
     # Class counts and the mean pixel of the published set.

@@ -1,5 +1,7 @@
 """Low-rank weights: against dense weights and Flax's own layer; what restarts keep and what they drop."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,6 +120,15 @@ def test_only_what_is_trained_moves_and_has_a_state():
     shape = {"kernel": jax.ShapeDtypeStruct((M, N), jnp.float64)}
     memory = galore_memory(M, N, RANK)
     assert state_bytes(shape, RANK) == 8 * (memory.states + memory.projection) + 8
+
+
+def test_gradients_of_what_is_frozen_move_nothing():
+    start = lora_params(draw()[0], RANK, KEY)
+    optimizer = on_trained(optax.sgd(1.0))
+    ones: Any = jax.tree.map(jnp.ones_like, start)
+    updates: Any = optimizer.update(ones, optimizer.init(start), start)[0]
+    assert all(np.all(leaf == -1) for leaf in jax.tree.leaves(updates.trained))
+    np.testing.assert_array_equal(updates.frozen["kernel"], np.zeros((M, N)))
 
 
 def test_restarts_let_the_rank_grow_and_keep_the_model():

@@ -50,6 +50,14 @@ def test_attention_does_not_underflow_beside_a_token_that_does_not_occur():
     np.testing.assert_allclose(logits[0], expected, rtol=1e-12)
 
 
+def test_uniform_weights_fill_their_range():
+    model = ScanSnapAttention.uniform(KEY, 50)
+    weights = np.stack([model.Y[...], model.Z[...]]) * 50**0.5
+    # Of 2500 such numbers the extreme ones are within 0.02 of the ends, but for one case in 1e10.
+    np.testing.assert_allclose(np.max(weights, axis=(1, 2)), 1, atol=0.02)
+    np.testing.assert_allclose(np.min(weights, axis=(1, 2)), -1, atol=0.02)
+
+
 def test_the_gradient_by_hand_is_that_of_the_network():
     model = ScanSnapAttention.uniform(KEY, M)
     predict, params = as_function(model)

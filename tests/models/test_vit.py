@@ -93,6 +93,8 @@ def test_the_scale_multiplies_everything_but_the_embedder(scale, gain_scale):
     sizes: Any = SIZES | {"depth": 1}
     model = VisionTransformer(jax.random.key(0), (4, 6, 2), 4, **sizes)
     _, params = as_function(model)
+    # Of 32 numbers: 0.4 is three standard errors.
+    assert float(jnp.std(params["position"][...])) == pytest.approx(0.02, rel=0.4)
     scaled = jax.jit(lambda s, g: scale_initial(params, s, gain_scale=g))(scale, gain_scale)
     before, after = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (params, scaled))
     factors = []

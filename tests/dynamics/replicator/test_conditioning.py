@@ -200,7 +200,11 @@ def test_the_corollary_bounds_from_below():
     hessian = jnp.diag(jnp.array([1.0, 2.0, 4.0]))
     for point in ([0.5, 0.5 - 1e-4, 1e-4], [0.9, 0.1 - 1e-6, 1e-6], [1 / 3, 1 / 3, 1 / 3]):
         assert corollary_bound(point, hessian) <= condition_number(point, hessian)
-    assert corollary_bound([0.5, 0.5 - 1e-4, 1e-4], hessian) > 1e5
+    e, round_hessian = 1e-4, jnp.eye(3)
+    # Beside an edge d (1 - d) = 1/4 is above the cap of 2/9; next to a vertex it is below.
+    for point, large in (([0.5, 0.5 - e, e], 2 / 9), ([0.9, 0.1 - e, e], 0.09)):
+        expected = (large / (e * (1 - e))) ** 2
+        np.testing.assert_allclose(corollary_bound(point, round_hessian), expected, rtol=1e-11)
 
 
 def test_at_a_vertex_the_condition_number_is_infinite_and_the_bounds_are_no_nan():
