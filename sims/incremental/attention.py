@@ -380,10 +380,10 @@ def _until(config: Config, saved: Saved) -> float:
 def _entries(ax: Axes, config: Config, saved: Saved, which: slice, matrix: str) -> Axes:
     """The flow from the smallest start beside the staircase: the entries of one product matrix."""
     theory, flow = (saved[f"products/{name}"][:, which] for name in ("staircase", "flow"))
-    _beside(ax, saved["rescaled_time"], theory, flow, "flow, one colour per entry", "staircase")
+    _beside(ax, saved["rescaled_time"], theory, flow, "flow, a colour per entry", "staircase")
     ax.set(xlabel=RESCALED, ylabel="entry of the diagonal", xlim=(0, _until(config, saved)))
     ax.set_title(f"{matrix}, {_power(saved['log_inv_alpha'][-1])}")
-    ax.legend(loc="upper right", ncols=2)
+    ax.legend(loc="upper right", ncols=2, columnspacing=1.0)
     return ax
 
 
@@ -414,7 +414,9 @@ def _loss_panel(ax: Axes, config: Config, saved: Saved) -> Axes:
 
 def figure(config: Config, saved: Saved) -> Figure:
     """Loss and entries over rescaled time with the staircase; distance to it; the network on its flow."""
-    drawn, ((loss, value, query), (distance, network, gap)) = plotting.new_figure(2, 3)
+    drawn, ((loss, value, query), (distance, network, gap)) = plotting.new_figure(
+        2, 3, width=3.75, height=3.2
+    )
     drawn.suptitle(
         f"A head with diagonal weights: {config.dim} dimensions, {config.tokens} tokens, "
         f"{config.samples:,} samples. Greedy: {len(saved['jump'])} stages, "

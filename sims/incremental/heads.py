@@ -433,7 +433,7 @@ def figure(config: Config, saved: Saved) -> Figure:
     pair.plot([], [], label="tied staircase", **plotting.THEORY)
     pair.set(xlabel="rescaled time t / log(1/α)", ylabel=f"entry {entry} of W_V W_Oᵀ")
     pair.set_title("One layer: heads enter together, exchange later")
-    pair.legend(fontsize=7)
+    pair.legend(fontsize=8)
 
     shares, predicted = saved["share_power"], float(saved["share/predicted"])
     ratio.plot(shares, saved["share/measured"], "o", color="C0", label="flow, after the first jump")
@@ -446,15 +446,24 @@ def figure(config: Config, saved: Saved) -> Figure:
     ratio.set_title("The second head's share does not vanish")
     ratio.legend(loc="lower left")
 
+    times, stairs = saved["time_deep"], saved["deep/staircase"]
     for index, (label, values) in enumerate(zip(saved["entrant"], saved["deep/flow"].T, strict=True)):
-        deep.plot(saved["time_deep"], values, color=f"C{index % 10}", label=label, **plotting.TRAINED)
-    deep.plot(saved["time_deep"], saved["deep/staircase"], **plotting.THEORY)
-    deep.set(xlabel="rescaled time t / log(1/α)", ylabel="product")
+        deep.plot(times, values, color=f"C{index % 10}", label=label, **plotting.TRAINED)
+    deep.plot(times, stairs, **plotting.THEORY)
+    deep.set(xlabel="rescaled time t / log(1/α)", ylabel="product", xlim=_shown(config, times, stairs))
     depth = f"{config.layers} layer{'s' * (config.layers > 1)}"
     deep.set_title(f"{depth} with feed-forward part, α = 1e-{config.decades[-1]:g}")
-    deep.legend(loc="upper left", fontsize=6.5)
+    deep.legend(loc="upper left", fontsize=8)
     _distance_panel(distance, config, saved, depth)
     return drawn
+
+
+def _shown(config: Config, times: np.ndarray, stairs: np.ndarray) -> tuple[float, float]:
+    """From well before the first jump to the end, or to the last jump if the flow is not through with it."""
+    jumps = times[1:][np.any(np.diff(stairs, axis=0) != 0, axis=1)]
+    # A jump at T takes a few T / log(1/alpha).
+    through = times[-1] > jumps[-1] * (1 + 5 / (LOG10 * config.decades[-1]))
+    return jumps[0] / 2, times[-1] if through else jumps[-1]
 
 
 def _distance_panel(ax: Axes, config: Config, saved: Saved, depth: str) -> Axes:
@@ -471,6 +480,6 @@ def _distance_panel(ax: Axes, config: Config, saved: Saved, depth: str) -> Axes:
     ax.set(xlabel="log(1/α)", ylabel="integrated distance, to midway of a stage")
     ax.set_title("Distance of the flow to the staircase")
     low, high = ax.get_ylim()
-    ax.set_ylim(low * (low / high) ** 0.6, high)  # room for the legend
-    ax.legend(loc="lower left", fontsize=7)
+    ax.set_ylim(low * (low / high) ** 0.8, high)  # room for the legend
+    ax.legend(loc="lower left", fontsize=8)
     return ax

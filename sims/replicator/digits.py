@@ -335,7 +335,7 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
 
 def figure(config: Config, saved: Saved) -> Figure:
     """Loss, accuracy, ratio and condition number in both settings, and where the heads look in the end."""
-    drawn, axes = plotting.new_figure(3, 4, width=3.0, height=2.5)
+    drawn, axes = plotting.new_figure(3, 4, width=2.8, height=2.5)
     steps, marks = saved["step"], saved["mark"]
     for row, setting in enumerate(SETTINGS):
         loss, accuracy, ratio, condition = axes[row]
@@ -370,17 +370,17 @@ def _finish(panels: np.ndarray, setting: str, steps: np.ndarray) -> None:
     accuracy.set_ylim(0, 1.03)
     condition.set_yscale("log")
     words = (
-        (f"Loss: {setting}", "training loss (nats)", "best"),
+        ("Loss", "training loss (nats)", "best"),
         ("Accuracy", "accuracy", "lower right"),
-        ("Attention ratio, test set", "log10 max / min attention", "upper left"),
-        ("Gauss-Newton, prompts", "condition number", "upper left"),
+        ("Test set", "log10 max / min attention", "upper left"),
+        ("Gauss-Newton", "condition number", "upper left"),
     )
     ticks = [0, *(10**power for power in range(1, len(str(steps[-1]))))]
     for ax, (title, ylabel, place) in zip(panels, words, strict=True):
         ax.set_xscale("symlog", linthresh=2 * steps[1])
         ax.set_xticks(ticks, labels=map(str, ticks))
         ax.set(xlabel="step", ylabel=ylabel, xlim=(0, steps[-1]))
-        ax.set_title(title)
+        ax.set_title(f"{title}, values {'frozen' if setting == SETTINGS[0] else 'trained'}", fontsize=9)
         ax.legend(loc=place)
 
 
