@@ -226,7 +226,7 @@ def _view(command: str, names: list[str], flags: list[str]) -> int:
     known = sorted(path.stem for path in out.glob("[!.]*.json"))
     if not known:
         raise UsageError(f"out must be a folder with saved results, got {out}; `run` makes them")
-    stems = _resolve([Path(name).stem if name.endswith(".py") else name for name in names], known)
+    stems = _saved_stems([Path(name).stem if name.endswith(".py") else name for name in names], known, out)
     done = []
     for stem in stems:
         saved = results.load(out, stem)
@@ -242,6 +242,20 @@ def _view(command: str, names: list[str], flags: list[str]) -> int:
     _print_claims(done, kind == "json")
     ledger.write_page(out)
     return int(any("fails" in saved.verdicts for saved in done))
+
+
+def _saved_stems(names: list[str], known: list[str], out: Path) -> list[str]:
+    """The saved results that are meant; a name that is not saved itself stands for its variants."""
+    chosen = []
+    for name in names:
+        variants = [stem for stem in known if stem.startswith(f"{name}@")]
+        try:
+            chosen += variants if variants and name not in known else simulations.resolve([name], known)
+        except ValueError:
+            raise UsageError(
+                f"a saved result must be named; {out} has none of {name!r}, but {', '.join(known)}"
+            ) from None
+    return list(dict.fromkeys(chosen))
 
 
 def _print_claims(done: Sequence[Saved], as_json: bool) -> None:

@@ -48,7 +48,7 @@ def render(done: list[Saved]) -> str:
         "Written by the command line from saved results; do not edit. A claim's verdict is one of: `holds`",
         "(as printed, or as derived where the source says so), `holds corrected` (the printed form fails, a",
         "corrected one holds), `holds if ...` (true under a condition that is not printed), `quoted` (not",
-        "tested here), `fails`.",
+        "tested here), `fails`. A check with ✗ is of a printed form that fails.",
         "",
         "| claim | source | verdict |",
         "|---|---|---|",

@@ -13,8 +13,11 @@ from typing import Any
 import matplotlib
 import matplotlib.style
 import numpy as np
+from matplotlib.artist import getp
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
 # Theory lies over the trained curve as thin black dashes: where the two agree, both can be seen.
@@ -29,6 +32,20 @@ def style() -> Iterator[None]:
     with matplotlib.rc_context():
         matplotlib.style.use(Path(__file__).with_name("dynascope.mplstyle"))
         yield
+
+
+def with_fixed_colors(figure: Figure) -> Figure:
+    """The figure with the colors that its lines have in the style at hand.
+
+    Matplotlib looks up "C0" when it draws, which may be in another style.
+    """
+    for line in figure.findobj(Line2D):
+        line.set_color(to_hex(line.get_color(), keep_alpha=True))
+        for part in ("markerfacecolor", "markeredgecolor"):
+            color = getp(line, part)
+            if color != "none":
+                line.set(**{part: to_hex(color, keep_alpha=True)})
+    return figure
 
 
 def new_figure(
@@ -66,6 +83,8 @@ def gap_panel(
         color = "0.45" if index == last > 1 else f"C{2 * index}"
         ax.loglog(scales, gap, markers[index], color=color, label=label)
     reference_slope(ax, scales, next(iter(gaps.values())), 1, "slope 1")
+    if max(scales) < 15 * min(scales):  # Matplotlib would write its own labels one over another
+        label_ticks(ax, scales, "{:.2g}")
     make_room(ax, above=0.5)
     return finish(ax, title, xlabel, ylabel, "upper left")
 

@@ -147,7 +147,10 @@ def to_arrays(measured: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[
         if array.dtype.hasobject:
             raise ValueError(f"{path} must be an array of numbers or text, got objects")
         if len(names) != array.ndim or len(set(names)) != array.ndim:
-            raise ValueError(f"{path} must have {array.ndim} names of dimensions, got {' '.join(names)!r}")
+            form = f'("{" ".join("abcd"[: array.ndim])}", array)'
+            raise ValueError(
+                f"{path} must have {array.ndim} names of dimensions, as in {form}, got {' '.join(names)!r}"
+            )
         for name, size in zip(names, array.shape, strict=True):
             known, first = sizes.setdefault(name, (size, path))
             if known != size:

@@ -91,6 +91,8 @@ def load_simulation(name: str) -> ModuleType:
     missing = [part for part in ("Config", "PRESETS", "run", "claims", "figure") if not hasattr(module, part)]
     if missing:
         raise ValueError(f"{name} must define {', '.join(missing)} to be a simulation")
+    if not module.PRESETS:
+        raise ValueError(f"PRESETS of {name} must have a preset, such as quick")
     return module
 
 
@@ -110,7 +112,11 @@ def with_settings(config: Any, settings: dict[str, Any]) -> Any:
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name in left:
-            changes[field.name] = left.pop(field.name)
+            changes[field.name] = new = left.pop(field.name)
+            if isinstance(value, tuple) and isinstance(new, list):
+                changes[field.name] = tuple(tuple(each) if isinstance(each, list) else each for each in new)
+            if is_dataclass(value) and not is_dataclass(new):
+                raise ValueError(f"{field.name} must be given by its fields ({', '.join(_flat(value))})")
         elif is_dataclass(value) and not isinstance(value, type):
             own = {entry.name: left.pop(entry.name) for entry in fields(value) if entry.name in left}
             changes[field.name] = replace(value, **own)
@@ -191,7 +197,7 @@ def draw(saved: Saved) -> Figure:
 
     sim, config = module_and_config(saved)
     with plotting.style():
-        return sim.figure(config, saved)
+        return plotting.with_fixed_colors(sim.figure(config, saved))
 
 
 def save_figure(saved: Saved, out: Path, kind: str = "png") -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 from .paths import Parameter, teller
 
 # The words of a parameter's path are compared in lower case and without numbers.
-_LOOKUPS = {"emb", "wte", "wpe", "logits", "classifier"}
+_LOOKUPS = {"emb", "wte", "wpe", "pos", "position", "positions", "logits", "classifier"}
 _NORMS = {"ln", "bn", "scale", "gamma", "beta"}
 _BIASES = {"bias", "b"}
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .options import GaloreOptions, signature_of
+from .options import GaloreOptions, options_of, signature_of
 from .paths import Absent, by_keys, is_tree, parameters
 from .plan import axes_of
 from .transform import transformation
@@ -48,8 +48,10 @@ def galore(*arguments: Any, **keywords: Any) -> optax.GradientTransformation:  #
         mask: which parameters decay: a pytree of booleans or a function of the parameters, as in
             `optax.add_decayed_weights`; all where None.
         labels: "galore" or "adam" for each parameter: a pytree like the parameters or a function
-            `(path, leaf)`. Where None, "adam" for those with, in the words of a path, one that begins with
-            "embed" or ends with "norm", a key that ends with "head", or the last key a "bias" or "scale".
+            `(path, leaf)`. Where None, names decide. "adam" is for those with, in the words of a path, one
+            that begins with "embed", "unembed" or ends with "norm", or is one of "emb", "wte", "wpe", "pos",
+            "position", "logits", "classifier"; a key that ends with "head"; or the last key a "bias" or
+            "scale".
         plain: the transformation for what is not projected; `optax.scale_by_adam(b1, b2, eps)` where None.
         **keywords: all options of `scale_by_galore`. b1, b2, eps and eps_convention are for both parts, where
             `inner` or `plain` are None.
@@ -67,15 +69,16 @@ def galore(*arguments: Any, **keywords: Any) -> optax.GradientTransformation:  #
         >>> optimizer.update(gradient, state)[0]["bias"].round(6).tolist()
         [-0.5, -0.5, -0.5, -0.5, -0.5, -0.5]
     """
-    options = GaloreOptions(*arguments, **keywords)
+    options = options_of("galore", GaloreOptions, arguments, keywords)
     optimizer = whole_optimizer(options)
 
     def init(params):
         share = projected_share(params, options)
-        if share < 0.5:
+        # By default what has more than two axes is left alone, the attention of Flax for instance.
+        if share < (1.0 if options.matrix_axes is None else 0.5):
             warnings.warn(
                 f"galore projects {share:.0%} of the numbers in hidden matrices; models.galore.report tells "
-                "which ones, and matrix_axes=flax_axes knows the kernels of Flax",
+                "which ones, matrix_axes=flax_axes knows the kernels of Flax, and labels says what is hidden",
                 stacklevel=2,
             )
         return optimizer.init(params)

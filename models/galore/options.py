@@ -22,6 +22,15 @@ from .refresh import Refresh
 Moments = Literal["align", "carry", "transport", "reset"]
 EpsConvention = Literal["corrected", "uncorrected"]
 
+# What others call these options.
+_CALLED = {
+    "update_proj_gap": "update_gap",
+    "base_optimizer": "inner",
+    "weight_dimension_numbers": "matrix_axes",
+    "proj_type": "projection",
+}
+
+_Options = TypeVar("_Options")
 _Taken = ParamSpec("_Taken")
 _Returned = TypeVar("_Returned")
 
@@ -117,6 +126,18 @@ class GaloreOptions(Options, _OfGalore):
         """Tell which parameters are labelled "galore"."""
         label = labeller(self.labels, every)
         return [label(parameter) == "galore" for parameter in every]
+
+
+def options_of(
+    function: str, options: Callable[..., _Options], arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> _Options:
+    """Return the options of a call; what does not fit the signature is told with the function's own name."""
+    try:
+        inspect.signature(options).bind(*arguments, **keywords)
+    except TypeError as error:
+        hint = "".join(f"; {old} is called {new} here" for old, new in _CALLED.items() if old in keywords)
+        raise TypeError(f"{function}: {error}{hint}") from None
+    return options(*arguments, **keywords)
 
 
 def signature_of(

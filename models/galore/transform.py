@@ -14,7 +14,7 @@ from jax import Array
 from .groups import Group, groups_of, require_no_values, zeros
 from .moments import at_refresh, require_moments
 from .noise import without_noise
-from .options import Options, signature_of
+from .options import Options, options_of, signature_of
 from .placement import automatic, everywhere, named_sharding, place_basis, place_inner
 from .plan import plan
 from .projection import Basis, Layout, from_matrices, pack, project, project_back, to_matrices, unpack
@@ -109,7 +109,7 @@ def scale_by_galore(*arguments: Any, **keywords: Any) -> optax.GradientTransform
         >>> jnp.abs(updates["w"]).round(3).diagonal().tolist(), state.inner[0].mu["w"].shape
         ([0.0, 0.0, 1.0, 1.0], (2, 6))
     """
-    options = Options(*arguments, **keywords)
+    options = options_of("scale_by_galore", Options, arguments, keywords)
     if options.inner is not None and not options.has_default_adam():
         raise ValueError("b1, b2, eps and eps_convention must be left alone where inner is given")
     return transformation(options)

@@ -267,6 +267,15 @@ def test_numbers_out_of_range_are_refused_and_nan_where_they_are_traced(argument
         assert np.all(np.isnan(jax.jit(update)(jnp.asarray(bad))))
 
 
+def test_names_of_others_are_told_apart():
+    with pytest.raises(
+        TypeError, match=r"^galore: got an unexpected .*; update_proj_gap is called update_gap here$"
+    ):
+        galore(0.1, 2, update_proj_gap=100)  # pyright: ignore[reportCallIssue]
+    with pytest.raises(TypeError, match=r"^scale_by_galore: missing a required argument: 'rank'$"):
+        scale_by_galore()  # pyright: ignore[reportCallIssue]
+
+
 def test_traced_numbers_give_what_concrete_ones_do():
     params = {"w": jnp.ones((2, 3)), "bias": jnp.ones(3)}
     numbers = {"learning_rate": 0.2, "weight_decay": 0.1, "b1": 0.8, "b2": 0.9, "eps": 1e-3, "scale": 0.5}
@@ -290,10 +299,21 @@ def test_8bit_moments_are_of_real_numbers(dtype):
         transform.update({"w": jnp.ones(3, dtype)}, state)
 
 
-def test_a_warning_where_less_than_half_is_projected():
+def test_a_warning_where_kernels_of_more_axes_or_most_numbers_are_left_out():
     kernels = {"query": {"kernel": jnp.ones((8, 2, 4))}, "up": {"kernel": jnp.ones((8, 6))}}
-    with pytest.warns(UserWarning, match=r"^galore projects 43% of the numbers in hidden matrices; "):
-        galore(0.1, 2).init(kernels)
+    wide = {**kernels, "down": {"kernel": jnp.ones((48, 8))}}
+    for params, share in ((kernels, 43), (wide, 87)):
+        with pytest.warns(
+            UserWarning, match=f"^galore projects {share}% of the numbers in hidden matrices; "
+        ):
+            galore(0.1, 2).init(params)
+
+    def most(path, leaf):
+        return (0, 1) if leaf.ndim == 2 else None
+
+    galore(0.1, 2, matrix_axes=most).init(wide)  # as it was told to
+    with pytest.warns(UserWarning, match="43%"):
+        galore(0.1, 2, matrix_axes=most).init(kernels)
     told = report(kernels, 2, matrix_axes=flax_axes)
     assert [(row.path, row.layout.m, row.layout.n) for row in told.projected] == [
         ("query/kernel", 8, 8),

@@ -493,9 +493,13 @@ def test_simulations_of_ones_own_run_by_path_in_two_processes(own):
 def test_views_of_ones_own(own, capsys):
     assert cli.main(["run", "mine.py", "--seed", "1"]) == 0
     capsys.readouterr()
-    assert cli.main(["draw", "mine.py", "--format", "svg"]) == 2
-    assert "unknown simulation 'mine'; did you mean 'mine@seed=1'?" in capsys.readouterr().err
-    assert cli.main(["draw", "mine@seed=1", "--format", "svg"]) == 0
+    assert cli.main(["draw", "yours.py"]) == 2
+    assert capsys.readouterr().err == (
+        "error: a saved result must be named; figures/quick has none of 'yours', but mine@seed=1\n"
+    )
+    for name in ("mine@seed=1", "mine.py"):  # what is not saved itself stands for its variants
+        assert cli.main(["draw", name, "--format", "svg"]) == 0
+        assert capsys.readouterr().out == "figures/quick/mine@seed=1.svg\n"
     assert cli.main(["run", "mine.py", "--preset", "paper"]) == 2
     assert capsys.readouterr().err == (
         "error: preset must be one of quick for this simulation, got 'paper'\n"
@@ -510,7 +514,8 @@ def test_as_a_library(own):
         assert not jax.config.read("jax_enable_x64")
     assert (saved.name, saved.record["x64"], saved.verdicts) == ("mine@steps=4", True, ("holds",))
     assert saved.claims[0].id == "mine/end"
-    assert len(saved.figure().axes) == 1
+    (ax,) = saved.figure().axes
+    assert all(line.get_color().startswith("#") for line in ax.lines)  # the style's, wherever it is drawn
     html = saved._repr_html_()
     assert "<b>holds</b>: It ends \N{EM DASH} soon (own)" in html
     assert "data:image/png;base64," in html

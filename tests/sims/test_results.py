@@ -138,9 +138,15 @@ def test_nothing_saved():
 @pytest.mark.parametrize(
     ("measured", "message"),
     [
-        ({"x": ("time token", np.ones(2))}, r"^x must have 1 names of dimensions, got 'time token'$"),
-        ({"x": ("time time", np.ones((2, 2)))}, r"^x must have 2 names of dimensions, got 'time time'$"),
-        ({"a": {"x": np.ones(2)}}, r"^a/x must have 1 names of dimensions, got ''$"),
+        (
+            {"x": ("time token", np.ones(2))},
+            r"^x must have 1 names of dimensions, as in .*, got 'time token'$",
+        ),
+        (
+            {"x": ("time time", np.ones((2, 2)))},
+            r"^x must have 2 names of dimensions, as in .*, got 'time time'$",
+        ),
+        ({"a": {"x": np.ones(2)}}, r"^a/x must have 1 names of dimensions, as in .*, got ''$"),
         (
             {"x": ("time", np.ones(2)), "y": ("time", np.ones(3))},
             r"^y must have size 2 along 'time', as x has, got 3; another dimension needs another name$",
@@ -208,3 +214,16 @@ def test_the_page_shows_what_is_saved_and_passes_over_the_rest(tmp_path, capsys)
     assert r"  - ✓ gap \|a\|: 0.25 (at most inf); no bound" in text
     assert "  - ✗ lost: nan (equals 1); the same number" in text
     assert str(tmp_path) not in text
+
+
+def test_settings_take_lists_and_parts_by_their_fields():
+    from sims import simulations
+    from sims.joma import mixture
+
+    config = simulations.with_settings(mixture.PRESETS["quick"], {"sizes": [100, 200], "substeps": (1, 2)})
+    assert config.sizes == (100, 200)
+    assert config.descent.substeps == (1, 2)
+    with pytest.raises(
+        ValueError, match=r"^descent must be given by its fields \(horizon, points, substeps\)$"
+    ):
+        simulations.with_settings(config, {"descent": {"points": 3}})
