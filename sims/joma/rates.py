@@ -3,28 +3,62 @@
 The effective flow v' = (mu - v) exp(v^2 / 2) from zero start, in s = ln(1 / (1 - v / mu)). Late on
 s = exp(mu^2 / 2) (t - D(mu)), so that the ratio of two rates is exp((mu_j^2 - mu_k^2) / 2) up to the delays
 D over t.
+
+A network has this flow where its loss hands down the upstream gradient mu - v. With one-hot tokens, exp
+attention and a linear activation it makes h = v exp(z) of a token, and keeps z = v^2 / 2 from zero start. So
+v(h) is the inverse of v exp(v^2 / 2), and the loss is Phi(h) - mu h with the convex
+
+    Phi(h) = max_v (v h - exp(v^2 / 2)),   Phi'(h) = v(h).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, PyTree
 from matplotlib.figure import Figure
+from scipy.special import lambertw
 
 from dynamics import joma
+from dynamics.flow import Trajectory
+from models.attention import JomaBlock, JomaInputs, JomaState, joma_observer
+from models.functional import as_function
+from models.losses import bind
+from models.training import Descent
 from sims import plotting
-from sims.claims import ROUNDING, Claim, Preset, at_least, at_most, every, qualified, slope, stated
-from sims.compare import WRONG_FACTOR, convergence_order, largest, percent
+from sims.claims import (
+    ROUNDING,
+    SECOND_ORDER,
+    Claim,
+    Preset,
+    at_least,
+    at_most,
+    every,
+    qualified,
+    slope,
+    stated,
+)
+from sims.compare import (
+    WRONG_FACTOR,
+    convergence_order,
+    first_order,
+    lane_gaps,
+    largest,
+    percent,
+    require_ok,
+)
 from sims.ranges import NonNegative, Range, check_ranges
 from sims.results import Context, Saved
 
 REFERENCE = 1.0  # the component that the others are measured against
 MARKS = (20.0, 100.0, 1000.0)  # times of the claims
 OFF = f"{percent(WRONG_FACTOR)} off"
+NETWORK_MU = np.array([0.5, 1.0, 1.5, 2.0])  # targets of the network's tokens
 
 
 @dataclass(frozen=True)
@@ -33,8 +67,10 @@ class Config:
 
     mu: tuple[NonNegative, ...] = (0.0, 0.5, 1.0, 1.5, 2.0)
     """Targets; the rates are compared with that of mu = 1, and zero is a component without a target."""
-    points: Annotated[int, Range(at_least=10)] = 60
-    """Times from 0.01 to 1000, equally spaced in their logarithm."""
+    times: Annotated[int, Range(at_least=10)] = 60
+    """Number of times from 0.01 to 1000, equally spaced in their logarithm."""
+    descent: Descent = Descent(horizon=3.0, points=30, substeps=(20, 50, 150, 500))
+    """Gradient descent of the network at several learning rates."""
 
     def __post_init__(self):
         check_ranges(self)
@@ -44,19 +80,68 @@ class Config:
 
 PRESETS: dict[Preset, Config] = {
     "quick": Config(),
-    "standard": replace(Config(), mu=(0.0, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0), points=200),
-    "paper": replace(Config(), mu=(0.0, *np.arange(0.25, 3.01, 0.25).tolist()), points=400),
+    "standard": replace(Config(), mu=(0.0, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0), times=200),
+    "paper": replace(Config(), mu=(0.0, *np.arange(0.25, 3.01, 0.25).tolist()), times=400),
 }
 
 
+def _saturated(h: Array) -> Array:
+    """The v >= 0 with v exp(v^2 / 2) = h >= 0: v^2 is Lambert's W of h^2, here by Newton's method."""
+    x = jnp.where(h > 0, h**2, 1)
+    size = jnp.log1p(x)
+    w = size * (1 - jnp.log1p(size) / (2 + size))
+    for _ in range(5):
+        w = w * (1 + jnp.log(x / w)) / (1 + w)
+    return jnp.where(h > 0, jnp.sqrt(w), 0)
+
+
+def _loss(params: PyTree, data) -> Array:
+    """The sum over tokens of Phi(h) - mu h."""
+    predict, tokens, mu = data
+    h = predict(params, tokens)[:, 0]
+    # At the maximum over v nothing depends on v to first order.
+    v = _saturated(jax.lax.stop_gradient(h))
+    return jnp.sum(v * h - jnp.exp(v**2 / 2) - mu * h)
+
+
+def _train(config: Config) -> dict:
+    """The network trained at every learning rate from zero, and its gaps to the flow in s."""
+    size, descent = len(NETWORK_MU), config.descent
+    no_query, zeros = np.zeros((size, 1)), np.zeros((1, size))
+    block = JomaBlock(np.eye(size), no_query, zeros.T, zeros, kind="exp", activation=lambda h: h)
+    predict, params = as_function(block)
+    tokens = JomaInputs(jnp.eye(size), jnp.zeros(size, jnp.int32))
+    loss = bind(_loss, (predict, tokens, NETWORK_MU))
+    _, trained = jax.device_get(descent.train(loss, params, observe=joma_observer(block)))
+    require_ok("training", trained)
+    state: JomaState = trained.ys
+    v, z, ts = state.V[..., 0], state.z[:, :, 0], descent.times
+    # Steps of finite length leave z off v^2 / 2, so that v ends beside mu: what tends to it is v(h).
+    seen = np.sqrt(lambertw((v * np.exp(z)) ** 2).real)
+    s = Trajectory(trained.ts, -np.log1p(-seen / NETWORK_MU), trained.ok)
+    flows = {
+        name: Trajectory(ts, np.asarray(joma.log_residual_flow(NETWORK_MU, factor * ts).ys), True)
+        for name, factor in {"right": 1.0, "wrong": WRONG_FACTOR}.items()
+    }
+    finest = int(np.argmin(descent.rates))
+    return {
+        "rate": ("rate", descent.rates),
+        "gap": ("rate", {name: lane_gaps(flow, s) for name, flow in flows.items()}),
+        "z_gap": ("rate", np.max(np.abs(z - v**2 / 2), axis=(1, 2))),
+        "record": ("record", ts),
+        "trained": ("record token", s.ys[finest]),
+        "flow": ("record token", flows["right"].ys),
+    }
+
+
 def run(config: Config, context: Context) -> dict:
-    """Integrate the flow in s, and in v as long as v differs from its target."""
+    """Integrate the flow in s, and in v as long as v differs from its target, and train the network."""
     mu = jnp.asarray(config.mu)
-    ts = np.unique([0.0, *np.geomspace(1e-2, max(MARKS), config.points), *MARKS])
+    ts = np.unique([0.0, *np.geomspace(1e-2, max(MARKS), config.times), *MARKS])
     context.progress("integrating in s", 0.0)
     s = np.asarray(joma.log_residual_flow(mu, ts, rtol=1e-11, atol=1e-12).ys)
 
-    context.progress("integrating in v", 0.5)
+    context.progress("integrating in v", 0.3)
     # Past s = 30 everywhere there is nothing left to see in v.
     early = ts[: np.argmax(s.min(axis=1) > 30) + 1]
     # An implicit solver cannot meet tolerances near the rounding of its numbers.
@@ -69,7 +154,9 @@ def run(config: Config, context: Context) -> dict:
     limits = {"right": joma.rate_ratio(mu, REFERENCE)}
     limits["wrong"] = joma.rate_ratio(WRONG_FACTOR * mu, WRONG_FACTOR * REFERENCE)
     delay = np.asarray(joma.onset_delay(mu))
+    context.progress("training the network", 0.6)
     return {
+        **_train(config),
         "mu": ("mu", mu),
         "time": ("time", ts),
         "s": ("time mu", s),
@@ -83,7 +170,7 @@ def run(config: Config, context: Context) -> dict:
 
 
 def claims(config: Config, saved: Saved) -> Iterator[Claim]:
-    """The ratio of two rates and how it is approached, the law late on, and the flow in v."""
+    """The ratio of two rates and how it is approached, the law late on, the flow in v, and the network."""
     ts, s, error = saved["time"], saved["s"], saved["ratio_error/right"]
     # The component without a target counts as well: s = t there.
     worst = {name: np.max(np.abs(values), axis=1) for name, values in saved["ratio_error"].items()}
@@ -135,24 +222,49 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         every("components that are past s = 30 there", s[early - 1] > 30),
     )
 
+    yield _network(saved)
+
+
+def _network(saved: Saved) -> Claim:
+    rates, reference = saved["rate"], list(NETWORK_MU).index(REFERENCE)
+    order = convergence_order(rates, saved["z_gap"]).slope
+    trained, flow = (saved[name][-1] / saved[name][-1, reference] for name in ("trained", "flow"))
+    finest = "half the finest rate times exp(2) is 7e-4"
+    return stated(
+        "network",
+        "Gradient descent on a network whose loss hands down mu - v follows the flow, and so do its rates",
+        "tian2024joma, Theorem 4 (one-hot tokens, exp attention; the loss is derived here)",
+        *first_order(rates, saved["gap"]),
+        slope("order of the gap of z to v^2 / 2", order, 1, 0.1, why=SECOND_ORDER),
+        at_most(
+            "finest rate: ratios of s at the end, over the flow's",
+            largest(trained / flow - 1),
+            2e-3,
+            why=finest,
+        ),
+    )
+
 
 def figure(config: Config, saved: Saved) -> Figure:
-    """Distances to the target with their late law, the ratio of rates over its limit, and the weights."""
-    drawn, ((residual, ratio, weights),) = plotting.new_figure(1, 3, width=4.4, height=3.6)
+    """Rates of convergence with their late law, their ratios over the limit, and the network's gap."""
+    drawn, ((residual, ratio, gaps),) = plotting.new_figure(1, 3, width=4.4, height=3.6)
     ts, law, error = saved["time"], saved["law"], np.abs(saved["ratio_error/right"])
     for index, target in enumerate(saved["mu"]):
         style = {"color": f"C{index % 7}", "label": f"μ = {target:g}", **plotting.TRAINED}
-        residual.plot(ts, saved["s"][:, index], **style)
-        shown = law[:, index] > 0.05
-        residual.plot(ts[shown], law[shown, index], **plotting.THEORY)
+        residual.plot(ts[1:], saved["s"][1:, index] / ts[1:], **style)
+        shown = law[:, index] > 0.9 * saved["s"][:, index]
+        residual.plot(ts[shown], law[shown, index] / ts[shown], **plotting.THEORY)
         if target != REFERENCE:
             ratio.plot(ts[1:], error[1:, index], **style)
-        if target > 0:
-            weights.plot(ts, saved["v"][:, index], **style)
-            weights.plot(saved["early_time"], saved["direct"][:, index], **plotting.THEORY)
-    residual.plot([], [], label="exp(μ²/2) (t − D)", **plotting.THEORY)
-    residual.set(xscale="log", yscale="log", xlabel="time", ylabel="s = ln 1 / (1 − v/μ)")
-    residual.set_title("Distance to the target, as s")
+    circles: dict[str, Any] = {"marker": "o", "linestyle": "", "ms": 4, "mfc": "white", "zorder": 6}
+    some = slice(1, None, 3)
+    per_time = saved["trained"][some] / saved["record"][some, None]
+    residual.plot(saved["record"][some], per_time, color="0.2", **circles)
+    residual.plot([], [], label="trained network", color="0.2", **circles)
+    residual.plot([], [], label="exp(μ²/2) (1 − D / t)", **plotting.THEORY)
+    residual.set(xscale="log", yscale="log", xlim=(5e-4, 2 * ts[-1]))
+    residual.set(xlabel="time", ylabel="s / t,  s = ln 1 / (1 − v/μ)")
+    residual.set_title("Rate of convergence up to a time")
     residual.legend(loc="upper left", fontsize=7.5)
 
     late = ts >= 5
@@ -163,7 +275,8 @@ def figure(config: Config, saved: Saved) -> Figure:
     ratio.set_title(f"Ratio of rates to that of μ = {REFERENCE:g}")
     ratio.legend(loc="lower left", fontsize=7.5)
 
-    weights.plot([], [], label="integrated as v", **plotting.THEORY)
-    weights.set(xscale="log", xlabel="time", ylabel="v", title="Weights: from s, and integrated as v")
-    weights.legend(loc="upper left", fontsize=7.5)
+    of_s = {"flow": saved["gap/right"], f"flow {OFF}": saved["gap/wrong"]}
+    title = "Trained network beside the flow"
+    plotting.gap_panel(gaps, saved["rate"], of_s, "learning rate", "largest gap of s", title)
+    plotting.label_ticks(gaps, saved["rate"], "{:.1g}")
     return drawn
