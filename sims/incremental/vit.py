@@ -603,8 +603,8 @@ def _over_sizes(ax: Axes, saved: Saved) -> Axes:
             ax.errorbar(mean[:, index], np.arange(count) + shift, xerr=sd[:, index], label=label, **bars)
     ax.set_yticks(range(count), labels=saved["size"])
     ax.tick_params(axis="y", labelsize=7.5)
-    ax.set(ylim=(count - 0.5, -0.5 - 0.35 * count), xlabel="stable rank of the change")
+    ax.set(ylim=(count - 0.5, -0.5 - 0.8 * count), xlabel="stable rank of the change")
     ax.set_ylabel("size")
     ax.set_title("Depth: heads × width")
-    ax.legend(loc="upper left", ncols=2, fontsize=6.5, columnspacing=0.8, handletextpad=0.2)
+    ax.legend(loc="upper left", fontsize=7.5)
     return ax
