@@ -73,6 +73,7 @@ def test_letters_fit_where_they_have_one_length_and_dots_stand_for_any_axes():
         (lambda: require_sizes(rank=True), "rank must be a positive integer, got True"),
         (lambda: require_positive("scale", 0.0, float), "scale must be a positive number, got 0.0"),
         (lambda: require_symmetric("S", jnp.array([[1.0, 2.0], [0.0, 1.0]])), "S must be symmetric, got an"),
+        (lambda: require_symmetric("S", jnp.array([[1.0, 1e-6], [0.0, 1.0]])), "S .* asymmetry of 1e-06"),
     ],
 )
 def test_errors_name_the_argument_its_rule_and_its_value(call, message):

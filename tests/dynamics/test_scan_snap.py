@@ -251,6 +251,7 @@ def test_suppressed_tokens_do_not_underflow():
     ("change", "message"),
     [
         ({"P": [[0.5, 0.4], [0.5, 0.5]]}, "P must have rows that sum to 1, got 0.9 in row 0"),
+        ({"P": [[0.5, 0.5001], [0.5, 0.5]]}, "P must have rows that sum to 1, got 1.0001 in row 0"),
         ({"P": [[1.5, -0.5], [0.5, 0.5]]}, "P must be finite and >= 0, got -0.5"),
         ({"P": [[np.nan, 1.0], [0.5, 0.5]]}, "P must be finite and >= 0, got nan"),
         ({"P": np.array([[0.5, 0.5], [0.5, 0.5]], np.float16)}, "P must be float32 or float64"),
@@ -432,6 +433,11 @@ def test_a_bad_traced_number_has_no_closed_form(form):
         assert_bad_lanes_are_nan(
             lambda x, name=name: form(**{**CLOSED_FORMS[form], name: x}), value, -value, jnp.inf, jnp.nan
         )
+
+
+def test_without_a_theory_the_error_is_the_size_of_attention():
+    Z, theory = np.array([[3.0, 4.0]]), np.array([[[0.0, 0.0]], [[0.0, 4.0]]])
+    assert scan_snap.attention_error(Z, theory).tolist() == [5.0, 0.75]
 
 
 def test_a_measure_hands_on_what_is_not_a_number():

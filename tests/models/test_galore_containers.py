@@ -299,6 +299,23 @@ def test_8bit_moments_are_of_real_numbers(dtype):
         transform.update({"w": jnp.ones(3, dtype)}, state)
 
 
+def test_a_report_tells_dtypes_apart_and_counts_no_vector_as_a_matrix():
+    shapes = {"a": ((6, 8), "float32"), "half": ((6, 8), "bfloat16"), "vector": ((6,), "float32")}
+    params = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+    told = report(params, 2)
+    assert [row.hidden for row in told.rows] == [True, True, False]
+    assert [row.adam_bytes for row in told.rows] == [2 * 48 * 4, 2 * 48 * 2, 2 * 6 * 4]
+    # Two moments and a basis; the counts are no parameter's.
+    assert [row.state_bytes for row in told.rows] == [4 * (2 * 2 * 8 + 12), 2 * (2 * 2 * 8 + 12), 2 * 6 * 4]
+
+
+def test_kernels_of_flax_are_found_in_boxes_and_below_stacked_axes():
+    assert flax_axes("attention/query/kernel/value", jnp.zeros((8, 2, 4))) == (-3, (-2, -1))
+    assert flax_axes("conv_0/kernel", jnp.zeros((5, 3, 3, 4, 6)), stacked=1) == ((-4, -3, -2), -1)
+    assert flax_axes("dense/kernel", jnp.zeros((5, 4, 6)), stacked=1) == (-2, -1)
+    assert flax_axes("dense/kernel", jnp.zeros((5, 4)), stacked=1) is None
+
+
 def test_a_warning_where_kernels_of_more_axes_or_most_numbers_are_left_out():
     kernels = {"query": {"kernel": jnp.ones((8, 2, 4))}, "up": {"kernel": jnp.ones((8, 6))}}
     wide = {**kernels, "down": {"kernel": jnp.ones((48, 8))}}

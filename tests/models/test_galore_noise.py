@@ -113,6 +113,14 @@ def test_a_direction_without_signal_stays_where_it_was_and_moves_when_there_is_o
     assert np.linalg.matrix_rank(update) == RANK
 
 
+@pytest.mark.parametrize(("share", "moves"), [(1e-4, True), (1e-5, True), (1e-7, False)])
+def test_what_is_above_the_rounding_of_float32_is_signal(share, moves):
+    gradient = jnp.eye(2, 3, dtype=jnp.float32) * jnp.array([[1.0], [share]], jnp.float32)
+    transform: Any = scale_by_galore(2, scale=1.0, eps=1e-30)
+    update = transform.update(gradient, transform.init(gradient))[0]
+    np.testing.assert_allclose(update, [[1, 0, 0], [0, moves, 0]], atol=1e-3)
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_what_is_noise_does_not_depend_on_the_size_of_the_gradient(size):
     gradients, _ = of_low_rank("float32", 2, 0.1)

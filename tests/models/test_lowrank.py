@@ -152,6 +152,7 @@ def test_restarts_let_the_rank_grow_and_keep_the_model():
         change = np.linalg.svd(frozen["kernel"][k * every] - frozen["kernel"][0])[1]
         assert np.sum(change > 1e-9) == k
         assert np.all(np.abs(A[k * every] - A[k * every - 1]) > 1e-6)
+    assert np.all(np.abs(np.diff(A[every::every], axis=0)) > 1e-6)  # each restart has a draw of its own
     np.testing.assert_array_equal(frozen["kernel"][every], frozen["kernel"][2 * every - 1])
 
 

@@ -61,6 +61,19 @@ def test_seeds_keys_and_ratios_are_one_program():
     assert not [name for name in names if "teacher" in name]
 
 
+def test_the_diagonals_of_a_teacher_are_independent_and_have_a_scale_each():
+    key = jax.random.key(3)
+    plain, scaled = (
+        diagonal_teacher(key, 1, 2, 1000),
+        diagonal_teacher(key, 1, 2, 1000, kq_scale=0.5, vo_scale=3.0),
+    )
+    np.testing.assert_allclose(
+        np.cov(plain.kq, plain.vo), np.eye(2), atol=0.15
+    )  # above three standard errors
+    np.testing.assert_array_equal(scaled.kq, 0.5 * plain.kq)
+    np.testing.assert_array_equal(scaled.vo, 3 * plain.vo)
+
+
 def test_bad_traced_scales_give_nan():
     key = jax.random.key(0)
     for call, *values in (

@@ -3,6 +3,7 @@
 import shutil
 import warnings
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,6 +13,7 @@ import optax
 import pytest
 from flax import nnx
 
+from models.checkpoints import hash_arrays, open_checkpoints
 from models.functional import as_function
 from models.losses import cross_entropy
 from models.training import (
@@ -444,6 +446,21 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(finished, tmp_path):
         fell_back += chunks
         shutil.rmtree(copy)
     assert fell_back > 0
+
+
+def test_another_version_of_jax_alone_is_no_other_run(tmp_path, monkeypatch):
+    mine, other = (open_checkpoints(tmp_path, {"seed": seed}) for seed in (1, 2))
+    mine.save(3, {"w": np.arange(2.0)})
+    monkeypatch.setattr("models.checkpoints.version", lambda _: "0.1")
+    found: Any = mine.newest({"w": np.zeros(2)})
+    assert found["w"].tolist() == [0.0, 1.0]
+    with pytest.raises(ValueError, match=r"differs in seed \(1 there, 2 here\), jax \(.* there, 0\.1 here\)"):
+        other.newest({"w": np.zeros(2)})
+
+
+def test_arrays_of_equal_bytes_have_hashes_of_their_own():
+    same = [np.zeros((2, 3)), np.zeros((3, 2)), np.zeros((3, 2), int), {"a": np.zeros((3, 2))}]
+    assert len({hash_arrays(tree) for tree in same}) == 4
 
 
 def test_no_whole_checkpoint_is_an_error_of_one_line(finished, tmp_path):

@@ -1,5 +1,7 @@
 """Helpers of the simulation replicator.boundary."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import optax
 import pytest
 
 from models.attention import students
-from models.optimizers import decaying, one_of
+from models.optimizers import decaying, normalized_descent, one_of
 from models.training import train
 from sims.replicator.boundary import PRESETS, Config, _speeds
 
@@ -30,6 +32,12 @@ def test_the_rate_decays_by_the_factor_over_the_run(decay):
     _, path = train(jnp.sum, jnp.zeros(1), schedule, steps=11)
     sizes = -np.diff(path.ys[:, 0])
     np.testing.assert_allclose(sizes, 0.1 * decay ** (np.arange(11) / 10), rtol=1e-10)
+
+
+def test_a_normalized_step_is_as_long_however_small_the_gradient():
+    optimizer, gradient = normalized_descent(0.1, 1.0, 10), jnp.array([3e-12, 4e-12])
+    update: Any = optimizer.update(gradient, optimizer.init(gradient))[0]
+    np.testing.assert_allclose(update, [-0.06, -0.08], rtol=1e-12)
 
 
 def test_the_best_rate_reaches_the_target_first_or_else_ends_lowest():

@@ -515,7 +515,9 @@ def test_as_a_library(own):
     assert (saved.name, saved.record["x64"], saved.verdicts) == ("mine@steps=4", True, ("holds",))
     assert saved.claims[0].id == "mine/end"
     (ax,) = saved.figure().axes
-    assert all(str(line.get_color()).startswith("#") for line in ax.lines)  # the style's, wherever it is drawn
+    assert all(
+        str(line.get_color()).startswith("#") for line in ax.lines
+    )  # the style's, wherever it is drawn
     html = saved._repr_html_()
     assert "<b>holds</b>: It ends \N{EM DASH} soon (own)" in html
     assert "data:image/png;base64," in html

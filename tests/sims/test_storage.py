@@ -277,6 +277,14 @@ def test_damaged_arrays_are_refused_or_whole(tmp_path_factory, at, flip, cut):
         assert found["kind"].tolist() == ["one", "two"]
 
 
+def test_a_digest_tells_names_dtypes_shapes_and_numbers_apart():
+    zeros = np.zeros((2, 3))
+    others = [{"y": zeros}, {"x": zeros.T}, {"x": zeros.astype(int)}, {"x": zeros + 1}]
+    assert len({storage.digest(arrays) for arrays in ({"x": zeros}, *others)}) == 5
+    both = {"x": zeros, "y": zeros + 1}
+    assert storage.digest(both) == storage.digest(dict(reversed(both.items())))
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "page.md"
     storage.write_whole(path, b"old")

@@ -16,6 +16,7 @@ from dynamics.replicator import (
     corollary_bound,
     linearize,
     local_matrix,
+    random_minima,
     softmax_jacobian_product,
     tangent_basis,
 )
@@ -181,7 +182,7 @@ def test_the_softmax_flow_is_linearized_with_two_jacobians():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: condition_number([0.5, 0.6], np.eye(2)), r"x must be a point of the simplex"),
+        (lambda: condition_number([0.5, 0.5001], np.eye(2)), r"x must be a point of the simplex"),
         (lambda: condition_number([0.5, 0.5], np.eye(3)), r"hessian must have shape \(2, 2\), got shape \(3"),
         (
             lambda: condition_bounds([0.5, 0.5], [[1, 2], [0, 1]]),
@@ -205,6 +206,14 @@ def test_the_corollary_bounds_from_below():
     for point, large in (([0.5, 0.5 - e, e], 2 / 9), ([0.9, 0.1 - e, e], 0.09)):
         expected = (large / (e * (1 - e))) ** 2
         np.testing.assert_allclose(corollary_bound(point, round_hessian), expected, rtol=1e-11)
+
+
+def test_random_minima_spread_over_the_decades_that_were_asked_for():
+    x, hessians = random_minima(np.random.default_rng(0), 3, 400, 4.0, 2.0)
+    ratios, values = np.log10(x.max(axis=1) / x.min(axis=1)), np.log10(np.linalg.eigvalsh(hessians))
+    for decades, most in ((ratios, 4), (values, 2)):
+        assert decades.min() >= -1e-12
+        assert 0.8 * most < decades.max() <= most + 1e-12
 
 
 def test_at_a_vertex_the_condition_number_is_infinite_and_the_bounds_are_no_nan():

@@ -293,6 +293,15 @@ def test_mutation_fills_empty_strategies_up_to_the_dominant_eigenvector():
             simulate_mutator(np.eye(3), bad, x0, ts)
 
 
+def test_a_share_below_zero_by_more_than_a_millionth_ends_the_mutator_flow():
+    # x_2' = -q (1 - x_2): what is born to the empty strategy is negative.
+    def run(q):
+        mutation = [[1 - q, q], [0.0, 1.0]]
+        return simulate_mutator(-np.ones((2, 2)), mutation, [1.0, 0.0], [0.0, 1.0], throw=False)
+
+    assert [bool(run(q).ok) for q in (1e-8, 1e-4)] == [True, False]
+
+
 def test_the_discrete_map_is_that_of_generations():
     rng = np.random.default_rng(0)
     payoff, x = rng.uniform(0.1, 1, (3, 3)), np.array([0.5, 0.5, 0.0])
