@@ -12,22 +12,31 @@ from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, PyTree
 
-from dynamics.arguments import ArrayLike, as_real, nan_unless, require_indices
+from dynamics.arguments import (
+    ArrayLike,
+    as_real,
+    nan_unless,
+    require_finite,
+    require_indices,
+    require_vector,
+)
 
 
 def squared_error(params: PyTree, data: Any) -> Array:
     r"""Half the squared error, (1/2) sum_i |f(X_i) - y_i|^2, of data = (f, X, y) with outputs f(params, X).
 
     It takes its data where `dynamics.flow.gradient_flow` hands them on; for `models.training.train`, `bind`
-    them first.
+    them first. Outputs of float16 or bfloat16 are looked at in float32, here and in the losses below.
+
+    Raises:
+        ValueError: outputs or targets are no real numbers, or differ in shape.
 
     Example:
         >>> double = lambda params, x: params * x
         >>> float(squared_error(2.0, (double, jnp.array([1.0]), jnp.array([1.0]))))
         0.5
     """
-    predict, inputs, targets = data
-    return jnp.sum(optax.losses.l2_loss(predict(params, inputs), targets))
+    return jnp.sum(optax.losses.l2_loss(*_pair(params, data, "targets")))
 
 
 def mean_squared_error(params: PyTree, data: Any) -> Array:
@@ -60,6 +69,10 @@ def total_squared_error(params: PyTree, data: Any) -> Array:
         15.0
     """
     weights, data = data
+    weights = require_finite("weights", require_vector("weights", weights, "L"))
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(params)}
+    if lengths != {weights.shape}:
+        raise ValueError(f"weights must have one number per network of params, got shape {weights.shape}")
     return jnp.sum(weights * jax.vmap(lambda params: mean_squared_error(params, data))(params))
 
 
@@ -79,10 +92,7 @@ def cross_entropy(params: PyTree, data: Any) -> Array:
         0.693147
     """
     predict, inputs, labels = data
-    logits = predict(params, inputs)
-    if getattr(logits, "dtype", None) in (jnp.float16, jnp.bfloat16):
-        logits = jnp.asarray(logits, jnp.float32)
-    logits = as_real("the logits of params", logits)
+    logits = _wide("the logits of params", predict(params, inputs))
     if logits.ndim == 0 or logits.size == 0:
         raise ValueError(f"params must give logits of shape (..., classes), got shape {logits.shape}")
     classes = logits.shape[-1]
@@ -108,8 +118,8 @@ def upstream_product(params: PyTree, data: Any) -> Array:
         >>> float(upstream_product(2.0, (double, jnp.ones((5, 3)), jnp.ones((5, 3)))))
         -6.0
     """
-    predict, inputs, gradient = data
-    return -jnp.sum(gradient * predict(params, inputs)) / len(gradient)
+    outputs, gradient = _pair(params, data, "gradients")
+    return -jnp.sum(gradient * outputs) / len(gradient)
 
 
 def on_batches(loss: Callable[[Any, Any], Array], predict: Callable[[PyTree, Any], Array]) -> Partial:
@@ -148,23 +158,51 @@ def gauss_newton_spectrum(
         tokens: the samples, leading axis N.
 
     Returns:
-        Eigenvalues in descending order, shape (P,); zeros where there are fewer outputs than parameters.
+        Eigenvalues in descending order, shape (P,); zeros where there are fewer outputs than parameters. NaN
+        where a traced parameter is not finite.
+
+    Raises:
+        ValueError: parameters or samples are no finite numbers of float32 or float64, or there are none.
 
     Example:
         >>> linear = lambda params, tokens: tokens @ params
         >>> gauss_newton_spectrum(linear, jnp.zeros(2), jnp.diag(jnp.array([2.0, 4.0]))).tolist()
         [8.0, 2.0]
     """
-    tokens = jnp.asarray(tokens)
-    flat, unravel = ravel_pytree(params)
+    tokens = require_finite("tokens", as_real("tokens", tokens))
+    if tokens.ndim == 0 or tokens.size == 0:
+        raise ValueError(f"tokens must have shape (N, ...) and not be empty, got shape {tokens.shape}")
+    each = [require_finite("params", as_real("params", leaf)) for leaf in jax.tree.leaves(params)]
+    flat, unravel = ravel_pytree(jax.tree.structure(params).unflatten(each))
 
     def outputs(flat):
-        return predict(unravel(flat), tokens).reshape(-1)
+        return as_real("the outputs of params", predict(unravel(flat), tokens)).reshape(-1)
 
     rows = jax.eval_shape(outputs, flat).size
     jacobian = jax.jacfwd if flat.size <= rows else jax.jacrev
     singular = jnp.linalg.svd(jacobian(outputs)(flat), compute_uv=False)
-    return jnp.pad(singular**2 / len(tokens), (0, flat.size - singular.size))
+    # A Jacobian need not show what is wrong with the parameters.
+    eigenvalues = nan_unless(jnp.all(jnp.isfinite(flat)), singular**2 / len(tokens))
+    return jnp.pad(eigenvalues, (0, flat.size - singular.size))
+
+
+def _pair(params: PyTree, data: Any, name: str) -> tuple[Array, Array]:
+    """The outputs of a network and what they are held against, of one shape: nothing is broadcast."""
+    predict, inputs, others = data
+    outputs, others = _wide("the outputs of params", predict(params, inputs)), _wide(name, others)
+    if outputs.shape != others.shape or outputs.size == 0:
+        raise ValueError(
+            f"{name} must have the shape of the outputs of params, {outputs.shape}, and not be empty, "
+            f"got shape {others.shape}"
+        )
+    return outputs, others
+
+
+def _wide(name: str, array: Any) -> Array:
+    """Real numbers; those of half precision, in which networks are trained, in float32."""
+    if getattr(array, "dtype", None) in (jnp.float16, jnp.bfloat16):
+        array = jnp.asarray(array, jnp.float32)
+    return as_real(name, array)
 
 
 def _of_params(loss: Callable[[Any, Any], Array], data: Any, params: Any) -> Array:

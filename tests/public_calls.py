@@ -201,10 +201,12 @@ def of_data(function, params, inputs, targets):
     return function(params, (outputs, inputs, targets))
 
 
+# What a network is given is for the network to look at, but for numbers that are not finite.
+NETWORKS_OWN = f"{ANY} {HALF} complex bool masked none string strings object empty"
 PREDICTION: dict[str, Any] = {
-    "params": Real(2.0, fine="deeper scalar shorter"),
-    "inputs": Real(np.ones((4, 2)), fine=ANY),
-    "targets": Real(np.full((4, 2), 0.5)),
+    "params": Real(2.0, fine=NETWORKS_OWN),
+    "inputs": Real(np.ones((4, 2)), fine=NETWORKS_OWN),
+    "targets": Real(np.full((4, 2), 0.5), fine=HALF),
 }
 J = Real(np.ones((3, 2, 2)), fine=HALF)
 # ReLU of minus infinity is zero.
@@ -603,11 +605,16 @@ CALLS: dict[str, Call] = {
     ),
     "models.losses.squared_error": call(of_data, **PREDICTION),
     "models.losses.mean_squared_error": call(of_data, **PREDICTION),
-    "models.losses.upstream_product": call(of_data, **PREDICTION),
+    "models.losses.upstream_product": call(
+        lambda f, params, inputs, gradients: of_data(f, params, inputs, gradients),
+        params=PREDICTION["params"],
+        inputs=PREDICTION["inputs"],
+        gradients=PREDICTION["targets"],
+    ),
     "models.losses.total_squared_error": call(
         lambda f, weights, params, inputs, targets: f(params, (weights, (outputs, inputs, targets))),
         weights=Real(np.array([1.0, 2.0])),
-        params=Real(np.array([2.0, 1.0])),
+        params=Real(np.array([2.0, 1.0]), fine=NETWORKS_OWN),
         inputs=PREDICTION["inputs"],
         targets=PREDICTION["targets"],
     ),
@@ -618,8 +625,8 @@ CALLS: dict[str, Call] = {
     ),
     "models.losses.gauss_newton_spectrum": call(
         lambda f, params, tokens: f(lambda p, x: x @ p, params, tokens),
-        params=VECTOR,
-        tokens=Real(np.array([[1.0, 0.0], [0.5, 2.0]])),
+        params=Real(np.array([0.3, 0.8]), fine="none scalar deeper shorter empty"),
+        tokens=Real(np.array([[1.0, 0.0], [0.5, 2.0]]), fine="deeper shorter"),
     ),
 }
 

@@ -233,7 +233,7 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         ],
     )
     weights, change = (np.mean(saved[f"{name}_rank"], axis=0) for name in ("weight", "change"))
-    slide = "zhao2024galore, the talk's slides on the rank of weights"
+    slide = "zhao2024galore, the talk's slides on the rank of weights over time"
     yield qualified(
         "low_rank_weights",
         "Weights are of low rank later in training, and low-rank weights go with low-rank gradients",
