@@ -109,6 +109,13 @@ def test_rows_beyond_the_end():
     assert path.complete
 
 
+def test_coordinates_that_are_due_a_little_apart_are_no_tie():
+    path = greedy(jax.tree_util.Partial(jnp.subtract, jnp.array([2.0, 2.001])), 2, max_stages=2)
+    assert path.order.tolist() == [1, 0]
+    assert not np.any(path.tied)
+    np.testing.assert_allclose(path.times, [1 / 2.001, 1 / 2], rtol=1e-12)
+
+
 def test_ties_enter_together_in_the_proportions_of_their_starts():
     # Two heads that do the same: only their sum is seen.
     g = negative_gradient(quadratic, jnp.ones((2, 2)), 2 * jnp.ones(2))
