@@ -17,7 +17,7 @@ from dynamics.flow import Trajectory, integrate
 def saturating_flow(v0: ArrayLike, mu: ArrayLike, ts: ArrayLike, **options: Any) -> Trajectory:
     r"""Saturating flow of the hidden weights under exp attention: v' = (mu - v) exp(v^2 / 2), elementwise.
 
-    It is an effective model, not derived from a network: the upstream gradient falls as v comes near mu. The
+    It is the model of a network whose upstream gradient is mu - v, falling as v comes near mu. The
     flow is stiff for mu above 3, so the default solver is implicit, and out of reach for mu above 6. Where
     s = ln(1 / |1 - v / mu|) is above 36, v equals mu to rounding; `log_residual_flow` goes on.
 

@@ -271,9 +271,11 @@ def _softmax(saved: Saved) -> Claim:
     direction = "a direction, no more; how good depends on the data"
     return qualified(
         "softmax",
-        "Softmax attention: the logits follow from the hidden weights and the mean attention",
+        "Softmax attention: where the mean attention is constant and not correlated with the gradients, the "
+        "logits follow from it and from the hidden weights",
         "tian2024joma, Theorem 1 and its proof",
-        condition="all samples of the query have one attention; elsewhere in direction, not in size",
+        condition="all samples of the query have one attention, which makes both exact; elsewhere in direction, "
+        "not in size",
         inside=[
             _first_order("one context", _orders(rates, one)),
             at_most("one context: median drift, per learning rate", per_rate, 0.1, why=PER_RATE),
