@@ -274,7 +274,7 @@ def _softmax(saved: Saved) -> Claim:
         "Softmax attention: where the mean attention is constant and not correlated with the gradients, the "
         "logits follow from it and from the hidden weights",
         "tian2024joma, Theorem 1 and its proof",
-        condition="all samples of the query have one attention, which makes both exact; elsewhere in direction, "
+        condition="all samples of the query have one attention, which makes both so; elsewhere in direction, "
         "not in size",
         inside=[
             _first_order("one context", _orders(rates, one)),
