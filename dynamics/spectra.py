@@ -206,8 +206,23 @@ def principal_angles(P: ArrayLike, Q: ArrayLike) -> Float[Array, "*batch k"]:
 @eqx.filter_jit
 def _angles(P, Q):
     cosines = jnp.linalg.svd(P.mT @ Q, compute_uv=False)
-    sines = jnp.linalg.svd(Q - P @ (P.mT @ Q), compute_uv=False)
+    sines = jnp.linalg.svd(after(cosines, Q - P @ (P.mT @ Q)), compute_uv=False)
     return jnp.arctan2(sines[..., ::-1], cosines)
+
+
+def after(done: Array, x: Array) -> Array:
+    """`x`, which is not known before `done` is.
+
+    Batches of decompositions that may run side by side share XLA's threads on a CPU, where jaxlib below 0.11
+    lets them wait for each other for ever.
+
+    Example:
+        >>> after(jnp.ones(3), jnp.arange(2)).tolist()
+        [0, 1]
+    """
+    total = jnp.sum(jax.lax.stop_gradient(done))
+    # Zero, which no compiler may take for granted: the product would be NaN if the sum were infinite.
+    return x + jnp.where(jnp.isfinite(total), 0 * total, 0).astype(x.dtype)
 
 
 # A basis that was made orthonormal in half precision still meets this.

@@ -645,6 +645,7 @@ NO_NUMBERS = {
     "dynamics.replicator.zeeman",
     "dynamics.scan_snap.common_tokens",
     "dynamics.scan_snap.distinct_tokens",
+    "dynamics.spectra.after",
     "dynamics.workarounds.apply",
     "models.attention.attention_function",
     "models.attention.joma_observer",

@@ -27,7 +27,7 @@ from dynamics.galore.gradient import (
     vec,
 )
 from dynamics.galore.stable_rank import Form
-from dynamics.spectra import require_orthonormal
+from dynamics.spectra import after, require_orthonormal
 
 
 class ProjectedDescent(NamedTuple):
@@ -138,7 +138,8 @@ def contraction_factor(
 def _contraction(B, C, numbers, form):
     eta, L_A, L_B, L_C, D, sup_B, sup_C = numbers
     if form == "printed":
-        smallest = jnp.linalg.eigvalsh(B)[..., 0] * jnp.linalg.eigvalsh(C)[..., 0]
+        of_B = jnp.linalg.eigvalsh(B)[..., 0]
+        smallest = of_B * jnp.linalg.eigvalsh(after(of_B, C))[..., 0]
         slowest = jnp.min(smallest.reshape(-1, smallest.shape[-1]), axis=0)
         return 1 - eta * (jnp.mean(slowest) - L_A - L_B * L_C * D**2)
     values = jnp.linalg.eigvalsh(kronecker_mean(B, C))

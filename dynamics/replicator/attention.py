@@ -328,8 +328,8 @@ def attention_lipschitz(tokens: ArrayLike, keys: ArrayLike) -> Float[Array, ""]:
     tokens, keys = _one_dtype(tokens=tokens, keys=keys)
     require_shapes(tokens=(tokens, "N n d"), keys=(keys, "N n d"))
     tokens, keys = require_finite("tokens", tokens), require_finite("keys", keys)
-    norms = jnp.linalg.norm(tokens, ord=2, axis=(1, 2)) * jnp.linalg.norm(keys, ord=2, axis=(1, 2))
-    return 0.5 * norm(norms)
+    norms = jnp.linalg.norm(jnp.stack([tokens, keys]), ord=2, axis=(2, 3))
+    return 0.5 * norm(norms[0] * norms[1])
 
 
 def overparametrized_rate(sigma: ArrayLike, lipschitz: ArrayLike, residual: ArrayLike) -> LinearRate:

@@ -58,7 +58,8 @@ def condition_number(x: ArrayLike, hessian: ArrayLike) -> Float[Array, ""]:
     positive = jnp.all(x > 0)
     inverse = basis.T @ (basis / jnp.where(positive, x, 1)[:, None])
     backward = jax.scipy.linalg.solve_triangular(factor, inverse, lower=True)
-    log_kappa = 2 * (jnp.log(_spectral_norm(forward)) + jnp.log(_spectral_norm(backward)))
+    norms = jnp.linalg.svd(jnp.stack([forward, backward]), compute_uv=False)[:, 0]
+    log_kappa = 2 * jnp.sum(jnp.log(norms))
     value = jnp.where(definite & positive, jnp.exp(log_kappa), jnp.inf)
     return nan_unless(_known(x, largest), value)
 
@@ -244,7 +245,3 @@ def _known(x: Array, largest: Array) -> Array:
 def _ratio(large: Array, small: Array) -> Array:
     """The quotient; 1 where both are zero."""
     return jnp.where((large == 0) & (small == 0), 1, large / small)
-
-
-def _spectral_norm(matrix: Array) -> Array:
-    return jnp.max(jnp.linalg.svd(matrix, compute_uv=False))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dynamics.arguments import as_real, nan_unless
+from dynamics.spectra import after
 
 HEAD_WEIGHTS = ("key", "query", "value", "output")
 
@@ -88,7 +89,8 @@ def thin_products(
                 jnp.concatenate([A - start[left], start[left]], axis=-1),
                 jnp.concatenate([B, B - start[right]], axis=-1),
             )
-        R_left, R_right = (jnp.linalg.qr(factor, mode="r") for factor in (A, B))
+        R_left = jnp.linalg.qr(A, mode="r")
+        R_right = jnp.linalg.qr(after(R_left, B), mode="r")
         # The decomposition of a matrix with an infinite number may be finite.
         good = [jnp.all(jnp.isfinite(factor), axis=(-2, -1), keepdims=True) for factor in (A, B)]
         return nan_unless(good[0] & good[1], R_left @ jnp.swapaxes(R_right, -1, -2))

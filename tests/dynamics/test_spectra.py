@@ -1,5 +1,7 @@
 """Spectral measures: invariances, bounds and cases known in closed form."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -174,3 +176,18 @@ def test_bad_subspaces_are_refused():
     }.items():
         with pytest.raises(ValueError, match=match):
             call()
+
+
+def test_decompositions_of_one_function_wait_for_each_other():
+    """The second one takes what it decomposes from the first: the compiled program says so."""
+    P, Q = jnp.eye(4)[None, :, :2].repeat(3, 0), jnp.eye(4)[None, :, 1:3].repeat(3, 0)
+    lines = jax.jit(principal_angles).lower(P, Q).compile().as_text().splitlines()
+    made = {line.split("=")[0].strip().removeprefix("ROOT "): line for line in lines if " = " in line}
+
+    def above(name, seen=()):
+        inputs = [word for word in re.findall(r"%[\w.\-]+", made.get(name, "")) if word != name]
+        return {name}.union(*(above(each, (*seen, name)) for each in inputs if each not in seen))
+
+    calls = [name for name, line in made.items() if "gesdd" in line or "gesvd" in line]
+    assert len(calls) == 2
+    assert any(first in above(second) - {second} for first in calls for second in calls)
