@@ -247,7 +247,8 @@ class _End(NamedTuple):
 
 def _cause(field: VectorField, ts: Array, args: PyTree, end: _End) -> Array:
     """Which of the messages of `_why` tells why a solve failed."""
-    (t0, y0), (t, y), args = end.start, end.last, jax.lax.stop_gradient(args)
+    (t0, y0), (t, y) = end.start, end.last
+    args = jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_array(leaf) else leaf, args)
     limits = jnp.finfo(t.dtype)
     # Steps that are stopped by a field which is not finite end this close to where it is.
     ahead = 1e3 * limits.eps * jnp.maximum(abs(t), ts[-1] - ts[0])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from matplotlib.artist import getp
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
 
 # Theory lies over the trained curve as thin black dashes: where the two agree, both can be seen.
@@ -39,7 +39,8 @@ def with_fixed_colors(figure: Figure) -> Figure:
 
     Matplotlib looks up "C0" when it draws, which may be in another style.
     """
-    for line in figure.findobj(Line2D):
+    legends = [legend for ax in figure.axes if (legend := ax.get_legend())]
+    for line in chain(*(each.get_lines() for each in (*figure.axes, *legends))):
         line.set_color(to_hex(line.get_color(), keep_alpha=True))
         for part in ("markerfacecolor", "markeredgecolor"):
             color = getp(line, part)

@@ -122,7 +122,7 @@ def _of_weights(W: Array, places: np.ndarray, rank: int) -> dict[str, Array]:
 
     The angle is between the leading left singular vectors at a start, but the first, and a gap later.
     """
-    change = W[1:] - W[0]
+    change = W[1:] - W[:1]
     U = jnp.linalg.svd(change[places[1:, [0, -1]] - 1])[0][..., :rank]
     turned = jax.lax.map(lambda pair: principal_angles(pair[0], pair[1])[-1], U)
     return {"weight_rank": stable_rank(W), "change_rank": stable_rank(change), "turned": turned}
