@@ -68,12 +68,6 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
     return jnp.all(jnp.stack(finite)) if finite else jnp.asarray(True)
 
 
-def as_inexact(x: ArrayLike) -> Array:
-    """An array of floating (or complex) numbers; floating dtypes are kept."""
-    x = jnp.asarray(x)
-    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.result_type(float))
-
-
 def integrate(
     field: VectorField,
     y0: PyTree,
@@ -97,9 +91,9 @@ def integrate(
 
     Args:
         field: function `(t, y, args) -> dy/dt` on pytrees: diffrax's own convention.
-        y0: state at ts[0], a pytree of numbers or arrays, float32 or float64, which is kept. What is complex
-            is integrated as its real and its imaginary part: the solver's support of complex numbers is
-            unfinished.
+        y0: state at ts[0], a pytree of numbers or arrays, float32 or float64, which is kept. A complex
+            state is refused, since the solver's support of it is unfinished: hand over its real and its
+            imaginary part.
         ts: times that increase strictly, shape (T,).
         args: pytree handed to `field`; may hold functions.
         solver: a diffrax solver; `diffrax.Dopri8()` where None. Stiff flows want `diffrax.Kvaerno5()`.
@@ -150,6 +144,9 @@ def integrate(
     (max_steps,) = require_sizes(max_steps=max_steps)
 
     args = jax.tree.map(_trace_number, args)
+    if _closes_over_traced(field, *jax.tree.leaves(args)):
+        # What is differentiated must be among the arguments: derivatives of a failed lane are made NaN there.
+        field, args = _opened(field, ts[0], y0, args)
     solver = diffrax.Dopri8() if solver is None else solver
     adjoint = diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint
     try:
@@ -175,6 +172,38 @@ def integrate(
         messages = _why(f" after t = {last:g}", f" near t = {near:g}", max_steps)
         raise RuntimeError(messages[int(_cause(field, ts, args, end))])
     return trajectory
+
+
+def _closes_over_traced(*functions: Any) -> bool:
+    """Whether one of them, or a function that it calls from its closure, holds a traced number there."""
+    seen, left = set(), list(functions)
+    while left:
+        function = left.pop()
+        cells = getattr(function, "__closure__", None) or ()
+        if id(function) in seen:
+            continue
+        seen.add(id(function))
+        held = jax.tree.leaves([cell.cell_contents for cell in cells])
+        if is_traced(held):
+            return True
+        left += held
+    return False
+
+
+def _opened(field: VectorField, t: Array, y: PyTree, args: PyTree) -> tuple[VectorField, PyTree]:
+    """The field as one whose arguments hold all numbers that it closes over, and these arguments."""
+    arrays, functions = eqx.partition(args, eqx.is_array)
+
+    def of_arrays(t, y, arrays):
+        return field(t, y, eqx.combine(arrays, functions))
+
+    return _with_its_own, (arrays, eqx.filter_closure_convert(of_arrays, t, y, arrays))
+
+
+def _with_its_own(t: Any, y: PyTree, both: tuple[PyTree, Any]) -> PyTree:
+    """A field that is an argument, with the numbers that it closes over."""
+    args, field = both
+    return field(t, y, args)
 
 
 def _trace_number(leaf: Any) -> Any:

@@ -84,8 +84,16 @@ def _singular_values(A: ArrayLike) -> Array:
 
 def _shares(values: Array, measure: Callable[..., Array]) -> Array:
     """Numbers >= 0 over their largest, or over their sum; zeros stay zeros."""
-    size = measure(values, axis=-1, keepdims=True)
-    return values / jnp.where(size == 0, 1, size)
+    return _over(values, measure(values, axis=-1, keepdims=True))
+
+
+def _over(x: Array, size: Array) -> Array:
+    """Numbers over a size, zeros over zero.
+
+    Compiled, a quotient by one size may be a product with its inverse, which vanishes where it is huge.
+    """
+    half = jnp.where(size > jnp.finfo(x.dtype).max / 16, 1 / 16, 1).astype(x.dtype)
+    return (x * half) / jnp.where(size == 0, 1, size * half)
 
 
 def entropy(p: ArrayLike, axis: int = -1) -> Float[Array, "..."]:
@@ -141,7 +149,7 @@ def norm(x: ArrayLike, axis: int | tuple[int, ...] = -1) -> Float[Array, "..."]:
 def _scaled(x: Array, axis: int | tuple[int, ...]) -> tuple[Array, Array]:
     """Numbers over the largest of them along some axes, so that their squares do not underflow; and it."""
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, keepdims=True))
-    return x / jnp.where(largest == 0, 1, largest), largest
+    return _over(x, largest), largest
 
 
 def captured_energy(P: ArrayLike, G: ArrayLike) -> Float[Array, "*batch"]:

@@ -181,7 +181,9 @@ class Checkpoints:
         return None
 
     def _steps(self) -> list[int]:
-        return [int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()]
+        # A folder of somebody else's may be called by a number too.
+        own = [path for path in self.folder.glob("*/state") if path.parent.name.isdecimal()]
+        return [int(path.parent.name) for path in own]
 
     def _require_own(self, run: dict[str, Any]) -> None:
         def told(name: str) -> str:

@@ -111,8 +111,8 @@ def next_token_loss(outer: dict[str, Any], x: Float[Array, "seen d"], tokens: In
     logits = _norm(x, outer["norm"]) @ outer["head"]
     labels = require_indices("tokens", tokens, logits.shape[-1])[1:]
     loss = jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
-    # A negative label would be counted from the end.
-    return nan_unless(jnp.all(labels >= 0), loss)
+    # A negative label would be counted from the end, and derivatives do not see one beyond it.
+    return nan_unless(jnp.all((labels >= 0) & (labels < logits.shape[-1])), loss)
 
 
 def joint_step(optimizer: optax.GradientTransformation, heads: int) -> Callable[..., tuple[Any, Any, Array]]:

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
+from dynamics.arguments import require_number, require_positive
 from dynamics.flow import ArrayLike, Trajectory, all_finite, is_traced
 from models.checkpoints import hash_arrays, hash_program, open_checkpoints
 
@@ -106,8 +107,7 @@ def _require_run(optimizer, steps, every, batches, key, time_step) -> optax.Grad
         lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
         if lengths != {(steps,)}:
             raise ValueError(f"batches must have a leading axis of length steps = {steps}, got {lengths}")
-    if np.shape(time_step):
-        raise ValueError(f"time_step must be one number, got shape {np.shape(time_step)}")
+    require_positive("time_step", time_step, jnp.result_type(float))
     return optimizer
 
 
@@ -120,7 +120,7 @@ def _require_params(params: PyTree) -> tuple[PyTree, PyTree]:
             array = jnp.asarray(leaf)
         except (TypeError, ValueError):
             array = None
-        if array is None or not jnp.issubdtype(array.dtype, jnp.inexact):
+        if array is None or not jnp.issubdtype(array.dtype, jnp.floating):
             kind = type(leaf).__name__ if array is None else array.dtype
             raise ValueError(
                 f"params must be floating arrays, got {kind} at {jax.tree_util.keystr(path) or 'the top'}: "
@@ -341,7 +341,8 @@ def sgd_until(learning_rate: ArrayLike, steps: ArrayLike, momentum: float | None
 
     With it one compiled program trains lanes of different learning rates to the same time.
     """
-    rate, last = jnp.asarray(learning_rate), jnp.asarray(steps)
+    rate = require_number("learning_rate", learning_rate, jnp.result_type(float), at_least=0)
+    last = require_number("steps", steps, jnp.result_type(float), at_least=0)
     return optax.sgd(lambda count: jnp.where(count < last, rate, 0), momentum=momentum)
 
 

@@ -311,7 +311,7 @@ CALLS: dict[str, Call] = {
     "dynamics.incremental.staircase_distance": call(path=PATH, **FLOW),
     "dynamics.incremental.jump_times": call(path=PATH, **FLOW),
     # dynamics.replicator
-    "dynamics.replicator.attention_field": call(x=HALF_HALF, gradient=VECTOR, key_scale=number(1.0)),
+    "dynamics.replicator.attention_field": call(x=HALF_HALF, gradient=VECTOR, key_scale=number(1.0, -1.0)),
     "dynamics.replicator.attention_lipschitz": call(tokens=Real(X), keys=Real(X)),
     "dynamics.replicator.coupled_flow": call(
         solve,
@@ -321,10 +321,18 @@ CALLS: dict[str, Call] = {
         ts=TIMES,
     ),
     "dynamics.replicator.natural_gradient_flow": call(
-        solve, gradient=slope, z0=Real(np.array([0.3, 0.8]), fine="shorter"), ts=TIMES, scale=number(1.0)
+        solve,
+        gradient=slope,
+        z0=Real(np.array([0.3, 0.8]), fine="shorter"),
+        ts=TIMES,
+        scale=number(1.0, -1.0),
     ),
     "dynamics.replicator.softmax_flow": call(
-        solve, gradient=slope, z0=Real(np.array([0.3, 0.8]), fine="shorter"), ts=TIMES, key_scale=number(1.0)
+        solve,
+        gradient=slope,
+        z0=Real(np.array([0.3, 0.8]), fine="shorter"),
+        ts=TIMES,
+        key_scale=number(1.0, -1.0),
     ),
     "dynamics.replicator.overparametrized_rate": call(
         sigma=Real(1.0, (0.0, -1.0), ANY),
@@ -343,7 +351,7 @@ CALLS: dict[str, Call] = {
     "dynamics.replicator.two_token_solution": call(
         ts=Real(np.array([0.0, 0.3]), fine="empty shorter"),
         gap=number(1.0),
-        key_scale=number(1.0),
+        key_scale=number(1.0, -1.0),
         u0=number(0.2),
     ),
     "dynamics.replicator.condition_bounds": call(x=HALF_HALF, hessian=HESSIAN),
@@ -390,7 +398,7 @@ CALLS: dict[str, Call] = {
         fitness=VECTOR, x0=HALF_HALF, ts=Real(np.array([0.0, 0.3]), fine="empty shorter")
     ),
     "dynamics.replicator.exponentiated_gradient": call(
-        in_steps, fitness=PAYOFF, x0=HALF_HALF, steps=2, learning_rate=number(0.5)
+        in_steps, fitness=PAYOFF, x0=HALF_HALF, steps=2, learning_rate=number(0.5, -0.5)
     ),
     "dynamics.replicator.kkt_residual": call(x=HALF_HALF, gradient=VECTOR, support_above=number(0.0)),
     "dynamics.replicator.replicator_field": call(x=Real(np.array([0.6, 0.4])), fitness=VECTOR),
@@ -634,7 +642,6 @@ CALLS: dict[str, Call] = {
 # parameters (which their networks look at) or options of optimizers (tests/models/test_galore.py).
 NO_NUMBERS = {
     "dynamics.flow.all_finite",
-    "dynamics.flow.as_inexact",
     "dynamics.flow.gradient_flow",
     "dynamics.flow.integrate_until",
     "dynamics.flow.nan_derivatives",

@@ -100,7 +100,7 @@ def attention_field(x: ArrayLike, gradient: ArrayLike, key_scale: ArrayLike = 1.
     """
     x = require_simplex("x", x)
     gradient = require_fit("gradient", gradient, x)
-    key_scale = require_number("key_scale", key_scale, x.dtype)
+    key_scale = require_number("key_scale", key_scale, x.dtype, at_least=0)
     jacobian = softmax_jacobian(x)
     return -key_scale * (jacobian @ (jacobian @ gradient))
 
@@ -170,7 +170,7 @@ def softmax_flow(
         -0.49007307
     """
     z0 = _require_logits(gradient, z0, ndim=1)
-    key_scale = require_number("key_scale", key_scale, z0.dtype)
+    key_scale = require_number("key_scale", key_scale, z0.dtype, at_least=0)
     return integrate(_softmax_field, guarded_start(z0, key_scale), ts, (gradient, key_scale), **options)
 
 
@@ -204,7 +204,7 @@ def natural_gradient_flow(
         -1.0
     """
     z0 = _require_logits(gradient, z0, ndim=1)
-    scale = require_number("scale", scale, z0.dtype)
+    scale = require_number("scale", scale, z0.dtype, at_least=0)
     return integrate(_natural_gradient_field, guarded_start(z0, scale), ts, (gradient, scale), **options)
 
 
@@ -274,10 +274,8 @@ def two_token_solution(
     if ts.ndim != 1:
         raise ValueError(f"ts must have shape (T,), got shape {ts.shape}")
     ts = require_finite("ts", ts)
-    gap, key_scale, u0 = (
-        require_number(name, number, ts.dtype)
-        for name, number in (("gap", gap), ("key_scale", key_scale), ("u0", u0))
-    )
+    gap, u0 = require_number("gap", gap, ts.dtype), require_number("u0", u0, ts.dtype)
+    key_scale = require_number("key_scale", key_scale, ts.dtype, at_least=0)
     target = u0 + jnp.sinh(u0) - key_scale * gap * ts
     return nan_unless(jnp.isfinite(target), _invert_x_plus_sinh(target))
 

@@ -184,6 +184,8 @@ def simulate_mutator(
     try:
         path = integrate(_mutator_field, start / jnp.sum(start), ts, (fitness, mutation), **options)
     except RuntimeError as error:
+        if "max_steps" in str(error):
+            raise
         raise RuntimeError(
             "simulate_mutator: negative fitness with mutation may take the state off the simplex, where no "
             f"step can be taken ({error})"
@@ -256,7 +258,7 @@ def exponentiated_gradient(
         1.0
     """
     x0, fitness, steps = _require_map(fitness, x0, steps)
-    learning_rate = require_number("learning_rate", learning_rate, x0.dtype)
+    learning_rate = require_number("learning_rate", learning_rate, x0.dtype, at_least=0)
     path = _scan(_exponentiated_step, fitness, x0, steps, learning_rate, learning_rate)
     return _told(path, throw, "exponentiated_gradient: the steps must stay finite; lower learning_rate")
 

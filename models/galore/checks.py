@@ -32,8 +32,9 @@ def require_number(argument: str, value: Any, *, below: float = math.inf) -> Any
     if isinstance(value, Tracer) and value.ndim == 0:
         return jnp.where((value >= 0) & (value < below), value, jnp.nan)
     try:
-        good = np.ndim(value) == 0 and math.isfinite(value) and 0 <= value < below
-    except TypeError:
+        number = np.asarray(value)  # a jnp operation would be traced under somebody's `jit`
+        good = number.ndim == 0 and math.isfinite(number) and 0 <= number < below
+    except (TypeError, ValueError):
         good = False
     if not good:
         wanted = "a finite number >= 0" if below == math.inf else f"a number in [0, {below:g})"

@@ -10,8 +10,8 @@ from .paths import Parameter, teller
 
 # The words of a parameter's path are compared in lower case and without numbers.
 _LOOKUPS = {"emb", "wte", "wpe", "pos", "position", "positions", "logits", "classifier"}
-_NORMS = {"ln", "bn", "scale", "gamma", "beta"}
-_BIASES = {"bias", "b"}
+# Last words of biases and norms. The second kind names factors as well: "lora_b" and "B" are matrices.
+_BIASES, _LETTERS = {"bias", "scale"}, {"b", "ln", "bn", "gamma", "beta"}
 
 
 def labeller(labels: Any, every: Sequence[Parameter]) -> Callable[[Parameter], str]:
@@ -36,15 +36,16 @@ def is_hidden_kernel(name: str, leaf: Any) -> bool:
     with the word "head" ("lm_head", not "MultiHeadAttention"), and no other name of an output is known; a
     norm has a word that ends with "norm", or is called "ln"; biases and scales are last keys.
     """
-    del leaf
-    keys = [words for key in name.split("/") if key != "value" and (words := _words(key))]
+    written = [key for key in name.split("/") if key != "value" and _words(key)]
+    keys = list(map(_words, written))
+    matrix = len(getattr(leaf, "shape", ())) >= 2 and not (written and written[-1] in _LETTERS)
     every = {word for words in keys for word in words}
     return not (
         any(word.startswith(("embed", "unembed")) or word.endswith(("norm", "embedding")) for word in every)
         or any(words[-1] == "head" for words in keys)
         or every & _LOOKUPS
         or any(words[0] in ("ln", "bn") for words in keys)
-        or (keys and keys[-1][-1] in _NORMS | _BIASES)
+        or (keys and keys[-1][-1] in (_BIASES if matrix else _BIASES | _LETTERS))
     )
 
 

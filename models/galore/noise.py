@@ -43,11 +43,20 @@ def without_noise(low: Array, basis: Basis, layout: Layout, gradient: Any) -> Ar
     # Squares of tiny or huge numbers would leave the range of the dtype.
     size = jnp.abs(low.astype(wide))
     peak = jnp.max(size, axis=(-2, -1), keepdims=True)
-    squares = jnp.square(size / jnp.where(peak > 0, peak, 1))
+    squares = jnp.square(over(size, peak))
     total = jnp.sum(squares, axis=(-2, -1), keepdims=True)
     if not (layout.left and layout.right):
         squares = jnp.sum(squares, axis=-1 if layout.left else -2, keepdims=True)
     return jnp.where(jnp.isfinite(peak) & (squares <= level**2 * total), jnp.zeros_like(low), low)
+
+
+def over(x: Array, peak: Array) -> Array:
+    """Divide numbers by the largest of them; zeros stay zeros.
+
+    Compiled, this may be a product with the inverse of the peak, which vanishes where that is huge.
+    """
+    half = jnp.where(peak > jnp.finfo(x.dtype).max / 16, 1 / 16, 1).astype(x.dtype)
+    return (x * half) / jnp.where(peak > 0, peak * half, 1)
 
 
 def _rounding_of_products(dtype: Any) -> Any:

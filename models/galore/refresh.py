@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_batching import custom_vmap
 
-from .noise import fill_quiet, noise_level, product, settle, settle_both
+from .noise import fill_quiet, noise_level, over, product, settle, settle_both
 from .placement import everywhere
 from .projection import Basis, Layout, map_sides
 
@@ -125,7 +125,7 @@ def _renew(old: Basis, gradient: Array, count: Array, layout: Layout, method: Me
     # Squares of a tiny gradient would underflow.
     peak = jnp.max(jnp.abs(gradient), axis=(-2, -1), keepdims=True)
     good = jnp.isfinite(peak) & (peak > 0)
-    unit = jnp.where(good, gradient / jnp.where(good, peak, 1), 0)
+    unit = jnp.where(good, over(gradient, peak), 0)
     start = map_sides(lambda side: side.astype(dtype), old)
     level = noise_level(layout, dtype, stored) if method.drop_noise else None
     new = leading_bases(unit, start, count, layout, method.refresh, level)

@@ -15,6 +15,7 @@ from dynamics.spectra import (
     captured_energy,
     effective_rank,
     entropy,
+    norm,
     numerical_rank,
     principal_angles,
     stable_rank,
@@ -191,3 +192,16 @@ def test_decompositions_of_one_function_wait_for_each_other():
     calls = [name for name, line in made.items() if "gesdd" in line or "gesvd" in line]
     assert len(calls) == 2
     assert any(first in above(second) - {second} for first in calls for second in calls)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_largest_numbers_have_sizes(dtype):
+    """Where the inverse of a size would vanish."""
+    huge = 0.3 * float(np.finfo(dtype).max)
+    x = jnp.array([1.0, 0.5], dtype)
+    np.testing.assert_allclose(norm(huge * x) / np.asarray(huge, dtype), 1.25**0.5, rtol=1e-6)
+    A = jnp.diag(jnp.array([2.0, 1.0], dtype))
+    np.testing.assert_allclose(stable_rank(0.5 * huge * A), 1.25, rtol=1e-6)
+    np.testing.assert_allclose(effective_rank(0.5 * huge * A), effective_rank(A), rtol=1e-6)
+    np.testing.assert_allclose(alignment(0.5 * huge * A, A), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(captured_energy(jnp.eye(2, 1, dtype=dtype), 0.5 * huge * A), 0.8, rtol=1e-6)

@@ -653,11 +653,15 @@ def test_names_of_embeddings_heads_norms_and_biases_are_known_word_by_word():
     told = """
         unembed/kernel Unembed_0/kernel embedder/w token_embedding/w emb wte wpe/value logits/kernel
         classifier/kernel lm_head/w norm_1/w LayerNorm_0/kernel ln_f/w bn1/w mlp/scale mlp/gamma mlp/beta
-        mlp/b mlp/bias
+        mlp/b mlp/bias pos position/w
     """
     hidden = "member/w heads/w header/w MultiHeadAttention_0/out/w normal/w scale/w b/kernel mlp/value"
     assert [name for name in told.split() if is_hidden_kernel(name, None)] == []
     assert [name for name in hidden.split() if not is_hidden_kernel(name, None)] == []
+    # What a matrix is called is no bias, unless it is a letter alone.
+    matrix, stacked = np.ones((3, 4)), np.ones((2, 4))
+    assert all(is_hidden_kernel(name, matrix) for name in ("mlp/lora_b", "mlp/B", "W_beta"))
+    assert not any(is_hidden_kernel(name, stacked) for name in ("layers/b", "layers/beta", "q/bias"))
 
 
 # --- Sharding

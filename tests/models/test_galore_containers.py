@@ -267,6 +267,13 @@ def test_numbers_out_of_range_are_refused_and_nan_where_they_are_traced(argument
         assert np.all(np.isnan(jax.jit(update)(jnp.asarray(bad))))
 
 
+def test_concrete_numbers_are_looked_at_under_somebody_s_jit():
+    rate, gradient = jnp.float32(0.5), jnp.ones((4, 6))
+    options: Any = {"scale": rate, "weight_decay": rate, "b1": rate, "b2": rate, "eps": rate}
+    state = jax.jit(lambda g: galore(rate, rank=2, **options).init(g))(gradient)
+    assert jax.tree.structure(state) == jax.tree.structure(galore(0.5, rank=2, **options).init(gradient))
+
+
 def test_names_of_others_are_told_apart():
     with pytest.raises(
         TypeError, match=r"^galore: got an unexpected .*; update_proj_gap is called update_gap here$"

@@ -139,3 +139,13 @@ def test_gradients_of_full_rank_are_treated_as_without_the_option():
         run(scale_by_galore(RANK, update_gap=2, drop_noise=drop), gradients) for drop in (False, True)
     )
     jax.tree.map(np.testing.assert_array_equal, kept, dropped)
+
+
+def test_huge_gradients_have_bases():
+    """The inverse of the largest number would vanish."""
+    gradient = np.float32(3e37) * np.asarray(np.random.default_rng(0).normal(size=(6, 4)), np.float32)
+    transform: Any = scale_by_galore(2, inner=optax.identity(), scale=1.0)
+    update = jax.jit(transform.update)(gradient, transform.init(gradient))[0]
+    U, s, Vt = np.linalg.svd(gradient.astype(float), full_matrices=False)
+    best = (U[:, :2] * s[:2]) @ Vt[:2]
+    np.testing.assert_allclose(np.asarray(update, float) / s[0], best / s[0], atol=1e-5)

@@ -288,7 +288,7 @@ def test_dropout_draws_anew_at_each_step_or_is_refused():
             r"^params must be floating arrays, got str at \[1\]: .* eqx\.partition\(",
         ),
         ({"params": jnp.tanh}, r"^params must be floating arrays, got none$"),
-        ({"time_step": [0.1, 0.2]}, r"^time_step must be one number, got shape \(2,\)$"),
+        ({"time_step": [0.1, 0.2]}, r"^time_step must be a positive number, got \["),
     ],
 )
 @pytest.mark.parametrize("driver", [train, train_in_chunks])
@@ -626,3 +626,29 @@ def test_cross_entropy_of_half_precision_is_computed_in_float32(dtype):
     exact = np.log(np.sum(np.exp([3.0, 1.0, -2.0]))) - 1
     assert value.dtype == jnp.float32
     np.testing.assert_allclose(value, exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: train(lambda p: jnp.abs(p) ** 2, 1j, optax.sgd(0.1), steps=2), "^params must be floating"),
+        (
+            lambda: train(jnp.square, 1.0, optax.sgd(0.1), steps=2, time_step=np.nan),
+            "^time_step must be a po",
+        ),
+        (lambda: train(jnp.square, 1.0, optax.sgd(0.1), steps=2, time_step=-1.0), "^time_step must be a po"),
+        (lambda: sgd_until(-0.1, 3), "^learning_rate must be a finite number >= 0"),
+        (lambda: sgd_until(0.1, np.nan), "^steps must be a finite number >= 0"),
+    ],
+)
+def test_numbers_of_a_run_are_looked_at(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_folders_of_others_are_left_alone(tmp_path):
+    (tmp_path / "2024").mkdir()
+    (tmp_path / "2024" / "notes").write_text("mine")
+    for _ in range(2):
+        train_in_chunks(jnp.square, 1.0, optax.sgd(0.1), steps=6, chunk=2, checkpoints=tmp_path)
+    assert (tmp_path / "2024" / "notes").read_text() == "mine"
