@@ -255,7 +255,8 @@ def train_in_chunks(
             (the newest two are kept); a run that finds a checkpoint goes on from it and ends with the same
             numbers as one that was never interrupted. Who the run is, and a checksum, are in each: the
             programs of an update and of `observe` with the numbers in them, the parameters, `batches`, `key`,
-            `steps` and `every`, but not `chunk`. Functions made anew are the same if they compute the same.
+            `steps` and `every`, but not `chunk`. Functions made anew are the same if they compute the same;
+            what a callback to the host computes is not seen.
         progress: called as `progress(steps_done, steps)` after every chunk.
 
     Returns:

@@ -638,8 +638,8 @@ CALLS: dict[str, Call] = {
     ),
 }
 
-# Public functions that take no numbers of their own: only sizes, files, words, functions, modules, pytrees of
-# parameters (which their networks look at) or options of optimizers (tests/models/test_galore.py).
+# Public functions that take sizes, files, words, functions, modules or pytrees of parameters (which their
+# networks look at). Where they take a number as well, the tests of their own module look at it.
 NO_NUMBERS = {
     "dynamics.flow.all_finite",
     "dynamics.flow.gradient_flow",
