@@ -252,7 +252,7 @@ def test_lengths_are_one_vmap():
             lambda: ScanSnapAttention.zeros(3)(Contexts(jnp.ones((2, 3)), jnp.array([1]))),
             r"counts and query must have shapes \(..., 3\) and \(...\)",
         ),
-        (lambda: synthetic_classes(1, distinct_weights=(0.1, np.inf)), "distinct_weights must be positive"),
+        (lambda: synthetic_classes(1, distinct_weights=(0.1, np.inf)), "distinct_weights must be finite"),
         (lambda: synthetic_classes(0), "num_queries must be an integer >= 1, got 0"),
         (lambda: synthetic_classes(1, num_common=0, num_distinct=0), "num_distinct must be positive"),
         (lambda: synthetic_classes(1, common_weight=-1.0), "common_weight must be positive and finite"),

@@ -251,7 +251,7 @@ def test_the_overparametrized_rate_fits_together():
         ({"z0": [[0.0, 0.0]]}, r"z0 must have shape \(n,\), got shape \(1, 2\)"),
         ({"z0": [0.0, np.inf]}, "z0 must be finite, got NaN or infinity"),
         ({"gradient": lambda x: x[:1]}, r"gradient must return shape \(2,\), got shape \(1,\)"),
-        ({"key_scale": np.nan}, "key_scale must be a finite number, got nan"),
+        ({"key_scale": np.nan}, "key_scale must be a finite number >= 0, got nan"),
         ({"key_scale": [1.0, 2.0]}, "key_scale must be a finite number"),
         ({"ts": [1.0, 0.0]}, "ts must increase strictly"),
     ],

@@ -355,7 +355,7 @@ def test_the_exponentiated_gradient_step():
         ),
         (
             lambda: exponentiated_gradient(np.eye(2), [0.5, 0.5], 1, np.nan),
-            "learning_rate must be a finite number, got nan",
+            "learning_rate must be a finite number >= 0, got nan",
         ),
         (
             lambda: constant_fitness_solution([1.0], [0.5, 0.5], TIMES),
