@@ -82,10 +82,8 @@ def synthetic_classes(
         require_integer(name, size, at_least=least)
     if num_common + num_distinct == 0:
         raise ValueError("num_distinct must be positive where num_common is 0, got 0")
-    common_weight = require_concrete("common_weight", common_weight)
-    distinct_weights = require_concrete("distinct_weights", distinct_weights)
     for name, weights in (("common_weight", common_weight), ("distinct_weights", distinct_weights)):
-        if not np.all(weights > 0):
+        if not np.all(require_concrete(name, weights) > 0):
             raise ValueError(f"{name} must be positive and finite, got {brief(weights)}")
     K = num_queries * next_per_query
     first_query = num_common + K * num_distinct
