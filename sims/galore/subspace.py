@@ -284,7 +284,7 @@ def figure(config: Config, saved: Saved) -> Figure:
             ranks.plot(at, np.mean(saved[f"{kind}_rank"], axis=0)[index], line, color=f"C{index + 3}")
     for line, label in (("--", "weights"), (":", "their change")):
         ranks.plot([], [], line, color="0.3", label=label)
-    ranks.set(xlabel="step", ylabel="stable rank", ylim=(0, 28), title="Stable rank of gradients and weights")
+    ranks.set(xlabel="step", ylabel="stable rank", ylim=(0, 28), title="Stable ranks")
     ranks.legend(loc="upper right", ncols=2)
     loss.plot(steps, np.mean(saved["loss"], axis=0), "o-", color="0.3")
     loss.set(yscale="log", xlabel="step", ylabel="loss (nats)", title="Loss over training")

@@ -546,8 +546,8 @@ def _draw_times(ax: Axes, config: Config, saved: Saved) -> None:
         _name(ax, last + 0.15, values[-1], label, style["color"])
     ax.plot(0, saved["trained_even"][-1] / unit[0], "*", color="C0", label="probability 1/2, trained network")
     ax.plot(places, crossover, label="crossover, closed form", **plotting.THEORY)
-    plotting.label_ticks(ax, places, [f"K = {k}\nM = {m}" for k, m in config.shapes])
-    ax.set(xlim=(-0.4, last + 0.9 * len(K)), ylim=(0, 3), xlabel="classes and vocabulary")
+    plotting.label_ticks(ax, places, [f"{k}\n{m}" for k, m in config.shapes])
+    ax.set(xlim=(-0.4, last + 0.9 * len(K)), ylim=(0, 3), xlabel="classes K, and vocabulary M below")
     ax.set(ylabel="time / (K ln(M) / learning_rate_Y)", title="When attention turns, full flow")
     ax.legend(loc="upper right")
 
