@@ -183,11 +183,20 @@ def _closes_over_traced(*functions: Any) -> bool:
         if id(function) in seen:
             continue
         seen.add(id(function))
-        held = jax.tree.leaves([cell.cell_contents for cell in cells])
+        held = jax.tree.leaves([cell.cell_contents for cell in cells if _is_full(cell)])
         if is_traced(held):
             return True
         left += held
     return False
+
+
+def _is_full(cell: Any) -> bool:
+    """Whether a name in a closure has a value by now."""
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
 
 
 def _opened(field: VectorField, t: Array, y: PyTree, args: PyTree) -> tuple[VectorField, PyTree]:
@@ -256,7 +265,7 @@ def _solve(field, y0, ts, args, solver, rtol, atol, max_steps, adjoint):
     )
     exhausted = solution.result == diffrax.RESULTS.max_steps_reached
     ok = ended & all_finite(ys)
-    ys = nan_derivatives(~ok, ys, (y0, ts, args))
+    ys = nan_derivatives(~ok, ys, (field, y0, ts, args))
     if isinstance(adjoint, diffrax.ForwardMode):
         ys = eqxi.nondifferentiable_backward(ys, msg=_ONLY_FORWARD)
     start, last = (times[0], start), jax.tree.map(lambda leaf: leaf[0], (last_t, last_y))

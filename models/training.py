@@ -325,8 +325,7 @@ def _who(loss, optimizer, observe, batches, key, state: TrainState) -> dict[str,
     if callable(batches):
         draw, batch = hash_program(batches, key), (jax.eval_shape(batches, key),)
     elif batches is not None:
-        each = lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf)[1:], jnp.result_type(leaf))  # noqa: E731
-        batch = (jax.tree.map(each, batches),)
+        batch = (jax.tree.map(_of_one_step, batches),)
     return {
         "the loss or the optimizer": hash_program(jax.tree_util.Partial(update, loss), state, *batch),
         "what is observed": hash_program(observe, state.params),
@@ -335,6 +334,11 @@ def _who(loss, optimizer, observe, batches, key, state: TrainState) -> dict[str,
         "the data": hash_arrays((loss, observe, batches)) + draw,
         "the key": hash_arrays(key if callable(batches) else None),
     }
+
+
+def _of_one_step(leaf: Any) -> jax.ShapeDtypeStruct:
+    """The shape of what one step gets of an array of batches."""
+    return jax.ShapeDtypeStruct(np.shape(leaf)[1:], jnp.result_type(leaf))
 
 
 def sgd_until(learning_rate: ArrayLike, steps: ArrayLike, momentum: float | None = None):

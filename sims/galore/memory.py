@@ -306,6 +306,12 @@ def _tables(saved: Saved) -> Iterator[Claim]:
             ),
         ],
     )
+    yield from _sizes(saved, gb)
+
+
+def _sizes(saved: Saved, gb: str) -> Iterator[Claim]:
+    """The sizes of the models that the tables name, and the tokens they were trained on."""
+    totals = _totals(saved)
     one_b, sixty_m = (
         saved["as_printed"][name] / PRINTED["Full-Rank"][TABLE.index(name)] for name in AS_PRINTED
     )

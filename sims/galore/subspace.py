@@ -215,6 +215,11 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         at_least(f"smaller {label}", ratio[0], 1.0, why="at one both miss the same"),
         at_least(f"larger {label}", ratio[1], 1.0, why="at one both miss the same"),
     )
+    yield from _of_ranks(config, saved)
+
+
+def _of_ranks(config: Config, saved: Saved) -> Iterator[Claim]:
+    """Stable ranks of gradients and weights, and how the subspace of the change turns."""
     # In the mean over seeds and minibatches.
     ranks = np.mean(saved["stable_rank"], axis=0)
     low, eighth = config.width / 8, "low is an eighth of what is possible"

@@ -349,7 +349,7 @@ def test_pieces():
     assert not bool(all_finite((jnp.ones(2), jnp.array([0.0, jnp.inf]))))
 
 
-@pytest.mark.parametrize("where", ["field", "function in args"])
+@pytest.mark.parametrize("where", ["field", "partial", "function in args"])
 def test_a_failure_is_seen_in_derivatives_in_what_is_closed_over(where):
     """y' = c y^2 blows up at 1 / c: in a lane that does, no derivative in c is a number."""
 
@@ -357,6 +357,9 @@ def test_a_failure_is_seen_in_derivatives_in_what_is_closed_over(where):
         def square(y):
             return c * y**2
 
+        if where == "partial":
+            field = jax.tree_util.Partial(lambda c, t, y, args: c * y**2, c)
+            return integrate(field, 1.0, [0.0, 0.5, 2.0], throw=False).ys[1]
         if where == "field":
             return integrate(lambda t, y, args: square(y), 1.0, [0.0, 0.5, 2.0], throw=False).ys[1]
         return integrate(lambda t, y, g: g(y), 1.0, [0.0, 0.5, 2.0], square, throw=False).ys[1]
