@@ -138,6 +138,7 @@ class Claim:
         checks: the checks.
         condition: for `qualified`: the condition, as in "holds if <condition>".
         preset: the smallest preset at which the tolerances bind. They are meant for 64-bit.
+        needs: for `quoted`: what a test of it would take.
     """
 
     id: str
@@ -147,6 +148,7 @@ class Claim:
     checks: Sequence[Check] = ()
     condition: str = ""
     preset: Preset = "quick"
+    needs: str = ""
 
     def __post_init__(self):
         object.__setattr__(self, "checks", tuple(self.checks))
@@ -161,6 +163,8 @@ class Claim:
             )
         if (self.form == "qualified") != bool(self.condition):
             raise ValueError("condition must be given for a qualified claim, and only there")
+        if self.needs and self.form != "quoted":
+            raise ValueError(f"needs must be given for a quoted claim alone, got a {self.form} one")
 
     def of_role(self, role: Role) -> list[Check]:
         """The checks on one side of the claim."""
@@ -190,6 +194,7 @@ class Claim:
 
     def __str__(self) -> str:
         marks = [f"  {'✓' if check.holds else '✗'} {check}" for check in self.checks]
+        marks += [f"  a test would take {self.needs}"] if self.needs else []
         return "\n".join([f"{self.id} {self.verdict}: {self.statement} ({self.source})", *marks])
 
 
@@ -227,9 +232,16 @@ def qualified(
     return Claim(name, statement, source, "qualified", checks, condition, preset)
 
 
-def quoted(name: str, statement: str, source: str) -> Claim:
-    """A claim that needs data or compute that is not here: the printed statement, never tested."""
-    return Claim(name, statement, source, "quoted")
+def quoted(name: str, statement: str, source: str, *, needs: str = "") -> Claim:
+    """A claim that needs data or compute that is not here: the printed statement, never tested.
+
+    `needs` tells what a test would take, as in "a test would take <needs>".
+
+    Example:
+        >>> quoted("large", "It holds at scale", "someone2024, Table 1", needs="a thousand GPUs").verdict
+        'quoted'
+    """
+    return Claim(name, statement, source, "quoted", needs=needs)
 
 
 def _as(role: Role, checks: Sequence[Check]) -> list[Check]:
@@ -243,7 +255,8 @@ def to_json(claim: Claim, preset: Preset, x64: bool) -> dict[str, Any]:
 
 
 def from_json(data: dict[str, Any]) -> Claim:
-    """The claim that `to_json` wrote."""
+    """The claim that `to_json` wrote; results may be saved without `needs`."""
+    data = {"needs": "", **data}
     fields = {name: data[name] for name in Claim.__dataclass_fields__ if name != "checks"}
     checks = tuple(
         Check(**{name: check[name] for name in Check.__dataclass_fields__}) for check in data["checks"]

@@ -71,6 +71,7 @@ def _section(saved: Saved) -> _Section:
         rows.append(f"| [`{claim.id}`](#{anchor}) | {_text(claim.source)} | {verdict} |")
         body.append(f"- **{verdict}** — {_text(f'{claim.statement} ({claim.source})')}")
         body += [f"  - {'✓' if check.holds else '✗'} {_text(_reasoned(check))}" for check in claim.checks]
+        body += [f"  - A test would take {_text(claim.needs)}."] if claim.needs else []
     return _Section(rows, body)
 
 
@@ -92,6 +93,7 @@ def to_html(saved: Saved) -> str:
         marks = ("✓" if check.holds else "✗" for check in claim.checks)
         lines = (html.escape(_reasoned(check)) for check in claim.checks)
         checks = "".join(f"<li>{mark} {line}</li>" for mark, line in zip(marks, lines, strict=True))
+        checks += f"<li>A test would take {html.escape(claim.needs)}.</li>" if claim.needs else ""
         title = f"<b>{html.escape(verdict)}</b>: {html.escape(f'{claim.statement} ({claim.source})')}"
         items.append(f"<li>{title}<ul>{checks}</ul></li>")
     heading = f"<h4>{html.escape(saved.name)}</h4>"

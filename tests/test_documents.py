@@ -64,6 +64,12 @@ def test_no_claim_in_the_ledger_fails():
     assert not [row for row in rows if not row[2].startswith(("holds", "quoted"))]
 
 
+def test_every_quoted_claim_in_the_ledger_tells_what_a_test_would_take():
+    quoted = re.findall(r"^- \*\*quoted\*\* .*\n(.*)$", LEDGER, re.MULTILINE)
+    assert len(quoted) == len(re.findall(r"\| quoted \|$", LEDGER, re.MULTILINE)) >= 10
+    assert all(line.startswith("  - A test would take ") for line in quoted)
+
+
 def test_every_cited_source_is_in_the_references():
     cited = set()
     for package in ("dynamics", "models", "sims"):

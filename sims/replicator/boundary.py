@@ -82,8 +82,7 @@ class Config:
     joint_adam_rate: Positive = 0.03
     """Learning rate of Adam there."""
     wide_dims: Annotated[tuple[Count, ...], Length(1)] = (150,)
-    """Token dimensions d, also tokens per sample, of the over-parametrized runs; more than samples. The
-    first one is drawn."""
+    """Token dimensions d, also tokens per sample, of the over-parametrized runs; more than samples."""
     wide_ratios: Annotated[tuple[Ratio, ...], Length(1)] = (1e25,)
     """Ratios of the over-parametrized runs' teachers; the claims are about the last."""
     wide_rates: Rates = (0.15,)
@@ -117,6 +116,8 @@ _STANDARD = Config(
     decaying_rates=(0.03, 0.1, 0.3, 1.0),
     joint_seeds=6,
     joint_steps=6000,
+    wide_dims=(150, 400),
+    wide_rates=(0.15, 0.1),
     wide_ratios=(10.0, 1e25),
 )
 PRESETS: dict[Preset, Config] = {
@@ -128,8 +129,6 @@ PRESETS: dict[Preset, Config] = {
         steps=50000,
         fast_steps=10000,
         joint_seeds=10,
-        wide_dims=(150, 400),
-        wide_rates=(0.15, 0.1),
     ),
 }
 
@@ -253,6 +252,7 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         "background",
         "SGD trains real Transformers poorly beside Adam: on language and images, and with full batches",
         "softmax2025talk, introduction",
+        needs="Transformers on language and on images, with full batches as well, each with both optimizers",
     )
 
 
@@ -268,10 +268,11 @@ def _wide(saved: Saved) -> Claim:
     steps, fall = saved["wide_step"], np.min(losses[..., 0] / losses[..., -1])
     straight = np.min([_late_line(steps, loss).r2 for loss in losses.reshape(-1, len(steps))])
     bends, third = "several directions take part at first", "a third of the teacher's decades"
+    dims = " and ".join(str(dim) for dim in saved["wide_dim"])
     return stated(
         "over-parametrized",
-        "Over-parametrized, the loss falls at a linear rate, the prompt stays bounded, and the ratio ends "
-        "far below the teacher's",
+        f"Over-parametrized, at d = n = {dims}, the loss falls at a linear rate, the prompt stays bounded, "
+        "and the ratio ends far below the teacher's",
         "softmax2025talk, experiments",
         at_least("R^2 of a straight line through the log loss", straight, 0.98, why=bends),
         at_least("fall of the loss", fall, 1e4, why="a rate is seen over four decades"),
@@ -446,16 +447,7 @@ def figure(config: Config, saved: Saved) -> Figure:
         plotting.finish(ax, title, "iterations", "loss", ylim=(1e-34, 10))
     many.legend(loc="lower left", handlelength=1.4, borderaxespad=0.2)
 
-    steps, losses = saved["wide_step"], saved["wide/loss"][0, 0]
-    for ratio, loss, color in zip(config.wide_ratios[::-1], losses[::-1], ("C4", "C5"), strict=False):
-        label = f"teacher's ratio {_power(ratio)}"
-        wide.semilogy(steps, loss, color=color, label=label, **plotting.TRAINED)
-    line = _late_line(steps, losses[-1])
-    straight = np.exp(line.intercept + line.slope * steps)
-    wide.semilogy(steps, straight, label="straight line", **plotting.THEORY)
-    title = f"d = {config.wide_dims[0]} > N, v trained too"
-    plotting.finish(wide, title, "iterations", "loss", "upper right")
-
+    _draw_wide(wide, config, saved)
     _ratios(ratios, config, saved)
     _conditions_over_time(condition, config, saved)
     mu_t, losses, bound = (saved[f"small/{name}"][0] for name in ("mu_t", "loss", "loss_bound"))
@@ -468,6 +460,19 @@ def figure(config: Config, saved: Saved) -> Figure:
 
 def _steps(saved: Saved, name: str) -> np.ndarray:
     return saved["gd_step" if name == "gd" else "fast_step"]
+
+
+def _draw_wide(ax: Axes, config: Config, saved: Saved) -> None:
+    steps, shades = saved["wide_step"], (("C4", "C5"), ("C2", "C6"))
+    for dim, losses, colors in zip(config.wide_dims, saved["wide/loss"][:, 0], shades, strict=False):
+        for ratio, loss, color in zip(config.wide_ratios[::-1], losses[::-1], colors, strict=False):
+            label = f"d = {dim}, teacher's ratio {_power(ratio)}"
+            ax.semilogy(steps, loss, color=color, label=label, **plotting.TRAINED)
+        line = _late_line(steps, losses[-1])
+        ax.semilogy(steps, np.exp(line.intercept + line.slope * steps), **plotting.THEORY)
+    ax.plot([], [], label="straight line", **plotting.THEORY)
+    plotting.finish(ax, "d > N, v trained too", "iterations", "loss", {"fontsize": 7.5})
+    plotting.make_room(ax, above=0.35)
 
 
 DOTS = (0, (1, 1))

@@ -129,6 +129,7 @@ def test_a_claim_binds_from_its_preset_on(wanted, run, verdict):
         (lambda: qualified(*WORDS, condition="", inside=[GOOD], outside=[GOOD]), r"^condition must be given"),
         (lambda: Claim(*WORDS, "stated", [GOOD], condition="n > 1"), r"^condition must be given"),
         (lambda: stated(*WORDS, GOOD, preset=cast(Any, "bogus")), r"^preset must be one of"),
+        (lambda: Claim(*WORDS, "stated", [GOOD], needs="a GPU"), r"^needs must be given for a quoted claim"),
     ],
 )
 def test_bad_claims_are_told(make, message):
@@ -159,6 +160,14 @@ def test_text_of_checks_and_claims():
     assert str(stated(*WORDS, order)) == (
         "name holds: something holds (someone2024, Theorem 1)\n  ✓ slope: 1.012 (slope 1 ± 0.05)"
     )
+
+
+def test_a_quoted_claim_tells_what_a_test_would_take():
+    claim = quoted(*WORDS, needs="a thousand GPUs")
+    plain = to_json(claim, "quick", True)
+    assert from_json(plain) == claim
+    assert str(claim).splitlines()[1:] == ["  a test would take a thousand GPUs"]
+    assert from_json({name: value for name, value in plain.items() if name != "needs"}) == quoted(*WORDS)
 
 
 def test_a_claim_that_fails_in_32_bit_asks_for_64():
