@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ENTRIES = tomllib.loads((ROOT / "sims" / "places.toml").read_text(encoding="utf-8"))["place"]
-_BIBLIOGRAPHY = (ROOT / "references.bib").read_text(encoding="utf-8")
+_BIBLIOGRAPHY = (ROOT / "sims" / "references.bib").read_text(encoding="utf-8")
 KEYS = set(re.findall(r"^@\w+\{(\w+),", _BIBLIOGRAPHY, re.MULTILINE))
 _STATEMENTS = "theorem|lemma|corollary|assumption|definition|example|equation|algorithm"
 _KINDS = f"{_STATEMENTS}|figure|table|section|appendix"

@@ -27,6 +27,16 @@ def test_what_ships_is_every_package_on_disk_and_nothing_else():
     assert sorted(find_packages(str(ROOT), **options)) == found
 
 
+@pytest.mark.parametrize("package", ["dynamics", "models", "sims"])
+def test_every_file_of_a_package_that_is_no_code_ships(package):
+    patterns = PYPROJECT["tool"]["setuptools"]["package-data"][package]
+    kept = (file for file in (ROOT / package).rglob("*.*") if "__pycache__" not in file.parts)
+    data = [file for file in kept if file.suffix not in ("", ".py")]
+    assert data
+    assert all(file.parent == ROOT / package for file in data), "patterns are of a package's own folder"
+    assert not [file.name for file in data if not any(file.match(pattern) for pattern in patterns)]
+
+
 def test_the_lock_names_no_address_and_one_version_each():
     assert LOCK
     for pin in LOCK:
