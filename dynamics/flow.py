@@ -1,4 +1,4 @@
-"""Flows: trajectories and their integration. The only module that touches a solver."""
+"""Flows: trajectories and their integration. With `dynamics.steps`, the only module that touches a solver."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from dynamics.arguments import ArrayLike as ArrayLike
 from dynamics.arguments import as_real, brief, nan_unless, require_finite, require_sizes, require_times
 from dynamics.arguments import is_traced as is_traced
 from dynamics.arguments import require_number as require_number
+from dynamics.steps import guarded
 
 VectorField = Callable[[Any, Any, Any], Any]
 _DERIVED: Any = object()  # JAX makes trajectories of None and other things that stand for arrays
@@ -241,13 +242,11 @@ def _solve(field, y0, ts, args, solver, rtol, atol, max_steps, adjoint):
         force_dtmin=False,
     )
     solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(field),
-        solver,
+        **guarded(field, args, solver, controller),
         t0=times[0],
         t1=times[-1],
         dt0=None,
         y0=start,
-        args=args,
         # The last state tells why a solve ended early.
         saveat=diffrax.SaveAt(subs=[diffrax.SubSaveAt(ts=times), diffrax.SubSaveAt(t1=True)]),
         stepsize_controller=controller,
@@ -406,17 +405,16 @@ def integrate_until(
         (True, True)
     """
     dtype = jnp.finfo(jnp.result_type(*jax.tree.leaves(y0))).dtype
+    controller = diffrax.PIDController(rtol=rtol, atol=atol)
     solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(field),
-        solver,
+        **guarded(field, args, solver, controller),
         t0=jnp.zeros((), dtype),
         t1=jnp.asarray(horizon, dtype),
         dt0=None,
         y0=y0,
-        args=args,
-        stepsize_controller=diffrax.PIDController(rtol=rtol, atol=atol),
+        stepsize_controller=controller,
         max_steps=max_steps,
-        event=diffrax.Event(lambda t, y, args, **_: stop(t, y, args)),
+        event=diffrax.Event(lambda t, y, args, **_: stop(t, y, args[1])),
         adjoint=diffrax.ForwardMode(),
         throw=False,
     )

@@ -653,6 +653,7 @@ NO_NUMBERS = {
     "dynamics.scan_snap.common_tokens",
     "dynamics.scan_snap.distinct_tokens",
     "dynamics.spectra.after",
+    "dynamics.steps.guarded",
     "dynamics.workarounds.apply",
     "models.attention.attention_function",
     "models.attention.joma_observer",

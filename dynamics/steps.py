@@ -1,0 +1,158 @@
+"""Steps of a solver, of which only those that are kept have a derivative.
+
+A solver tries steps, and throws away those whose error is too large. Such a step may leave the range of the
+field: exp(v^2 / 2) overflows far outside of the solution. Nothing depends on it, so its part in a derivative
+is zero times what its own derivative is, and that is NaN where the step is not finite. It would spoil the
+derivative of a solve that succeeded, and an implicit solver, which solves a linear system with it, would
+raise, for all lanes of a `vmap`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+
+def guarded(
+    field: Any, args: PyTree, solver: diffrax.AbstractSolver, controller: diffrax.PIDController
+) -> dict[str, Any]:
+    """What `diffrax.diffeqsolve` is given, so that only steps which are kept have a derivative.
+
+    Example:
+        >>> def field(t, y, args):
+        ...     return -jnp.sinh(y)
+        >>> def last(y0, guard):
+        ...     pieces = {"terms": diffrax.ODETerm(field), "solver": diffrax.Tsit5()}
+        ...     controller = diffrax.PIDController(rtol=1e-3, atol=1e-3)
+        ...     if guard:
+        ...         pieces = guarded(field, None, diffrax.Tsit5(), controller)
+        ...     times = {"t0": 0.0, "t1": 1.0, "dt0": None}
+        ...     return diffrax.diffeqsolve(**pieces, **times, y0=y0, stepsize_controller=controller).ys[-1]
+        >>> [bool(jnp.isfinite(jax.grad(last)(100.0, guard))) for guard in (False, True)]
+        [False, True]
+    """
+    return {
+        "terms": diffrax.ODETerm(_field),
+        "args": (field, args, None),
+        "solver": _Guarded(solver, controller),
+    }
+
+
+def _field(t: Any, y: PyTree, args: tuple[Any, PyTree, Array | None]) -> PyTree:
+    """The field, but for a step that is left out: zero, whatever the derivative of the field is."""
+    field, own, left_out = args
+    if left_out is None:
+        return field(t, y, own)
+    return _zero_where(left_out, jax.tree.map(jnp.asarray, field(t, _zero_where(left_out, y), own)))
+
+
+def _zero_where(condition: Array, tree: PyTree) -> PyTree:
+    def of_leaf(leaf):
+        return jnp.where(condition, jnp.zeros_like(leaf), leaf) if eqx.is_inexact_array(leaf) else leaf
+
+    return jax.tree.map(of_leaf, tree)
+
+
+class _Guarded(diffrax.AbstractWrappedSolver):
+    """A solver, whose steps have the derivative zero where the controller is sure to throw them away.
+
+    Its field is the one of `guarded`.
+    """
+
+    solver: diffrax.AbstractSolver  # pyright: ignore[reportIncompatibleVariableOverride]
+    controller: diffrax.PIDController
+
+    term_structure = property(lambda self: self.solver.term_structure)
+    term_compatible_contr_kwargs = property(lambda self: self.solver.term_compatible_contr_kwargs)
+    # What diffrax asks of Runge-Kutta methods and of implicit ones.
+    scan_kind = property(lambda self: self.solver.scan_kind)
+    root_finder = property(lambda self: self.solver.root_finder)
+    root_find_max_steps = property(lambda self: self.solver.root_find_max_steps)
+
+    @property
+    def interpolation_cls(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return functools.partial(_within_step, self.solver.interpolation_cls)
+
+    def order(self, terms):
+        return self.solver.order(terms)
+
+    def error_order(self, terms):
+        return self.solver.error_order(terms)
+
+    def init(self, terms, t0, t1, y0, args):
+        return self.solver.init(terms, t0, t1, y0, args)
+
+    def func(self, terms, t0, y0, args):
+        return self.solver.func(terms, t0, y0, args)
+
+    def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
+        return _step(self, terms, t0, t1, y0, args, solver_state, made_jump)
+
+
+def _within_step(interpolation: Any, *, t0: Any, t1: Any, **pieces: Any) -> Any:
+    return _Within(interpolation(t0=t0, t1=t1, **pieces), t0, t1)
+
+
+class _Within(diffrax.AbstractLocalInterpolation):
+    """The states within a step. Under `vmap` they are asked for far beyond it too, by the other lanes.
+
+    A polynomial of degree seven at a million steps ahead is beyond float32; no use is made of it.
+    """
+
+    inside: diffrax.AbstractLocalInterpolation
+    t0: Any
+    t1: Any
+
+    def evaluate(self, t0, t1=None, left=True):
+        t0, t1 = (
+            None if t is None else jnp.where((t < self.t0) | (t > self.t1), self.t1, t) for t in (t0, t1)
+        )
+        return self.inside.evaluate(t0, t1, left)
+
+
+@eqx.filter_custom_jvp
+def _step(guard, terms, t0, t1, y0, args, state, made_jump):
+    return guard.solver.step(terms, t0, t1, y0, args, state, made_jump)
+
+
+@_step.def_jvp
+def _(primals, tangents):
+    guard, terms, t0, t1, y0, (field, own, _), state, made_jump = primals
+    stepped = _step(*primals)
+    left_out = ~_may_be_kept(guard.controller, y0, *stepped[:2])
+    # The step that is differentiated there is a harmless one: from zero, with a field that is zero.
+    y0, own, state = _zero_where(left_out, (y0, own, state))
+    times = jnp.where(left_out, 0, t0), jnp.where(left_out, 1, t1)
+    solver = _differentiable(guard.solver)
+    primals = solver, terms, *times, y0, (field, own, left_out), state, made_jump
+    unmoved = jax.tree.map(lambda _: None, solver)
+    _, moved = eqx.filter_jvp(_own_step, primals, (unmoved, *_zero_where(left_out, tangents[1:])))
+    return stepped, _zero_where(left_out, moved)
+
+
+def _own_step(solver, *arguments):
+    return solver.step(*arguments)
+
+
+def _may_be_kept(controller: diffrax.PIDController, y0: PyTree, y1: PyTree, error: PyTree) -> Array:
+    """Whether a step is finite, with an error that is at most ten times what the controller lets pass."""
+
+    def scaled(y0, y1, error):
+        return error / (controller.atol + controller.rtol * jnp.maximum(abs(y0), abs(y1)))
+
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(y1)]
+    size = controller.norm(jax.tree.map(scaled, y0, y1, error))
+    return jnp.all(jnp.stack([*finite, size < 10]))
+
+
+def _differentiable(solver: Any) -> Any:
+    """The solver with a loop over its stages that has a derivative in both modes."""
+    if getattr(solver, "scan_kind", "") not in (None, "checkpointed"):
+        return solver
+    return eqx.tree_at(lambda s: s.scan_kind, solver, "bounded", is_leaf=lambda leaf: leaf is None)
