@@ -17,6 +17,7 @@ from dynamics.arguments import (
     require_choice,
     require_every,
     require_number,
+    require_positive,
     require_shapes,
     require_symmetric,
 )
@@ -39,11 +40,16 @@ class GradientTerms(NamedTuple):
     C: Array
 
 
-def reversible_terms(J: ArrayLike, f: ArrayLike, y: ArrayLike, loss: Loss | str) -> GradientTerms:
-    r"""Coefficients of the gradient of a layer W inside of a network without biases, output J_i W f_i.
+def reversible_terms(
+    J: ArrayLike, f: ArrayLike, y: ArrayLike, loss: Loss | str, *, degree: ArrayLike = 1.0
+) -> GradientTerms:
+    r"""Coefficients of the gradient of a layer W inside of a network without biases, output J_i W f_i / k.
 
-        squared:  A_i = J_i^T y_i f_i^T,      B_i = J_i^T J_i,              C_i = f_i f_i^T
-        softmax:  A_i = J_i^T P1 y_i f_i^T,   B_i = J_i^T P1 J_i / d,       P1 = I - 1 1^T / d
+        squared:  A_i = J_i^T y_i f_i^T,      B_i = J_i^T J_i / k,          C_i = f_i f_i^T
+        softmax:  A_i = J_i^T P1 y_i f_i^T,   B_i = J_i^T P1 J_i / (d k),   P1 = I - 1 1^T / d
+
+    The degree k is one behind linear layers and rectifiers. Monomials x^p multiply it by p each, by Euler's
+    theorem on homogeneous functions: then K forward and K^T backward, as printed, are off by that factor.
 
     The form is exact for half the squared error. For cross-entropy it is an approximation near zero logits,
     whose relative error is of second order in them; the J P1 y that is printed for it has a shape that does
@@ -56,12 +62,14 @@ def reversible_terms(J: ArrayLike, f: ArrayLike, y: ArrayLike, loss: Loss | str)
         f: inputs of the layer, (N, n).
         y: targets, (N, d); one-hot, or probabilities, for the softmax.
         loss: "squared" or "softmax".
+        degree: k, positive, of what lies behind the layer as a homogeneous function.
 
     Returns:
         The terms of `reversible_gradient`.
 
     Raises:
-        ValueError: the shapes do not fit, a number is not finite, or the loss is unknown.
+        ValueError: the shapes do not fit, a number is not finite, the degree is not positive, or the loss is
+            unknown.
 
     Example:
         >>> terms = reversible_terms([[[2.0]]], [[3.0]], [[5.0]], "squared")
@@ -71,14 +79,14 @@ def reversible_terms(J: ArrayLike, f: ArrayLike, y: ArrayLike, loss: Loss | str)
     J, f, y = require_arrays(J=J, f=f, y=y)
     require_shapes(J=(J, "N d m"), f=(f, "N n"), y=(y, "N d"))
     require_choice("loss", loss, get_args(Loss))
-    return _terms(J, f, y, loss)
+    return _terms(J, f, y, loss, require_positive("degree", degree, J.dtype))
 
 
 @eqx.filter_jit
-def _terms(J, f, y, loss):
-    seen, share = J, 1
+def _terms(J, f, y, loss, degree):
+    seen, share = J, degree
     if loss == "softmax":
-        seen, share = J - jnp.mean(J, axis=1, keepdims=True), J.shape[1]
+        seen, share = J - jnp.mean(J, axis=1, keepdims=True), J.shape[1] * degree
     A = jnp.einsum("adm,ad,an->amn", seen, y, f)
     B = jnp.einsum("adm,adk->amk", seen, J) / share
     return GradientTerms(A, B, f[:, :, None] * f[:, None, :])

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.tree_util import Partial
 from jaxtyping import Array
 from matplotlib.axes import Axes
@@ -29,6 +28,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from models.classifier import Classifier, is_hidden
 from models.data.images import digits, mnist
 from models.functional import as_function
 from models.galore import galore, scale_by_adam_8bit, state_bytes
@@ -148,21 +148,6 @@ PRESETS: dict[Preset, Config] = {
 }
 
 
-class Classifier(nnx.Module):
-    """Two hidden layers and a head, with biases."""
-
-    def __init__(self, key: Array, inputs: int, width: int, dtype: Any):
-        linear = partial(nnx.Linear, rngs=nnx.Rngs(key), dtype=dtype, param_dtype=dtype)
-        self.hidden = nnx.List([linear(inputs, width), linear(width, width)])
-        self.head = linear(width, 10)
-
-    def __call__(self, images: Array) -> Array:
-        """Logits (N, 10) of flat images (N, inputs)."""
-        for layer in self.hidden:
-            images = nnx.relu(layer(images))
-        return self.head(images)
-
-
 class Job(NamedTuple):
     """A method with its rank and its gap: what one program is made for."""
 
@@ -185,11 +170,6 @@ class Trained(NamedTuple):
     def chosen(self) -> Trained:
         """Losses and errors of all seeds at that rate."""
         return Trained(*(part[self.best()] for part in self))
-
-
-def is_hidden(path: str, leaf: Any) -> bool:
-    """Whether a parameter is a matrix of a hidden layer: those are what the methods differ in."""
-    return path.startswith("hidden") and leaf.ndim == 2
 
 
 def start_of(job: Job, params: Any, key: Array) -> Any:

@@ -61,6 +61,31 @@ def test_gradient_of_a_middle_layer_has_the_form_of_the_theorem():
     np.testing.assert_allclose(*both(W), atol=2e-15)
 
 
+@pytest.mark.parametrize(("loss", "tolerance"), [("squared", 1e-13), ("softmax", 1e-6)])
+def test_monomials_behind_the_layer_multiply_the_degree(loss, tolerance):
+    _, W, last, x, y = make_network()
+    inputs, small = x[:, :3], 1.0 if loss == "squared" else 1e-5
+
+    def after(hidden):
+        return small * (last @ hidden**3) ** 2  # of degree six
+
+    def error(W):
+        out = jax.vmap(after)(inputs @ W.T)
+        squared = jnp.sum((out - y) ** 2, axis=1) / 2
+        return jnp.mean(squared if loss == "squared" else -jnp.sum(y * jax.nn.log_softmax(out), axis=1))
+
+    J, exact = jax.vmap(jax.jacrev(after))(inputs @ W.T), -jax.grad(error)(jnp.asarray(W))
+    forms = [
+        galore.reversible_gradient(*galore.reversible_terms(J, inputs, y, loss, degree=degree), W)
+        for degree in (6, 1)
+    ]
+    off, printed = (float(jnp.linalg.norm(form - exact) / jnp.linalg.norm(exact)) for form in forms)
+    assert off < tolerance
+    assert printed > 10 * off
+    with pytest.raises(ValueError, match=r"^degree must be a positive number, got 0"):
+        galore.reversible_terms(J, inputs, y, loss, degree=0.0)
+
+
 def test_softmax_form_is_right_to_second_order_in_the_logits():
     _, W, last, x, y = make_network()
     inputs, scales = x[:, :3], np.array([1e-1, 1e-2, 1e-3])
