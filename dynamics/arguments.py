@@ -177,11 +177,20 @@ def require_every(name: str, array: Array, holds: Callable[[Any], Any], rule: st
     return array
 
 
-def require_number(name: str, value: Any, dtype: Any, *, at_least: int | float | None = None) -> Array:
-    """One finite number as an array of the given dtype, with a lower bound where there is one."""
+def require_number(
+    name: str,
+    value: Any,
+    dtype: Any,
+    *,
+    at_least: int | float | None = None,
+    at_most: int | float | None = None,
+) -> Array:
+    """One finite number as an array of the given dtype, with a bound below, or two, where there are some."""
     rule = "a finite number" if at_least is None else f"a finite number >= {at_least:g}"
+    rule += "" if at_most is None else f" and <= {at_most:g}"
     least = -np.inf if at_least is None else at_least
-    return _require_number(name, value, dtype, lambda x: (x >= least) & (abs(x) < np.inf), rule)
+    most = np.inf if at_most is None else at_most
+    return _require_number(name, value, dtype, lambda x: (x >= least) & (x <= most) & (abs(x) < np.inf), rule)
 
 
 def require_positive(name: str, value: Any, dtype: Any) -> Array:

@@ -19,6 +19,8 @@ from dynamics.arguments import ArrayLike as ArrayLike
 from dynamics.arguments import as_real, brief, nan_unless, require_finite, require_sizes, require_times
 from dynamics.arguments import is_traced as is_traced
 from dynamics.arguments import require_number as require_number
+from dynamics.derivatives import nan_derivatives as nan_derivatives
+from dynamics.derivatives import only_in_reverse
 from dynamics.steps import guarded
 
 VectorField = Callable[[Any, Any, Any], Any]
@@ -38,6 +40,9 @@ class Trajectory:
 
     Under `vmap` all three carry the mapped axes in front.
 
+    Raises:
+        ValueError: without `ok`, a leaf of `ys` has not the axes of `ts` in front.
+
     Example:
         >>> bool(Trajectory(np.arange(2.0), {"w": np.ones((2, 3))}).ok)
         True
@@ -50,7 +55,13 @@ class Trajectory:
 
     def __post_init__(self):
         if self.ok is _DERIVED:
-            lanes = max(np.ndim(self.ts) - 1, 0)
+            times = np.shape(self.ts)
+            for leaf in jax.tree.leaves(self.ys):
+                if np.shape(leaf)[: len(times)] != times:
+                    raise ValueError(
+                        f"ys must have the axes of ts, {times}, first, got shape {np.shape(leaf)}"
+                    )
+            lanes = max(len(times) - 1, 0)
             object.__setattr__(self, "ok", _finite_lanes((self.ts, self.ys), lanes))
 
 
@@ -98,9 +109,9 @@ def integrate(
         ts: times that increase strictly, shape (T,).
         args: pytree handed to `field`; may hold functions.
         solver: a diffrax solver; `diffrax.Dopri8()` where None. Stiff flows want `diffrax.Kvaerno5()`.
-        rtol: relative tolerance per step; raised to 10 machine epsilons of the state's dtype where it is
-            below, since a smaller one cannot be met.
-        atol: absolute tolerance per step.
+        rtol: relative tolerance per step, at most 1; raised to 10 machine epsilons of the state's dtype
+            where it is below, since a smaller one cannot be met.
+        atol: absolute tolerance per step, at most 1, or the largest number of `y0` where that is above.
         max_steps: the most steps the solver may take.
         throw: raise when the solve fails. With False the failure is `ok=False`, per lane under `vmap`.
             To raise from inside of `jit`, the program calls the host, and JAX keeps no such program in
@@ -131,11 +142,13 @@ def integrate(
     dtype = jnp.finfo(jnp.result_type(*leaves)).dtype
     ts = require_times(ts, dtype)
     y0 = jax.tree.map(lambda leaf: require_finite("y0", leaf), y0)
-    # A tolerance that is not finite accepts any step.
-    rtol, atol = (
-        require_number(name, tolerance, dtype, at_least=0)
-        for name, tolerance in (("rtol", rtol), ("atol", atol))
-    )
+    # A tolerance beyond these accepts any step.
+    rtol = require_number("rtol", rtol, dtype, at_least=0, at_most=1)
+    atol = require_number("atol", atol, dtype, at_least=0)
+    if not is_traced(atol, y0) and np.asarray(atol) > _largest_atol(np, y0):
+        raise ValueError(
+            f"atol must be at most 1, or the largest number of y0 where that is above, got {float(atol):g}"
+        )
     if not (adjoint is None or isinstance(adjoint, diffrax.AbstractAdjoint)):
         raise ValueError(
             f"adjoint must be a diffrax adjoint, such as diffrax.ForwardMode(), got {brief(adjoint)}"
@@ -150,12 +163,7 @@ def integrate(
         field, args = _opened(field, ts[0], y0, args)
     solver = diffrax.Dopri8() if solver is None else solver
     adjoint = diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint
-    try:
-        trajectory, reached, end = _solve(field, y0, ts, args, solver, rtol, atol, max_steps, adjoint)
-    except TypeError as error:  # JAX's own refusal does not say what to do
-        if "custom_vjp" in str(error) and not isinstance(adjoint, diffrax.ForwardMode):
-            raise ValueError(_ONLY_REVERSE) from None
-        raise
+    trajectory, reached, end = _solve(field, y0, ts, args, solver, rtol, atol, max_steps, adjoint)
 
     if not throw:
         return trajectory
@@ -227,9 +235,12 @@ def _trace_number(leaf: Any) -> Any:
 @eqx.filter_jit
 def _solve(field, y0, ts, args, solver, rtol, atol, max_steps, adjoint):
     _require_field(field, y0, ts, args)
+    if isinstance(adjoint, diffrax.RecursiveCheckpointAdjoint):
+        field, y0, ts, args = only_in_reverse((field, y0, ts, args), _ONLY_REVERSE)
     # A start with NaN would be retried with ever smaller steps: such a lane starts from zero and is
     # flagged afterwards, so that it does not hold up the others. So do bad times and tolerances.
-    good = all_finite(y0) & all_finite(ts) & jnp.all(jnp.diff(ts) > 0) & (rtol >= 0) & (atol >= 0)
+    good = all_finite(y0) & all_finite(ts) & jnp.all(jnp.diff(ts) > 0)
+    good &= (rtol >= 0) & (rtol <= 1) & (atol >= 0) & (atol <= _largest_atol(jnp, y0))
     start = jax.tree.map(lambda leaf: jnp.where(good, leaf, jnp.zeros_like(leaf)), y0)
     times = jnp.where(good, ts, jnp.arange(ts.size, dtype=ts.dtype))
     epsilon = jnp.finfo(ts.dtype).eps
@@ -270,6 +281,12 @@ def _solve(field, y0, ts, args, solver, rtol, atol, max_steps, adjoint):
     start, last = (times[0], start), jax.tree.map(lambda leaf: leaf[0], (last_t, last_y))
     end = jax.lax.stop_gradient(_End(start, last, good, ended, exhausted))
     return Trajectory(ts, ys, ok), jnp.sum(saved), end
+
+
+def _largest_atol(xp: Any, y0: PyTree) -> Any:
+    """The largest absolute tolerance that says something about such a state, in NumPy or its like."""
+    largest = [xp.max(xp.abs(xp.asarray(leaf)), initial=1) for leaf in jax.tree.leaves(y0)]
+    return functools.reduce(xp.maximum, largest)
 
 
 class _End(NamedTuple):
@@ -344,38 +361,6 @@ def _require_field(field, y0, ts, args):
         # Diffrax casts: a speed in half precision would be taken for an exact one.
         if leaf.dtype != state.dtype and not jnp.issubdtype(leaf.dtype, jnp.integer):
             raise ValueError(f"field must return the dtype of y0, {state.dtype}, got {leaf.dtype}")
-
-
-def nan_derivatives(failed: Array, ys: PyTree, inputs: PyTree) -> PyTree:
-    """The states of a solve, all of whose derivatives in the inputs are NaN where it failed.
-
-    Those of the states that were reached would be taken for the solution's, and those of the others are zero,
-    as if the solve had converged.
-    """
-    return _nan_derivatives(
-        failed, ys, [leaf for leaf in jax.tree.leaves(inputs) if eqx.is_inexact_array(leaf)]
-    )
-
-
-@jax.custom_jvp
-def _nan_derivatives(failed, ys, inputs):
-    return ys
-
-
-@_nan_derivatives.defjvp
-def _(primals, tangents):
-    (failed, ys, _), (_, ys_dot, inputs_dot) = primals, tangents
-    moved = [jnp.sum(jnp.real(leaf)) for leaf in inputs_dot]
-    return ys, jax.tree.map(
-        # Zero times whatever the inputs do, where nothing failed; NaN times that, where it did.
-        lambda leaf: (
-            leaf
-            + sum(
-                move.astype(leaf.dtype) * jnp.where(failed, jnp.nan, 0).astype(leaf.dtype) for move in moved
-            )
-        ),
-        ys_dot,
-    )
 
 
 def integrate_until(

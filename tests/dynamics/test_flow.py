@@ -238,8 +238,10 @@ def test_only_a_program_that_raises_calls_the_host(solver, throw):
         ({"y0": {}}, r"^y0 must hold at least one number, got none$"),
         ({"y0": np.zeros((0, 3))}, r"^y0 must hold at least one number, got none$"),
         ({"y0": (1.0, np.array([0.0, np.inf]))}, r"^y0 must be finite, got NaN or infinity$"),
-        ({"rtol": -1e-6}, r"^rtol must be a finite number >= 0, got -1e-06$"),
-        ({"rtol": [1e-6, 1e-6]}, r"^rtol must be a finite number >= 0, got \[1e-06, 1e-06\]$"),
+        ({"rtol": -1e-6}, r"^rtol must be a finite number >= 0 and <= 1, got -1e-06$"),
+        ({"rtol": [1e-6, 1e-6]}, r"^rtol must be a finite number >= 0 and <= 1, got \[1e-06, 1e-06\]$"),
+        ({"rtol": 1e30}, r"^rtol must be a finite number >= 0 and <= 1, got 1e\+30$"),
+        ({"atol": 1e30}, r"^atol must be at most 1, or the largest number of y0 .*, got 1e\+30$"),
         ({"atol": np.nan}, r"^atol must be a finite number >= 0, got nan$"),
         ({"max_steps": 0}, r"^max_steps must be a positive integer, got 0$"),
     ],
@@ -331,7 +333,7 @@ def test_a_derivative_in_the_other_mode_is_refused_with_the_remedy():
         return integrate(decay, 1.0, [0.0, 1.0], rate, adjoint=adjoint).ys[-1]
 
     forward = partial(last, adjoint=diffrax.ForwardMode())
-    for derivative in (jax.jacfwd(last), jax.jit(jax.jacfwd(last))):
+    for derivative in (jax.jacfwd(last), jax.jacfwd(jax.jit(last)), jax.hessian(last)):
         with pytest.raises(ValueError, match=r"forward mode .* pass adjoint=diffrax\.ForwardMode\(\)"):
             derivative(0.5)
     for derivative in (jax.grad(forward), jax.grad(jax.jit(forward))):
@@ -343,6 +345,10 @@ def test_a_derivative_in_the_other_mode_is_refused_with_the_remedy():
 
 
 def test_pieces():
+    for ts, ys in ((np.arange(3), np.ones((2, 2))), (np.ones((2, 3)), {"y": np.ones(3)})):
+        with pytest.raises(ValueError, match=r"^ys must have the axes of ts, \(.*3,?\), first, got shape"):
+            Trajectory(ts, ys)
+    assert jax.vmap(Trajectory)(np.ones((2, 3)), np.ones((2, 3, 1))).ok.tolist() == [True, True]
     path = Trajectory(jnp.zeros(3), (jnp.ones((3, 2)),), jnp.array(True))
     assert [leaf.shape for leaf in jax.tree.leaves(path)] == [(3,), (3, 2), ()]
     assert bool(all_finite({}))
