@@ -6,6 +6,7 @@ scan_snap     one-layer transformers on classes of sequences: attention scans, a
 joma          the joint dynamics of an MLP and the attention below it: invariants, fields, rates
 incremental   products of weights that learn one by one: greedy path, staircase, flows from tiny starts
 galore        low-rank gradients: their form, the fall of their stable rank, descent in a fixed subspace
+collapse      minima of regularized networks, their landscapes, and the order of their transitions
 spectra       what is measured on weight matrices, attention rows and subspaces
 """
 

@@ -5,6 +5,7 @@ attention     prompts, heads, products of weights, and the attention of each the
 galore        GaLore for Optax: scale_by_galore, galore, 8-bit moments, layer by layer
 lowrank       LoRA, ReLoRA and W = A B
 vit, llama    a vision transformer, and the shapes of LLaMA
+collapse      linear networks with noise that is drawn on their hidden units
 layer, losses, optimizers, memory, functional    pieces that several networks share
 data          teachers, token sequences, text, images, and runs recorded by others
 """

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from dynamics.collapse import Moments
 from dynamics.incremental import GreedyPath
 from dynamics.scan_snap import SequenceClasses, Weights
 from models.attention.joma import JomaInputs
+from models.collapse import Noisy
 from models.data.tokens import Contexts
 
 # Half precision is no fault of networks, whose own dtype it may be.
@@ -120,6 +122,24 @@ def pull(beta):
 
 
 PULL = Partial(pull)
+SECOND_MOMENTS: dict[str, Any] = {
+    "A": Real(np.array([[1.0, 0.2], [0.2, 0.5]]), (np.diag([1.0, -0.5]), np.array([[1.0, 0.4], [0.2, 0.5]]))),
+    "c": Real(np.array([1.2, 0.9])),
+    "y2": number(4.0, -1.0),
+}
+STRENGTHS = Real(np.array([0.1, 0.2, 0.1]), (np.array([0.1, -0.2, 0.1]),))
+
+
+def of_second_moments(function: Callable[..., Any], A: Any, c: Any, y2: Any, **others: Any) -> Any:
+    """A function of the moments of data."""
+    return function(moments=Moments(A, c, y2), **others)
+
+
+def of_two_layers(function: Callable[..., Any], params: Any, **others: Any) -> Any:
+    """A function of a network, whose first matrix is an argument, and of data."""
+    return of_second_moments(partial(function, params=[params, np.array([[0.5]])]), **others)
+
+
 PATH = GreedyPath(
     times=np.array([0.5, 1.0]),
     beta=np.array([[0.0, 0.0], [2.0, 0.0], [2.0, -1.0]]),
@@ -470,6 +490,69 @@ CALLS: dict[str, Call] = {
     "dynamics.joma.onset_delay": call(mu=Real(np.array([0.5, 1.0]), fine=ANY)),
     "dynamics.joma.rate_ratio": call(mu=Real(np.array([0.5, 1.0]), fine=ANY), reference=Real(0.2, fine=ANY)),
     "dynamics.joma.saturating_flow": call(solve, v0=VECTOR, mu=VECTOR, ts=TIMES),
+    # dynamics.collapse
+    "dynamics.collapse.moments": call(
+        x=Real(np.array([[0.3, 1.0], [0.5, -0.2]]), fine="shorter"), y=Real(np.array([0.5, 0.2]))
+    ),
+    "dynamics.collapse.ridge_minimum": call(of_second_moments, **SECOND_MOMENTS, gamma=RATE),
+    "dynamics.collapse.two_layer_minimum": call(
+        of_second_moments, **SECOND_MOMENTS, gamma_u=RATE, gamma_w=RATE, noise_variance=RATE, width=2
+    ),
+    "dynamics.collapse.deep_minimum": call(
+        of_second_moments, **SECOND_MOMENTS, gammas=STRENGTHS, noise_variance=RATE, widths=(2, 1)
+    ),
+    "dynamics.collapse.nuclear_minimum": call(
+        of_second_moments, **SECOND_MOMENTS, gamma_u=RATE, gamma_w=RATE
+    ),
+    "dynamics.collapse.critical_gamma": call(
+        of_second_moments, **SECOND_MOMENTS, noise_variance=RATE, widths=(2, 1)
+    ),
+    "dynamics.collapse.metastable_gamma": call(
+        of_second_moments, **SECOND_MOMENTS, noise_variance=RATE, widths=(2, 1)
+    ),
+    "dynamics.collapse.effective_landscape": call(
+        of_second_moments,
+        **SECOND_MOMENTS,
+        b=Real(0.4, fine=ANY),
+        gamma=POSITIVE,
+        noise_variance=RATE,
+        width=2,
+        depth=2,
+    ),
+    "dynamics.collapse.transition_order": call(
+        order_parameter=lambda gamma: max(1.0 - gamma, 0.0),
+        gamma_c=Real(1.0, (0.0, -1.0), "infinite"),
+        host=True,
+    ),
+    "dynamics.collapse.stochastic_linear_loss": call(
+        of_two_layers,
+        **SECOND_MOMENTS,
+        params=Real(np.array([[0.3, -0.2]])),
+        noise_variance=RATE,
+        gammas=Real(np.array([0.1, 0.2]), (np.array([0.1, -0.2]),)),
+    ),
+    "dynamics.collapse.stochastic_linear_flow": call(
+        partial(of_two_layers, **SOLVE, rtol=1e-4, atol=1e-6),
+        **SECOND_MOMENTS,
+        params=Real(np.array([[0.3, -0.2]])),
+        noise_variance=RATE,
+        gammas=Real(np.array([0.1, 0.2]), (np.array([0.1, -0.2]),)),
+        ts=TIMES,
+    ),
+    "dynamics.collapse.imbalance": call(
+        lambda f, params: f([params, np.ones((2, 1))]),
+        params=Real(np.array([[0.3, -0.2]]), fine="shorter deeper"),
+    ),
+    "dynamics.collapse.hysteresis_sweep": call(
+        of_two_layers,
+        **SECOND_MOMENTS,
+        params=Real(np.array([[0.3, -0.2]])),
+        noise_variance=RATE,
+        path=Real(np.array([0.2, 0.4]), (np.array([0.2, -0.4]),), "shorter"),
+        key=jax.random.key(0),
+        kick=RATE,
+        horizon=POSITIVE,
+    ),
     # dynamics.scan_snap
     "dynamics.scan_snap.SequenceClasses": call(lambda f, **a: f(**a).P, **CLASSES),
     "dynamics.scan_snap.context_distribution": call(of_classes, **CLASSES, Z=LOGITS),
@@ -611,6 +694,24 @@ CALLS: dict[str, Call] = {
     "models.layer.leaky_relu": call(
         z=Real(np.array([-1.0, 2.0]), fine=f"{ANY} {HALF}"), slope=Real(0.5, fine=f"{ANY} {HALF}")
     ),
+    "models.collapse.StochasticLinear": call(
+        # Inputs of another length tell of x, so that matrices may be of any.
+        lambda f, matrices, x: f([matrices, np.array([[0.5]])])(Noisy(x)),
+        matrices=Real(np.array([[0.3, -0.2]]), fine="shorter"),
+        x=Real(np.array([[1.0, 2.0]])),
+    ),
+    "models.collapse.random_weights": call(key=jax.random.key(0), sizes=(2, 1), scale=RATE),
+    "models.collapse.multiplicative_noise": call(
+        key=jax.random.key(0), shape=(3,), variance=RATE, law="normal"
+    ),
+    "models.collapse.noisy_batch": call(
+        key=jax.random.key(0),
+        x=Real(np.array([[1.0, 2.0]]), fine="shorter"),
+        y=Real(np.array([[0.5]])),
+        size=2,
+        widths=(2,),
+        variance=RATE,
+    ),
     "models.losses.squared_error": call(of_data, **PREDICTION),
     "models.losses.mean_squared_error": call(of_data, **PREDICTION),
     "models.losses.upstream_product": call(
@@ -643,6 +744,7 @@ CALLS: dict[str, Call] = {
 NO_NUMBERS = {
     "dynamics.derivatives.nan_derivatives",
     "dynamics.derivatives.only_in_reverse",
+    "models.collapse.weights",
     "dynamics.flow.all_finite",
     "dynamics.flow.gradient_flow",
     "dynamics.flow.integrate_until",

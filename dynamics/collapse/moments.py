@@ -1,0 +1,151 @@
+"""Second moments of data, which are all that a linear network with squared error sees of them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from dynamics.arguments import (
+    ArrayLike,
+    as_concrete,
+    nan_unless,
+    require_arrays,
+    require_number,
+    require_shapes,
+    require_symmetric,
+)
+from dynamics.flow import all_finite
+
+
+class Moments(NamedTuple):
+    """Second moments of inputs x and targets y.
+
+    Attributes:
+        A: E[x x^T], shape (d, d).
+        c: E[x y], shape (d,); for targets of k numbers E[x y^T], shape (d, k).
+        y2: E[|y|^2], a number.
+    """
+
+    A: Any
+    c: Any
+    y2: Any
+
+
+def moments(x: ArrayLike, y: ArrayLike) -> Moments:
+    r"""Moments of a data set: the means of x x^T, x y^T and |y|^2 over its examples.
+
+    Nothing is centered: where that is wanted, as for networks without biases, it is done before.
+
+    Args:
+        x: inputs, shape (n, d).
+        y: targets, shape (n,) or (n, k).
+
+    Returns:
+        The `Moments`, in the dtype of `x`.
+
+    Raises:
+        ValueError: the shapes do not fit, or a number is not finite.
+
+    Example:
+        >>> [part.tolist() for part in moments([[1.0], [3.0]], [2.0, 0.0])]
+        [[[5.0]], [1.0], 2.0]
+    """
+    x, y = require_arrays(x=x, y=y)
+    require_shapes(x=(x, "n d"), y=(y, "n k" if y.ndim == 2 else "n"))
+    n = x.shape[0]
+    return Moments(x.T @ x / n, x.T @ y / n, jnp.sum(y**2) / n)
+
+
+def require_moments(moments: Any, *, outputs: bool = False) -> Moments:
+    """Moments that some data can have, in one dtype; `outputs` allows for targets of several numbers.
+
+    A has to be symmetric and positive semidefinite, and c in its range, up to rounding: without that the
+    losses have no minimum.
+    """
+    if not isinstance(moments, tuple) or len(moments) != 3:
+        raise ValueError(f"moments must be a dynamics.collapse.Moments, got {type(moments).__name__}")
+    A, c = require_arrays(A=moments[0], c=moments[1])
+    if c.ndim != 1 and not outputs:
+        raise ValueError(f"c must have shape (d,), since the network has one output, got shape {c.shape}")
+    require_shapes(A=(A, "d d"), c=(c, "d k" if c.ndim == 2 else "d"))
+    A, y2 = require_symmetric("A", A), require_number("y2", moments[2], A.dtype, at_least=0)
+    looked_at = as_concrete(A), as_concrete(c)
+    if looked_at[0] is not None and not _is_semidefinite(looked_at[0]):
+        raise ValueError(f"A must be positive semidefinite, got {np.linalg.eigvalsh(looked_at[0])[0]}")
+    if looked_at[0] is None or looked_at[1] is None:
+        good = _is_semidefinite(A) & _is_in_range(c, A)
+        return nan_unless_finite((A, c, nan_unless(good, y2)), Moments(A, c, y2))
+    if not _is_in_range(looked_at[1], looked_at[0]):
+        raise ValueError(
+            "c must be in the range of A, which E[x y] is for any data, got a part outside of it"
+        )
+    return Moments(A, c, y2)
+
+
+def _is_semidefinite(A: Any) -> Any:
+    """Whether no eigenvalue is below zero by more than rounding."""
+    numpy = np if isinstance(A, np.ndarray) else jnp
+    values = numpy.linalg.eigvalsh(A)
+    return values[0] >= -_slack(A) * numpy.max(numpy.abs(values))
+
+
+def _is_in_range(c: Any, A: Any) -> Any:
+    """Whether no more of c than rounding is orthogonal to the range of A."""
+    numpy = np if isinstance(A, np.ndarray) and isinstance(c, np.ndarray) else jnp
+    values, vectors = numpy.linalg.eigh(A)
+    null = values <= _slack(A) * numpy.max(numpy.abs(values))
+    outside = numpy.where(null[:, None], vectors.T @ _columns(c), 0)
+    return numpy.linalg.norm(outside) <= _slack(A) ** 0.5 * numpy.linalg.norm(_columns(c))
+
+
+def _slack(A: Any) -> float:
+    """What an eigenvalue can be off by, as a share of the largest."""
+    return A.shape[0] * float(jnp.finfo(A.dtype).eps)
+
+
+def _columns(c: Any) -> Any:
+    return c.reshape(c.shape[0], -1)
+
+
+class Spectrum(NamedTuple):
+    """Eigenvalues of A, zero where they are rounding, and eigenvectors; constants to derivatives.
+
+    Derivatives of eigenvectors do not exist where eigenvalues are equal. Those of what is solved for here do:
+    they come from the equations, by `resolvent`.
+    """
+
+    values: Float[Array, " d"]
+    vectors: Float[Array, "d d"]
+
+
+def spectrum(A: Float[Array, "d d"]) -> Spectrum:
+    """The `Spectrum` of a positive semidefinite matrix."""
+    values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(A))
+    return Spectrum(jnp.where(values > _slack(A) * values[-1], values, 0), vectors)
+
+
+def resolvent(shift: Array, scale: Array, A: Float[Array, "d d"], c: Array, of: Spectrum) -> Array:
+    """(shift I + scale A)^+ c for shift, scale >= 0, with derivatives of any order; c is (d,) or (d, k)."""
+    values, vectors = of
+    total = jax.lax.stop_gradient(shift) + jax.lax.stop_gradient(scale) * values
+    inverse = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
+
+    def solve(_, right):
+        return (vectors * inverse[None]) @ (vectors.T @ right)
+
+    return jax.lax.custom_linear_solve(lambda v: shift * v + scale * (A @ v), c, solve, symmetric=True)
+
+
+def log_volume(noise_variance: Array, widths: tuple[int, ...]) -> Array:
+    """The log of rho = prod_k d_k / (d_k + s), what noise in hidden layers leaves of the network's map."""
+    return -sum((jnp.log1p(noise_variance / width) for width in widths), jnp.zeros_like(noise_variance))
+
+
+def nan_unless_finite(inputs: Any, outputs: Any) -> Any:
+    """The outputs, NaN where an input was bad: comparisons with NaN, which choose lanes, are false."""
+    good = all_finite(inputs)
+    return jax.tree.map(lambda leaf: nan_unless(good, leaf), outputs)
