@@ -744,6 +744,8 @@ CALLS: dict[str, Call] = {
 NO_NUMBERS = {
     "dynamics.derivatives.nan_derivatives",
     "dynamics.derivatives.only_in_reverse",
+    "models.classifier.Classifier",
+    "models.classifier.is_hidden",
     "models.collapse.weights",
     "dynamics.flow.all_finite",
     "dynamics.flow.gradient_flow",
