@@ -1,10 +1,14 @@
-"""What the authors of Scan and Snap recorded: luckmatters, ssl/real-dataset/scan_snap, in its own digits."""
+"""What the authors of Scan and Snap and JoMA recorded: luckmatters, ssl/real-dataset, in its own digits."""
 
 from __future__ import annotations
 
 import numpy as np
 
-# figure_4.log holds the loss of the batch before iterations 0, 2, 4, ..., 98 of one run, of seed 2.
+# JoMA's Figure 4 has ten targets, sorted draws of 3 U(0, 1) + 1, and Euler steps from a small v.
+JOMA_FIGURE_4_TARGETS = (1.2654, 1.3961, 1.9223, 2.3669, 2.4703, 2.4888, 2.8969, 2.9022, 3.3047, 3.6893)
+JOMA_FIGURE_4_RATE, JOMA_FIGURE_4_START, JOMA_FIGURE_4_STEPS = 0.02, 0.05, 5000
+
+# scan_snap/figure_4.log holds the loss of the batch before iterations 0, 2, 4, ..., 98 of one run, of seed 2.
 FIGURE_4_EVERY = 2
 # fmt: off
 FIGURE_4_LOSSES = (

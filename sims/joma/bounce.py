@@ -27,6 +27,8 @@ from dynamics import joma
 from dynamics.flow import ArrayLike, Trajectory, integrate
 from dynamics.spectra import entropy
 from models.attention import JomaBlock, JomaInputs, JomaState
+from models.data.recorded import JOMA_FIGURE_4_RATE as FIGURE_4_RATE
+from models.data.recorded import JOMA_FIGURE_4_TARGETS as FIGURE_4_TARGETS
 from models.functional import as_function
 from models.losses import bind, cross_entropy, mean_squared_error
 from models.training import Descent, train
@@ -48,9 +50,6 @@ from sims.compare import lane, lane_gaps, largest, orders, percent
 from sims.ranges import Length, Positive, Range, check_ranges
 from sims.results import Context, Saved
 
-# The targets of the source's Figure 4: ten draws of 3 U(0, 1) + 1, sorted.
-FIGURE_4_TARGETS = (1.2654, 1.3961, 1.9223, 2.3669, 2.4703, 2.4888, 2.8969, 2.9022, 3.3047, 3.6893)
-FIGURE_4_RATE = 0.02  # its Euler steps
 OTHER_TARGETS = {"medium": (1.0, 2.0, 3.0), "small": (0.5, 1.0, 1.5)}
 TOKENS = 10  # of the networks with one-hot contexts
 START = 0.05  # of every hidden weight; the logits start at START^2 / 2, where the invariant is zero

@@ -9,6 +9,8 @@ attention and a linear activation it makes h = v exp(z) of a token, and keeps z 
 v(h) is the inverse of v exp(v^2 / 2), and the loss is Phi(h) - mu h with the convex
 
     Phi(h) = max_v (v h - exp(v^2 / 2)),   Phi'(h) = v(h).
+
+The source draws v over its sorted index, from steps of (mu - v) softmax(v^2 / 3): `joma.bounce` tells why.
 """
 
 from __future__ import annotations
@@ -21,12 +23,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.special import lambertw
 
 from dynamics import joma
 from dynamics.flow import Trajectory
 from models.attention import JomaBlock, JomaInputs, JomaState, joma_observer
+from models.data.recorded import (
+    JOMA_FIGURE_4_RATE,
+    JOMA_FIGURE_4_START,
+    JOMA_FIGURE_4_STEPS,
+    JOMA_FIGURE_4_TARGETS,
+)
 from models.functional import as_function
 from models.losses import bind
 from models.training import Descent
@@ -59,6 +68,8 @@ REFERENCE = 1.0  # the component that the others are measured against
 MARKS = (20.0, 100.0, 1000.0)  # times of the claims
 OFF = f"{percent(WRONG_FACTOR)} off"
 NETWORK_MU = np.array([0.5, 1.0, 1.5, 2.0])  # targets of the network's tokens
+DRAWN_MU = np.array(JOMA_FIGURE_4_TARGETS)  # targets of the source's figure, sorted
+DRAWN_MARKS = np.array([100, 200, 300, 400, 600, 1000, 2000, 5000])  # iterations that are drawn of it
 
 
 @dataclass(frozen=True)
@@ -134,6 +145,27 @@ def _train(config: Config) -> dict:
     }
 
 
+def _by_index(record: np.ndarray, trained: np.ndarray) -> dict:
+    """The figure's v over its sorted index; when its components, the flow's, the network's are half way."""
+    v = np.full((JOMA_FIGURE_4_STEPS + 1, len(DRAWN_MU)), JOMA_FIGURE_4_START)
+    for step, before in enumerate(v[:-1]):
+        share = np.exp(before**2 / 3) / np.sum(np.exp(before**2 / 3))
+        v[step + 1] = before + JOMA_FIGURE_4_RATE * (DRAWN_MU - before) * share
+    ts = np.linspace(0, 2, 401)
+    s = np.asarray(joma.log_residual_flow(DRAWN_MU, ts).ys)
+    iterations, half = np.arange(len(v)), np.log(2.0)  # s is ln 2 half way
+    return {
+        "index": ("index", np.arange(len(DRAWN_MU))),
+        "mark": ("mark", DRAWN_MARKS),
+        "by_index": ("mark index", v[DRAWN_MARKS]),
+        "half_way": {
+            "steps": ("index", [np.interp(0.5, path, iterations) for path in (v / DRAWN_MU).T]),
+            "flow": ("index", [np.interp(half, path, ts) for path in s.T]),
+            "network": ("token", [np.interp(half, path, record) for path in trained.T]),
+        },
+    }
+
+
 def run(config: Config, context: Context) -> dict:
     """Integrate the flow in s, and in v as long as v differs from its target, and train the network."""
     mu = jnp.asarray(config.mu)
@@ -155,8 +187,11 @@ def run(config: Config, context: Context) -> dict:
     limits["wrong"] = joma.rate_ratio(WRONG_FACTOR * mu, WRONG_FACTOR * REFERENCE)
     delay = np.asarray(joma.onset_delay(mu))
     context.progress("training the network", 0.6)
+    network = _train(config)
+    context.progress("the source's figure", 0.9)
     return {
-        **_train(config),
+        **network,
+        **_by_index(config.descent.times, network["trained"][1]),
         "mu": ("mu", mu),
         "time": ("time", ts),
         "s": ("time mu", s),
@@ -223,6 +258,24 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
     )
 
     yield _network(saved)
+    yield _sorted(saved)
+
+
+def _sorted(saved: Saved) -> Claim:
+    order = {name: np.diff(times) < 0 for name, times in saved["half_way"].items()}
+    left = 1 - saved["by_index"][-1] / DRAWN_MU
+    there, seen = "a hundredth cannot be seen in a figure", "a tenth can be seen in a figure"
+    return stated(
+        "sorted-index",
+        "Over 5,000 iterations the components of v approach their targets from the large ones down: in the "
+        "end the largest is there, and the smallest not yet",
+        "tian2024joma, the talk's slide on v by sorted index (how far they come is measured here)",
+        every("the figure's steps: neighbours of which the larger is half way first", order["steps"]),
+        every("v' = (mu - v) exp(v^2 / 2): the same", order["flow"]),
+        every("the trained network: the same", order["network"]),
+        at_most("the figure's steps, largest target: 1 - v / mu in the end", left[-1], 0.01, why=there),
+        at_least("smallest target: the same", left[0], 0.1, why=seen),
+    )
 
 
 def _network(saved: Saved) -> Claim:
@@ -246,8 +299,8 @@ def _network(saved: Saved) -> Claim:
 
 
 def figure(config: Config, saved: Saved) -> Figure:
-    """Rates of convergence with their late law, their ratios over the limit, and the network's gap."""
-    drawn, ((residual, ratio, gaps),) = plotting.new_figure(1, 3, width=4.4, height=3.6)
+    """Rates of convergence with their late law, their ratios, the network's gap, and v by sorted index."""
+    drawn, ((residual, ratio), (gaps, by_index)) = plotting.new_figure(2, 2, width=5.0, height=3.6)
     ts, law, error = saved["time"], saved["law"], np.abs(saved["ratio_error/right"])
     for index, target in enumerate(saved["mu"]):
         style = {"color": f"C{index % 7}", "label": f"μ = {target:g}", **plotting.TRAINED}
@@ -279,4 +332,14 @@ def figure(config: Config, saved: Saved) -> Figure:
     title = "Trained network beside the flow"
     plotting.gap_panel(gaps, saved["rate"], of_s, "learning rate", "largest gap of s", title)
     plotting.label_ticks(gaps, saved["rate"], "{:.1g}")
+    _draw_by_index(by_index, saved)
     return drawn
+
+
+def _draw_by_index(ax: Axes, saved: Saved) -> None:
+    depths = np.linspace(0.2, 1, len(saved["mark"]))
+    for mark, v, depth in zip(saved["mark"], saved["by_index"], depths, strict=True):
+        ax.plot(saved["index"], v, "o-", color="C0", alpha=depth, markersize=3, label=f"{mark:,} iterations")
+    ax.plot(saved["index"], DRAWN_MU, label="target μ", **plotting.THEORY)
+    plotting.finish(ax, "The source's figure: v by sorted index", "sorted index", "v", ylim=(0, 5))
+    ax.legend(loc="upper left", fontsize=7.5, ncols=2)
