@@ -135,11 +135,18 @@ def norm(x: ArrayLike, axis: int | tuple[int, ...] = -1) -> Float[Array, "..."]:
 
     Its gradient is zero where x is.
 
+    Raises:
+        ValueError: `x` is empty or has no such axis.
+
     Example:
         >>> float(norm(jnp.array([3e-30, 4e-30], jnp.float32)) / 1e-30).__round__(5)
         5.0
     """
-    x, largest = _scaled(as_real("x", x), axis)
+    x = as_real("x", x)
+    axes = (axis,) if isinstance(axis, int) else axis
+    if x.size == 0 or not all(-x.ndim <= a < x.ndim for a in axes):
+        raise ValueError(f"x must not be empty and have axis {axis}, got shape {x.shape}")
+    x, largest = _scaled(x, axis)
     square = jnp.sum(x**2, axis=axis)
     # Where x is zero the second choice keeps the root's infinite slope out of the gradient.
     root = jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))

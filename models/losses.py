@@ -50,7 +50,8 @@ def mean_squared_error(params: PyTree, data: Any) -> Array:
         >>> float(mean_squared_error(2.0, (double, jnp.ones((5, 3)), jnp.ones((5, 3)))))
         1.5
     """
-    return squared_error(params, data) / len(data[2])
+    outputs, targets = _samples(params, data, "targets")
+    return jnp.sum(optax.losses.l2_loss(outputs, targets)) / len(targets)
 
 
 def total_squared_error(params: PyTree, data: Any) -> Array:
@@ -118,7 +119,7 @@ def upstream_product(params: PyTree, data: Any) -> Array:
         >>> float(upstream_product(2.0, (double, jnp.ones((5, 3)), jnp.ones((5, 3)))))
         -6.0
     """
-    outputs, gradient = _pair(params, data, "gradients")
+    outputs, gradient = _samples(params, data, "gradients")
     return -jnp.sum(gradient * outputs) / len(gradient)
 
 
@@ -184,6 +185,14 @@ def gauss_newton_spectrum(
     # A Jacobian need not show what is wrong with the parameters.
     eigenvalues = nan_unless(jnp.all(jnp.isfinite(flat)), singular**2 / len(tokens))
     return jnp.pad(eigenvalues, (0, flat.size - singular.size))
+
+
+def _samples(params: PyTree, data: Any, name: str) -> tuple[Array, Array]:
+    """What `_pair` gives, with a leading axis of samples."""
+    outputs, others = _pair(params, data, name)
+    if others.ndim == 0:
+        raise ValueError(f"{name} and the outputs of params must have shape (N, ...), got shape ()")
+    return outputs, others
 
 
 def _pair(params: PyTree, data: Any, name: str) -> tuple[Array, Array]:

@@ -1,7 +1,8 @@
 """Optimizers as lanes of one program: made by one signature, and chosen by a number that may be traced.
 
 Each is made from a learning rate, a second number (the momentum, or the last rate over the first) and the
-number of steps.
+number of steps. A number that is negative or not finite is refused with ValueError; where it is traced, the
+updates are NaN.
 """
 
 from __future__ import annotations
@@ -12,18 +13,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dynamics.arguments import is_traced, nan_unless, require_number, require_positive
+
 # A number of Python, or of a trace.
 Number = int | float | jax.Array
 
 
 def descent(rate: Number, momentum: Number, steps: Number) -> optax.GradientTransformation:
     """Gradient descent with heavy-ball momentum."""
-    return optax.sgd(rate, momentum=momentum)
+    momentum = _at_least_zero("momentum", momentum)
+    return optax.sgd(_at_least_zero("rate", rate), momentum=momentum)
 
 
 def adam(rate: Number, _: Number, steps: Number) -> optax.GradientTransformation:
     """Adam, which makes no use of the second number."""
-    return optax.adam(rate)
+    return optax.adam(_at_least_zero("rate", rate))
 
 
 def normalized_descent(rate: Number, decay: Number, steps: Number) -> optax.GradientTransformation:
@@ -39,7 +43,20 @@ def sign_descent(rate: Number, decay: Number, steps: Number) -> optax.GradientTr
 
 def decaying(rate: Number, decay: Number, steps: Number) -> optax.GradientTransformation:
     """The last link of a chain: it scales by a rate that falls by the factor `decay` in `steps`."""
+    rate = _at_least_zero("rate", rate)
+    good = [
+        require_positive(name, x, jnp.result_type(float)) > 0
+        for name, x in (("decay", decay), ("steps", steps))
+    ]
+    if is_traced(decay, steps):  # whose power zero is one, NaN or not
+        rate = nan_unless(good[0] & good[1], rate)
     return optax.scale_by_learning_rate(lambda count: rate * decay ** (jnp.asarray(count, float) / steps))
+
+
+def _at_least_zero(name: str, number: Number) -> Number:
+    """The number as it is, since one of Python takes the update's dtype; NaN where it is bad and traced."""
+    guarded = require_number(name, number, jnp.result_type(float), at_least=0)
+    return guarded.astype(jnp.result_type(number, jnp.float16)) if is_traced(number) else number
 
 
 def one_of(index: Number, optimizers: Sequence[optax.GradientTransformation]) -> optax.GradientTransformation:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from dynamics.arguments import require_number, require_positive
+from dynamics.arguments import nan_unless, require_number, require_positive, require_sizes
 from dynamics.flow import ArrayLike, Trajectory, all_finite, is_traced
 from models.checkpoints import hash_arrays, hash_program, open_checkpoints
 
@@ -81,15 +81,16 @@ def train(
         [1.0, 0.5, 0.25]
     """
     params, held = _require_params(params)
-    optimizer = _require_run(optimizer, steps, every, batches, key, time_step)
+    optimizer = _require_run(optimizer, steps, every, batches, key)
+    time_step = require_positive("time_step", time_step, jnp.result_type(float))
     steps, every = int(steps), int(every)
     observe = _identity if observe is None else _of_whole(observe, held)
     last, ys, ok = _train(_of_whole(loss, held), params, optimizer, steps, observe, every, batches, key)
     ts = _times(record_steps(steps, every), time_step, params)
-    return eqx.combine(last, held), Trajectory(ts, ys, ok)
+    return eqx.combine(last, held), Trajectory(ts, ys, ok & all_finite(ts))
 
 
-def _require_run(optimizer, steps, every, batches, key, time_step) -> optax.GradientTransformation:
+def _require_run(optimizer, steps, every, batches, key) -> optax.GradientTransformation:
     """Check what the two drivers share; return the optimizer as a transformation."""
     if isinstance(optimizer, optax.MultiSteps):
         optimizer = optimizer.gradient_transformation()
@@ -107,7 +108,6 @@ def _require_run(optimizer, steps, every, batches, key, time_step) -> optax.Grad
         lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
         if lengths != {(steps,)}:
             raise ValueError(f"batches must have a leading axis of length steps = {steps}, got {lengths}")
-    require_positive("time_step", time_step, jnp.result_type(float))
     return optimizer
 
 
@@ -275,7 +275,8 @@ def train_in_chunks(
         [1.0, 0.5, 0.25, 0.125, 0.0625]
     """
     params, held = _require_params(params)
-    optimizer = _require_run(optimizer, steps, every, batches, key, time_step)
+    optimizer = _require_run(optimizer, steps, every, batches, key)
+    time_step = require_positive("time_step", time_step, jnp.result_type(float))
     if not isinstance(chunk, (int, np.integer)) or chunk < 1 or chunk % every:
         raise ValueError(f"chunk must be a positive multiple of every = {every}, got {chunk!r}")
     steps, every, chunk = int(steps), int(every), int(chunk)
@@ -305,7 +306,7 @@ def train_in_chunks(
     ys = jax.tree.map(jnp.asarray, records)
     ts = _times(marks, time_step, params)
     whole = eqx.combine(state.params, held)
-    return whole, Trajectory(ts, ys, all_finite(ys) & all_finite(state.params))
+    return whole, Trajectory(ts, ys, all_finite(ys) & all_finite(state.params) & all_finite(ts))
 
 
 def _write(records: PyTree, start: int, observed: PyTree) -> None:
@@ -348,7 +349,8 @@ def sgd_until(learning_rate: ArrayLike, steps: ArrayLike, momentum: float | None
     """
     rate = require_number("learning_rate", learning_rate, jnp.result_type(float), at_least=0)
     last = require_number("steps", steps, jnp.result_type(float), at_least=0)
-    return optax.sgd(lambda count: jnp.where(count < last, rate, 0), momentum=momentum)
+    # A comparison with NaN would let it stand still.
+    return optax.sgd(lambda count: nan_unless(last >= 0, jnp.where(count < last, rate, 0)), momentum=momentum)
 
 
 def scale_by_name(**scales: ArrayLike) -> optax.GradientTransformation:
@@ -361,9 +363,10 @@ def scale_by_name(**scales: ArrayLike) -> optax.GradientTransformation:
         >>> transform.update({"a": jnp.array(1.0), "b": jnp.array(1.0)}, transform.init({}))[0]["b"].tolist()
         3.0
     """
+    numbers = {name: require_number(name, scale, jnp.result_type(float)) for name, scale in scales.items()}
 
     def scale(path, update):
-        return jnp.asarray(scales[path[0].key]).astype(update.dtype) * update
+        return numbers[path[0].key].astype(update.dtype) * update
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
 
@@ -388,12 +391,14 @@ def map_lanes(f: Callable[[Any], Any], lanes: PyTree, at_once: int = _LANES) -> 
         What `f` returns, with the lanes in front.
 
     Raises:
-        ValueError: `lanes` holds no array, or leading axes of several lengths.
+        ValueError: `lanes` holds no array, or leading axes of several lengths; `at_once` is not a
+            positive integer.
 
     Example:
         >>> map_lanes(lambda x: x**2, jnp.arange(40.0))[-1].item()
         1521.0
     """
+    (at_once,) = require_sizes(at_once=at_once)
     counts = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(lanes)}
     if len(counts) != 1 or counts == {()}:
         raise ValueError(f"lanes must be arrays with one leading axis of lanes, got lengths {sorted(counts)}")

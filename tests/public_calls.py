@@ -11,6 +11,7 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.tree_util import Partial
 
 from dynamics.collapse import Moments
@@ -19,6 +20,7 @@ from dynamics.scan_snap import SequenceClasses, Weights
 from models.attention.joma import JomaInputs
 from models.collapse import Noisy
 from models.data.tokens import Contexts
+from models.lowrank import Factors, LoraParams
 
 # Half precision is no fault of networks, whose own dtype it may be.
 HALF = "float16 bfloat16"
@@ -191,6 +193,7 @@ def quiet_of_classes(function, **arguments):
     return of_classes(partial(solve, function), **arguments)
 
 
+TWO_CLASSES = SequenceClasses(P, np.array([0, 2]), np.array([1, 2]))
 COUNTS = np.array([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0]])
 CONTEXTS: dict[str, Any] = {"counts": Real(COUNTS, (-1 - COUNTS,)), "query": Index(np.array([0, 2]), 3)}
 TOKENS = Index(np.array([[0, 1, 1, 2]]), 3)
@@ -211,6 +214,21 @@ KEY = jax.random.key(0)
 
 def of_params(function, **params):
     return function(params)
+
+
+def moved(optimizer, params=None):
+    """The first update of an optimizer."""
+    params = np.array([0.3, -0.8]) if params is None else params
+    return optimizer.update(params, optimizer.init(params), params)[0]
+
+
+def update(function, *fixed, **arguments):
+    return moved(function(*fixed, **arguments))
+
+
+def lora():
+    """Adaptors that do something."""
+    return LoraParams(Factors(jnp.ones((2, 1)), jnp.full((1, 2), 0.5)), jnp.eye(2))
 
 
 def outputs(params, inputs):
@@ -732,6 +750,46 @@ CALLS: dict[str, Call] = {
         params=Real(np.eye(3), fine=f"{HALF} shorter"),  # a label is what is out of range then
         labels=Index(np.array([0, 2, 1]), 3),
     ),
+    # optimizers, and what numbers they take
+    "models.optimizers.adam": call(lambda f, rate: update(f, rate, 0.0, 5), rate=RATE),
+    "models.optimizers.descent": call(
+        lambda f, rate, momentum: update(f, rate, momentum, 5), rate=RATE, momentum=RATE
+    ),
+    "models.optimizers.decaying": call(update, rate=RATE, decay=POSITIVE, steps=number(5.0, 0.0, -1.0)),
+    "models.optimizers.normalized_descent": call(
+        update, rate=RATE, decay=POSITIVE, steps=number(5.0, 0.0, -1.0)
+    ),
+    "models.optimizers.sign_descent": call(update, rate=RATE, decay=POSITIVE, steps=number(5.0, 0.0, -1.0)),
+    "models.galore.scale_by_adam_8bit": call(
+        update,
+        b1=Real(0.9, (1.0, -0.1), HALF),
+        b2=Real(0.99, (1.0, -0.1), HALF),
+        eps=Real(1e-3, (-1e-3,), HALF),
+    ),
+    "models.training.scale_by_name": call(
+        lambda f, alpha: moved(f(alpha=alpha), {"alpha": np.array([0.3, -0.8])}), alpha=number(2.0)
+    ),
+    "models.training.sgd_until": call(update, learning_rate=RATE, steps=number(5.0, -1.0)),
+    "models.training.train": call(
+        lambda f, time_step: f(jnp.square, 1.0, optax.sgd(0.25), steps=2, time_step=time_step)[1],
+        time_step=POSITIVE,
+    ),
+    "models.lowrank.merge": call(lambda f, scale: f(lora(), scale), scale=number(0.5)),
+    "models.lowrank.on_factors": call(
+        lambda f, scale: f(lambda params, x: x @ params, scale)(lora(), np.ones((1, 2))), scale=number(0.5)
+    ),
+    "models.lowrank.relora": call(
+        lambda f, scale: moved(f(optax.sgd(0.1), 1, KEY, scale=scale), lora()).frozen, scale=number(0.5)
+    ),
+    "models.vit.scale_initial": call(
+        lambda f, **a: f({"embedder": np.ones(2), "norm": {"scale": np.ones(2), "bias": np.ones(2)}}, **a),
+        scale=RATE,
+        gain_scale=RATE,
+    ),
+    "models.data.tokens.sample_long_contexts": call(
+        lambda f, length: f(KEY, TWO_CLASSES, length, 2)[0].counts,
+        length=Index(np.array(7), 7, "beyond"),
+    ),
     "models.losses.gauss_newton_spectrum": call(
         lambda f, params, tokens: f(lambda p, x: x @ p, params, tokens),
         params=Real(np.array([0.3, 0.8]), fine="none scalar deeper shorter empty"),
@@ -767,6 +825,8 @@ NO_NUMBERS = {
     "models.checkpoints.hash_arrays",
     "models.checkpoints.hash_program",
     "models.checkpoints.open_checkpoints",
+    "models.classifier.Classifier",
+    "models.classifier.is_hidden",
     "models.data.images.cifar10",
     "models.data.images.cifar100",
     "models.data.images.digits",
@@ -779,7 +839,6 @@ NO_NUMBERS = {
     "models.data.text.words",
     "models.data.tokens.population_contexts",
     "models.data.tokens.sample_contexts",
-    "models.data.tokens.sample_long_contexts",
     "models.data.tokens.sample_tokens",
     "models.data.tokens.synthetic_classes",
     "models.draws.normal",
@@ -788,7 +847,6 @@ NO_NUMBERS = {
     "models.galore.galore",
     "models.galore.layerwise",
     "models.galore.report",
-    "models.galore.scale_by_adam_8bit",
     "models.galore.scale_by_galore",
     "models.galore.state_bytes",
     "models.layer.counterexample_network",
@@ -803,29 +861,17 @@ NO_NUMBERS = {
     "models.losses.on_batches",
     "models.lowrank.lora_params",
     "models.lowrank.low_rank_params",
-    "models.lowrank.merge",
-    "models.lowrank.on_factors",
     "models.lowrank.on_trained",
-    "models.lowrank.relora",
     "models.memory.compiled_bytes",
     "models.memory.full_rank_memory",
     "models.memory.galore_memory",
     "models.memory.lora_memory",
     "models.memory.nbytes",
-    "models.optimizers.adam",
-    "models.optimizers.decaying",
-    "models.optimizers.descent",
-    "models.optimizers.normalized_descent",
     "models.optimizers.one_of",
-    "models.optimizers.sign_descent",
     "models.training.map_lanes",
     "models.training.record_steps",
-    "models.training.scale_by_name",
-    "models.training.sgd_until",
-    "models.training.train",
     "models.training.train_in_chunks",
     "models.vit.Block",
     "models.vit.VisionTransformer",
     "models.vit.head_weights",
-    "models.vit.scale_initial",
 }

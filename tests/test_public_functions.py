@@ -6,6 +6,7 @@ The functions are found, so that a new one fails until it has a line in `tests.p
 import importlib
 import inspect
 import pkgutil
+import re
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -100,7 +101,7 @@ KINDS = {
 }
 VALUES = ("nan", "nan-one", "infinite", "infinite-one")
 # An argument for which None means something may be left out.
-OPTIONAL = {name for name in ("Y0", "Z0", "key_weights", "atol", "rtol", "u0", "v0")}
+OPTIONAL = {name for name in ("Y0", "Z0", "key_weights", "atol", "rtol", "u0", "v0", "gain_scale")}
 
 
 def replacements(argument):
@@ -182,7 +183,8 @@ def complaint(call, valid, argument):
         message = str(error)
         if "\n" in message or len(message) > 300:
             return f"raises {type(error).__name__} of many lines: {message[:80]!r}"
-        return "" if argument in message else f"raises, but does not name it: {message!r}"
+        named = re.search(rf"(?<!\w){argument}(?!\w)", message)
+        return "" if named else f"raises, but does not name it: {message!r}"
     except Exception as error:
         return f"raises {type(error).__name__}: {str(error)[:80]!r}"
     return plausible(valid, result)

@@ -177,12 +177,14 @@ def eigenvalues(payoff: ArrayLike, x: ArrayLike) -> np.ndarray:
         raise ValueError(
             f"payoff and x must have shapes (..., n, n) and (..., n), n >= 2, got {game.shape}, {state.shape}"
         )
+    game, exponent = _scaled(game)
     fitness = np.einsum("...ij,...j->...i", game, state)
     slope_of_mean = fitness + np.einsum("...ji,...j->...i", game, state)
     advantage = fitness - np.sum(state * fitness, axis=-1, keepdims=True)
     jacobian = advantage[..., None] * np.eye(n) + state[..., None] * (game - slope_of_mean[..., None, :])
     basis = helmert(n).T
-    return np.linalg.eigvals(basis.T @ jacobian @ basis).astype(complex)
+    values = np.linalg.eigvals(basis.T @ jacobian @ basis)
+    return np.ldexp(np.real(values), exponent) + 1j * np.ldexp(np.imag(values), exponent)
 
 
 def stability(payoff: ArrayLike, x: ArrayLike, *, atol: float | None = None) -> Stability:
@@ -233,8 +235,15 @@ def _require_payoff(payoff: ArrayLike, atol: float | None, *beside: ArrayLike) -
     else:
         require_concrete("atol", require_number("atol", atol, jnp.result_type(float), at_least=0))
         tolerance = float(np.asarray(atol))
+    game, _ = _scaled(game)
     span = np.max(np.ptp(game, axis=0))
     return (game - np.mean(game, axis=0)) / (span if span > 0 else 1), tolerance
+
+
+def _scaled(game: np.ndarray) -> tuple[np.ndarray, int]:
+    """The payoffs over a power of two, at most one in size, so that no sum overflows, and its exponent."""
+    _, exponent = np.frexp(np.max(np.abs(game), initial=0))
+    return np.ldexp(game, -exponent), int(exponent)
 
 
 def _on_host(name: str, value: ArrayLike) -> np.ndarray:

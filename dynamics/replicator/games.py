@@ -50,7 +50,7 @@ def rock_paper_scissors(win: ArrayLike = 1.0, loss: ArrayLike = 1.0) -> Float[Ar
         [[0.0, -2.0, 1.0], [1.0, 0.0, -2.0], [-2.0, 1.0, 0.0]]
     """
     numbers = _require_numbers(win=win, loss=loss)
-    win, loss = _require_order("win must be above -loss", lambda win, loss: win + loss > 0, *numbers)
+    win, loss = _require_order("win must be above -loss", lambda win, loss: win > -loss, *numbers)
     return _game([[0, -loss, win], [win, 0, -loss], [-loss, win, 0]])
 
 
@@ -100,11 +100,11 @@ def hawk_dove_bourgeois(value: ArrayLike, cost: ArrayLike) -> Float[Array, "3 3"
         [-0.5, 1.5, 1.0]
     """
     plain = hawk_dove(value, cost)
-    against_bourgeois = jnp.mean(plain, axis=1, keepdims=True)
+    against_bourgeois = jnp.sum(plain / 2, axis=1, keepdims=True)
     rows = jnp.concatenate([plain, against_bourgeois], axis=1)
     # It meets its like as the owner or as the intruder: no two of them ever fight.
-    with_itself = (plain[0, 1] + plain[1, 0]) / 2
-    bourgeois = jnp.append(jnp.mean(plain, axis=0), with_itself)
+    with_itself = plain[0, 1] / 2 + plain[1, 0] / 2
+    bourgeois = jnp.append(jnp.sum(plain / 2, axis=0), with_itself)
     return jnp.concatenate([rows, bourgeois[None, :]])
 
 

@@ -274,7 +274,7 @@ def population_contexts(classes: SequenceClasses) -> tuple[Contexts, Int[Array, 
 def _require_sizes(length: Any, batch: int) -> None:
     for name, size, least in (("length", length, 2), ("batch", batch, 1)):
         whole = np.ndim(size) == 0 and np.issubdtype(np.asarray(size).dtype, np.integer)
-        if not whole or size < least:
+        if not whole or np.asarray(size) < least:
             raise ValueError(f"{name} must be an integer >= {least}, got {size!r}")
 
 

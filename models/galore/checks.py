@@ -31,9 +31,11 @@ def require_number(argument: str, value: Any, *, below: float = math.inf) -> Any
     """
     if isinstance(value, Tracer) and value.ndim == 0:
         return jnp.where((value >= 0) & (value < below), value, jnp.nan)
+    if isinstance(value, np.ma.MaskedArray):
+        raise ValueError(f"{argument} must be a number without a mask, got a masked array")
     try:
         number = np.asarray(value)  # a jnp operation would be traced under somebody's `jit`
-        good = number.ndim == 0 and math.isfinite(number) and 0 <= number < below
+        good = number.ndim == 0 and number.dtype != bool and math.isfinite(number) and 0 <= number < below
     except (TypeError, ValueError):
         good = False
     if not good:

@@ -15,7 +15,7 @@ from flax import nnx
 
 from models.checkpoints import hash_arrays, open_checkpoints
 from models.functional import as_function
-from models.losses import cross_entropy
+from models.losses import cross_entropy, mean_squared_error, upstream_product
 from models.training import (
     Descent,
     map_lanes,
@@ -652,3 +652,13 @@ def test_folders_of_others_are_left_alone(tmp_path):
     for _ in range(2):
         train_in_chunks(jnp.square, 1.0, optax.sgd(0.1), steps=6, chunk=2, checkpoints=tmp_path)
     assert (tmp_path / "2024" / "notes").read_text() == "mine"
+
+
+def test_lanes_at_once_and_samples_are_looked_at():
+    with pytest.raises(ValueError, match=r"^at_once must be a positive integer, got 0$"):
+        map_lanes(lambda lane: lane, jnp.arange(4.0), 0)
+    for loss, name in ((mean_squared_error, "targets"), (upstream_product, "gradients")):
+        with pytest.raises(
+            ValueError, match=rf"^{name} and the outputs of params must have shape \(N, \.\.\.\)"
+        ):
+            loss(2.0, (lambda params, x: params * x, 1.0, 1.0))

@@ -334,3 +334,23 @@ def test_bad_input_is_told_in_one_line(call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_payoffs_near_the_largest_number_are_those_of_their_shape():
+    """A positive factor changes the speed of the flow alone, and no sum on the way to that overflows."""
+    huge, centre = 1.5 * 2.0**1023, [1 / 3, 1 / 3, 1 / 3]
+    for game in (
+        rock_paper_scissors(1.0, 1.0),
+        np.array([[-1.0, 1.0, 1.0], [1.0, -1.0, 1.0], [1.0, 1.0, -1.0]]),
+    ):
+        game = np.asarray(game)
+        for decide in (is_nash, is_ess, stability):
+            assert decide(huge * game, centre) == decide(game, centre)
+            assert not is_nash(huge * game, [1.0, 0.0, 0.0])
+        np.testing.assert_array_equal(rest_points(huge * game).points, rest_points(game).points)
+        np.testing.assert_allclose(
+            eigenvalues(huge * game, centre) / huge, eigenvalues(game, centre), atol=1e-15
+        )
+    ours = np.asarray(hawk_dove_bourgeois(huge, huge)) / huge
+    np.testing.assert_allclose(ours, hawk_dove_bourgeois(1.0, 1.0))
+    assert np.isfinite(rock_paper_scissors(huge, huge)).all()
