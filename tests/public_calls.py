@@ -825,8 +825,6 @@ NO_NUMBERS = {
     "models.checkpoints.hash_arrays",
     "models.checkpoints.hash_program",
     "models.checkpoints.open_checkpoints",
-    "models.classifier.Classifier",
-    "models.classifier.is_hidden",
     "models.data.images.cifar10",
     "models.data.images.cifar100",
     "models.data.images.digits",
