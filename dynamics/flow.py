@@ -135,52 +135,77 @@ def integrate(
         >>> float(integrate(decay, 1.0, [0.0, 1.0], 2.0).ys[-1])  # doctest: +ELLIPSIS
         0.1353...
     """
+    y0, ts, dtype = _require_state(y0, ts)
+    rtol, atol = _require_tolerances(rtol, atol, y0, dtype)
+    solver, adjoint = _require_methods(solver, adjoint)
+    (max_steps,) = require_sizes(max_steps=max_steps)
+    field, args = _with_its_numbers(field, ts[0], y0, args)
+
+    path, reached, end = _solve(field, y0, ts, args, solver, rtol, atol, max_steps, adjoint)
+
+    if not throw:
+        return path
+    if is_traced(path.ok):
+        return _raise_from_program(path, _cause(field, ts, args, end), max_steps)
+    if not bool(path.ok):
+        last, near = float(ts[max(int(reached) - 1, 0)]), float(end.last[0])
+        messages = _why(f" after t = {last:g}", f" near t = {near:g}", max_steps)
+        raise RuntimeError(messages[int(_cause(field, ts, args, end))])
+    return path
+
+
+def _require_state(y0: PyTree, ts: ArrayLike) -> tuple[PyTree, Array, Any]:
+    """The start and the times as arrays, and the dtype of the solve."""
     y0 = jax.tree.map(lambda leaf: as_real("y0", leaf), y0)
     leaves = jax.tree.leaves(y0)
     if not any(leaf.size for leaf in leaves):
         raise ValueError("y0 must hold at least one number, got none")
     dtype = jnp.finfo(jnp.result_type(*leaves)).dtype
     ts = require_times(ts, dtype)
-    y0 = jax.tree.map(lambda leaf: require_finite("y0", leaf), y0)
-    # A tolerance beyond these accepts any step.
+    return jax.tree.map(lambda leaf: require_finite("y0", leaf), y0), ts, dtype
+
+
+def _require_tolerances(rtol: ArrayLike, atol: ArrayLike, y0: PyTree, dtype: Any) -> tuple[Array, Array]:
+    """The tolerances as arrays; larger ones would accept any step."""
     rtol = require_number("rtol", rtol, dtype, at_least=0, at_most=1)
     atol = require_number("atol", atol, dtype, at_least=0)
     if not is_traced(atol, y0) and np.asarray(atol) > _largest_atol(np, y0):
         raise ValueError(
             f"atol must be at most 1, or the largest number of y0 where that is above, got {float(atol):g}"
         )
+    return rtol, atol
+
+
+def _require_methods(solver: Any, adjoint: Any) -> tuple[diffrax.AbstractSolver, diffrax.AbstractAdjoint]:
+    """The solver and the adjoint, or their defaults."""
     if not (adjoint is None or isinstance(adjoint, diffrax.AbstractAdjoint)):
         raise ValueError(
             f"adjoint must be a diffrax adjoint, such as diffrax.ForwardMode(), got {brief(adjoint)}"
         )
     if not (solver is None or isinstance(solver, diffrax.AbstractSolver)):
         raise ValueError(f"solver must be a diffrax solver, such as diffrax.Kvaerno5(), got {solver!r}")
-    (max_steps,) = require_sizes(max_steps=max_steps)
+    return (
+        diffrax.Dopri8() if solver is None else solver,
+        diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint,
+    )
 
+
+def _with_its_numbers(field: VectorField, t: Array, y: PyTree, args: PyTree) -> tuple[VectorField, PyTree]:
+    """The field, and the arguments as arrays; what it closes over and is traced is among them."""
     args = jax.tree.map(_trace_number, args)
     if _closes_over_traced(field, *jax.tree.leaves(args)):
         # What is differentiated must be among the arguments: derivatives of a failed lane are made NaN there.
-        field, args = _opened(field, ts[0], y0, args)
-    solver = diffrax.Dopri8() if solver is None else solver
-    adjoint = diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint
-    trajectory, reached, end = _solve(field, y0, ts, args, solver, rtol, atol, max_steps, adjoint)
+        return _opened(field, t, y, args)
+    return field, args
 
-    if not throw:
-        return trajectory
-    if is_traced(trajectory.ok):
-        messages = [f"{why}; throw=False tells where" for why in _why("", "", max_steps)]
-        # Raising is asked for by name: EQX_ON_ERROR may tell other checks to be silent.
-        ok = eqx.branched_error_if(
-            trajectory.ok, ~trajectory.ok, _cause(field, ts, args, end), messages, on_error="raise"
-        )
-        # Derivatives need the states no more, but this choice, so that their failure is told too.
-        ys = jax.tree.map(lambda leaf: nan_unless(ok, leaf), trajectory.ys)
-        return Trajectory(trajectory.ts, ys, ok)
-    if not bool(trajectory.ok):
-        last, near = float(ts[max(int(reached) - 1, 0)]), float(end.last[0])
-        messages = _why(f" after t = {last:g}", f" near t = {near:g}", max_steps)
-        raise RuntimeError(messages[int(_cause(field, ts, args, end))])
-    return trajectory
+
+def _raise_from_program(path: Trajectory, cause: Array, max_steps: int) -> Trajectory:
+    """The path, in a program that calls the host to raise where it failed."""
+    messages = [f"{why}; throw=False tells where" for why in _why("", "", max_steps)]
+    # Raising is asked for by name: EQX_ON_ERROR may tell other checks to be silent.
+    ok = eqx.branched_error_if(path.ok, ~path.ok, cause, messages, on_error="raise")
+    # Derivatives need the states no more, but this choice, so that their failure is told too.
+    return Trajectory(path.ts, jax.tree.map(lambda leaf: nan_unless(ok, leaf), path.ys), ok)
 
 
 def _closes_over_traced(*functions: Any) -> bool:
