@@ -274,6 +274,11 @@ def train_in_chunks(
         >>> path.ys.tolist()
         [1.0, 0.5, 0.25, 0.125, 0.0625]
     """
+    for name, value in (("params", params), ("batches", batches), ("time_step", time_step)):
+        if is_traced(value):
+            raise ValueError(
+                f"{name} must be concrete, since chunks are run by the host; train can be traced"
+            )
     params, held = _require_params(params)
     optimizer = _require_run(optimizer, steps, every, batches, key)
     time_step = require_positive("time_step", time_step, jnp.result_type(float))

@@ -226,6 +226,18 @@ def update(function, *fixed, **arguments):
     return moved(function(*fixed, **arguments))
 
 
+def of_matrix(function, **options):
+    """The first update of an optimizer of matrices."""
+    return moved(function(**options), {"hidden": {"kernel": np.array([[1.0, -0.5], [0.3, 0.8]])}})
+
+
+ADAM: dict[str, Any] = {
+    "b1": Real(0.9, (1.0, -0.1), HALF),
+    "b2": Real(0.99, (1.0, -0.1), HALF),
+    "eps": Real(1e-3, (-1e-3,), HALF),
+}
+
+
 def lora():
     """Adaptors that do something."""
     return LoraParams(Factors(jnp.ones((2, 1)), jnp.full((1, 2), 0.5)), jnp.eye(2))
@@ -762,9 +774,21 @@ CALLS: dict[str, Call] = {
     "models.optimizers.sign_descent": call(update, rate=RATE, decay=POSITIVE, steps=number(5.0, 0.0, -1.0)),
     "models.galore.scale_by_adam_8bit": call(
         update,
-        b1=Real(0.9, (1.0, -0.1), HALF),
-        b2=Real(0.99, (1.0, -0.1), HALF),
-        eps=Real(1e-3, (-1e-3,), HALF),
+        **ADAM,
+    ),
+    "models.galore.scale_by_galore": call(of_matrix, rank=1, **ADAM, scale=Real(0.5, (-0.5,), HALF)),
+    "models.galore.galore": call(
+        of_matrix,
+        rank=1,
+        **ADAM,
+        learning_rate=Real(0.1, (-0.1,), HALF),
+        scale=Real(0.5, (-0.5,), HALF),
+        weight_decay=Real(0.1, (-0.1,), HALF),
+    ),
+    "models.training.train_in_chunks": call(
+        lambda f, time_step: f(jnp.square, 1.0, optax.sgd(0.25), steps=2, chunk=1, time_step=time_step)[1],
+        time_step=POSITIVE,
+        host=True,
     ),
     "models.training.scale_by_name": call(
         lambda f, alpha: moved(f(alpha=alpha), {"alpha": np.array([0.3, -0.8])}), alpha=number(2.0)
@@ -842,10 +866,8 @@ NO_NUMBERS = {
     "models.draws.normal",
     "models.functional.as_function",
     "models.galore.flax_axes",
-    "models.galore.galore",
     "models.galore.layerwise",
     "models.galore.report",
-    "models.galore.scale_by_galore",
     "models.galore.state_bytes",
     "models.layer.counterexample_network",
     "models.layer.mlp_outputs",
@@ -868,7 +890,6 @@ NO_NUMBERS = {
     "models.optimizers.one_of",
     "models.training.map_lanes",
     "models.training.record_steps",
-    "models.training.train_in_chunks",
     "models.vit.Block",
     "models.vit.VisionTransformer",
     "models.vit.head_weights",
