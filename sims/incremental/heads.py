@@ -447,10 +447,12 @@ def figure(config: Config, saved: Saved) -> Figure:
     ratio.legend(loc="lower left")
 
     times, stairs = saved["time_deep"], saved["deep/staircase"]
+    start, end = _shown(config, times, stairs)
+    seen = (times >= start) & (times < end)
     for index, (label, values) in enumerate(zip(saved["entrant"], saved["deep/flow"].T, strict=True)):
-        deep.plot(times, values, color=f"C{index % 10}", label=label, **plotting.TRAINED)
-    deep.plot(times, stairs, **plotting.THEORY)
-    deep.set(xlabel="rescaled time t / log(1/α)", ylabel="product", xlim=_shown(config, times, stairs))
+        deep.plot(times[seen], values[seen], color=f"C{index % 10}", label=label, **plotting.TRAINED)
+    deep.plot(times[seen], stairs[seen], **plotting.THEORY)
+    deep.set(xlabel="rescaled time t / log(1/α)", ylabel="product")
     depth = f"{config.layers} layer{'s' * (config.layers > 1)}"
     deep.set_title(f"{depth} with feed-forward part, α = 1e-{config.decades[-1]:g}")
     deep.legend(loc="upper left", fontsize=8)
