@@ -549,6 +549,48 @@ CALLS: dict[str, Call] = {
         width=2,
         depth=2,
     ),
+    "dynamics.collapse.linear_vae_loss": call(
+        U=Real(np.array([[0.5, 0.1], [0.2, 0.3]])),
+        V=Real(np.array([[0.4, 0.2], [0.1, 0.3]])),
+        scale=Real(np.array([0.5, 0.8])),
+        Z=PAYOFF,
+        beta=RATE,
+        eta_dec=POSITIVE,
+        eta_enc=POSITIVE,
+    ),
+    "dynamics.collapse.vae_minimum": call(
+        Z=Real(PAYOFF.value, fine="shorter"), latents=2, beta=RATE, eta_dec=POSITIVE, eta_enc=POSITIVE
+    ),
+    "dynamics.collapse.vae_modes": call(
+        x=Real(np.array([[0.3, 1.0], [0.5, -0.2], [0.1, 0.4]]), fine="shorter"),
+        y=Real(np.array([[0.3], [0.5], [-0.1]]), fine="none"),
+    ),
+    "dynamics.collapse.infonce_loss": call(
+        W=Real(np.array([[0.5, 0.1]])), A=SYMMETRIC, C=SYMMETRIC, attraction=RATE
+    ),
+    "dynamics.collapse.infonce_minimum": call(
+        variances=Real(np.array([1.0, 0.5]), (np.array([1.0, -0.5]),), "shorter"),
+        augmentation_variance=Real(0.2, (-0.2,)),
+        attraction=RATE,
+    ),
+    "dynamics.collapse.landau_loss": call(
+        W=Real(np.array([[0.5, 0.1]])), B=SYMMETRIC, Sigma=SYMMETRIC, quartic=POSITIVE
+    ),
+    "dynamics.collapse.landau_minimum": call(
+        B=SYMMETRIC,
+        Sigma=Real(SYMMETRIC.value, (*SYMMETRIC.bad, np.diag([1.0, -0.5]))),
+        width=1,
+        quartic=POSITIVE,
+    ),
+    "dynamics.collapse.hessian_index": call(
+        loss=lambda p: jnp.sum(p**4 - p**2), params=Real(VECTOR.value, fine=ANY), rtol=RATE
+    ),
+    "dynamics.collapse.rescaled_loss": call(
+        # A pytree may be empty, and then the loss is that of nothing.
+        loss=lambda p: jnp.sum(p**2),
+        params=Real(VECTOR.value, fine=f"{ANY} none"),
+        scales=Real(0.4, fine=ANY),
+    ),
     "dynamics.collapse.transition_order": call(
         order_parameter=lambda gamma: max(1.0 - gamma, 0.0),
         gamma_c=Real(1.0, (0.0, -1.0), "infinite"),

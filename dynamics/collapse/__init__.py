@@ -3,6 +3,8 @@
 from dynamics.collapse.critical import critical_gamma as critical_gamma
 from dynamics.collapse.critical import metastable_gamma as metastable_gamma
 from dynamics.collapse.critical import transition_order as transition_order
+from dynamics.collapse.landscape import hessian_index as hessian_index
+from dynamics.collapse.landscape import rescaled_loss as rescaled_loss
 from dynamics.collapse.minima import DeepMinimum as DeepMinimum
 from dynamics.collapse.minima import Ridge as Ridge
 from dynamics.collapse.minima import TwoLayerMinimum as TwoLayerMinimum
@@ -19,3 +21,12 @@ from dynamics.collapse.network import stochastic_linear_flow as stochastic_linea
 from dynamics.collapse.network import stochastic_linear_loss as stochastic_linear_loss
 from dynamics.collapse.nuclear import NuclearMinimum as NuclearMinimum
 from dynamics.collapse.nuclear import nuclear_minimum as nuclear_minimum
+from dynamics.collapse.selfsupervised import LandauMinimum as LandauMinimum
+from dynamics.collapse.selfsupervised import infonce_loss as infonce_loss
+from dynamics.collapse.selfsupervised import infonce_minimum as infonce_minimum
+from dynamics.collapse.selfsupervised import landau_loss as landau_loss
+from dynamics.collapse.selfsupervised import landau_minimum as landau_minimum
+from dynamics.collapse.vae import VaeMinimum as VaeMinimum
+from dynamics.collapse.vae import linear_vae_loss as linear_vae_loss
+from dynamics.collapse.vae import vae_minimum as vae_minimum
+from dynamics.collapse.vae import vae_modes as vae_modes

@@ -1,0 +1,211 @@
+"""Linear encoders that are trained by contrast: the exact loss on Gaussian data, and its quartic form."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dynamics.arguments import (
+    ArrayLike,
+    as_concrete,
+    as_real,
+    cast,
+    nan_unless,
+    require_arrays,
+    require_every,
+    require_number,
+    require_positive,
+    require_shapes,
+    require_sizes,
+    require_symmetric,
+    require_vector,
+)
+from dynamics.collapse.moments import nan_unless_finite, spectrum
+
+
+class LandauMinimum(NamedTuple):
+    """A global minimum of the quartic form; rotations of its rows are minima as well.
+
+    Attributes:
+        loss: the form there.
+        W: the encoder, (width, d), of rank min(width, number of positive eigenvalues of B).
+    """
+
+    loss: Array
+    W: Array
+
+
+def infonce_loss(W: ArrayLike, A: ArrayLike, C: ArrayLike, attraction: ArrayLike) -> Float[Array, ""]:
+    r"""InfoNCE of a linear encoder on Gaussian data with Gaussian augmentation, exactly.
+
+        L = attraction tr(W C W^T) - (1/2) log det(I + T) - (1/2) tr(T (I + T)^{-1}),   T = W (A + C) W^T
+
+    It is E[attraction |f(x) - f(x')|^2 / 2 + log E exp(-|f(x) - f(chi)|^2 / 2)], where x and x' are
+    augmentations of one example and chi is one of another, with the mean over x outside of the logarithm. To
+    fourth order it is -tr(W B W^T) + (3/4) tr(T^2), B = A - (attraction - 1) C.
+
+    Source: ziyin2022talk, slide on InfoNCE (its expectation is derived here; attraction is 1 there).
+
+    Args:
+        W: encoder, (k, d).
+        A: covariance of the data, (d, d).
+        C: covariance of the augmentation, (d, d).
+        attraction: weight of the first term, a number >= 0.
+
+    Returns:
+        L, a number.
+
+    Raises:
+        ValueError: the shapes do not fit, or a number is out of range and can be looked at.
+
+    Example:
+        >>> float(infonce_loss([[1.0]], [[1.0]], [[0.0]], 1.0)).__round__(4)  # -log(2) / 2 - 1 / 4
+        -0.5966
+    """
+    W, A, C = require_arrays(W=W, A=A, C=C)
+    require_shapes(W=(W, "k d"), A=(A, "d d"), C=(C, "d d"))
+    A, C = require_symmetric("A", A), require_symmetric("C", C)
+    attraction = require_number("attraction", attraction, W.dtype, at_least=0)
+    T, one = W @ (A + C) @ W.T, jnp.eye(W.shape[0], dtype=W.dtype)
+    repulsion = jnp.linalg.slogdet(one + T)[1] + jnp.trace(jnp.linalg.solve(one + T, T))
+    return attraction * jnp.trace(W @ C @ W.T) - repulsion / 2
+
+
+def infonce_minimum(
+    variances: ArrayLike, augmentation_variance: ArrayLike, attraction: ArrayLike
+) -> Float[Array, " d"]:
+    r"""Eigenvalues of W^T W at the global minimum of `infonce_loss`, mode by mode, for A and C that commute.
+
+        lambda = (1 / q - 1) / (a + c),   q = ((1 + 8 rho)^{1/2} - 1) / 2,   rho = attraction c / (a + c)
+
+    and 0 where rho >= 1: a mode collapses where its variance a is at most (attraction - 1) times that of the
+    augmentation, so that without a weight above one no isotropic augmentation makes any collapse.
+
+    Source: ziyin2022talk, slide on its minima (the exact form is derived here).
+
+    Args:
+        variances: a, eigenvalues of A, (d,), >= 0; the encoder has at least d rows.
+        augmentation_variance: c, those of C in the same order, (d,) or one number, >= 0.
+        attraction: weight of the attraction, a number >= 0.
+
+    Returns:
+        lambda, (d,): 0 where the mode has collapsed or where both variances are 0; infinity where nothing
+        holds it back, rho = 0.
+
+    Raises:
+        ValueError: the shapes do not fit, or a number is out of range and can be looked at.
+
+    Example:
+        >>> infonce_minimum([1.5, 0.3, 0.1], 0.2, 2.0).round(4).tolist()
+        [1.0979, 0.3252, 0.0]
+    """
+    a = _require_variances("variances", require_vector("variances", variances, "d"))
+    c = cast(as_real("augmentation_variance", augmentation_variance), a.dtype)
+    if c.shape not in ((), a.shape):
+        raise ValueError(f"augmentation_variance must be a number or of shape {a.shape}, got shape {c.shape}")
+    c = _require_variances("augmentation_variance", c)
+    attraction = require_number("attraction", attraction, a.dtype, at_least=0)
+    return _infonce_minimum(a, jnp.broadcast_to(c, a.shape), attraction)
+
+
+def _require_variances(name, values):
+    return require_every(name, values, lambda v: (v >= 0) & (v < jnp.inf), "finite and >= 0")
+
+
+@eqx.filter_jit
+def _infonce_minimum(a, c, attraction):
+    total = a + c
+    seen = total > 0
+    rho = attraction * c / jnp.where(seen, total, 1)
+    alive, held = seen & (rho < 1), rho > 0
+    safe = jnp.where(alive & held, rho, 0.5)
+    root = jnp.sqrt(1 + 8 * safe)
+    # 1 - q and q without differences of numbers that are nearly equal.
+    inverse = (4 * (1 - safe) / (3 + root)) * (1 + root) / (4 * safe)
+    eigenvalues = jnp.where(alive, jnp.where(held, inverse / jnp.where(seen, total, 1), jnp.inf), 0)
+    return nan_unless(jnp.isfinite(rho) & jnp.isfinite(total), eigenvalues)
+
+
+def landau_loss(W: ArrayLike, B: ArrayLike, Sigma: ArrayLike, quartic: ArrayLike) -> Float[Array, ""]:
+    r"""The quartic form of contrastive losses, -tr(W B W^T) + quartic tr((W Sigma W^T)^2).
+
+    The slide has quartic = 1; the loss that it starts from has 3/4, and B = A - (attraction - 1) C.
+
+    Source: ziyin2022talk, slide on InfoNCE.
+
+    Example:
+        >>> float(landau_loss([[0.5]], [[1.0]], [[1.0]], 1.0))
+        -0.1875
+    """
+    W, B, Sigma = require_arrays(W=W, B=B, Sigma=Sigma)
+    require_shapes(W=(W, "k d"), B=(B, "d d"), Sigma=(Sigma, "d d"))
+    B, Sigma = require_symmetric("B", B), require_symmetric("Sigma", Sigma)
+    quartic = require_positive("quartic", quartic, W.dtype)
+    return -jnp.trace(W @ B @ W.T) + quartic * jnp.sum((W @ Sigma @ W.T) ** 2)
+
+
+def landau_minimum(B: ArrayLike, Sigma: ArrayLike, width: int, quartic: ArrayLike) -> LandauMinimum:
+    r"""The global minimum of `landau_loss`.
+
+        Sigma^{1/2} W^T W Sigma^{1/2} = [Sigma^{-1/2} B Sigma^{-1/2}]_+ / (2 quartic)
+        L* = - sum_i b_i^2 / (4 quartic)
+
+    over the largest `width` positive eigenvalues b_i of Sigma^{-1/2} B Sigma^{-1/2}, of which there are as
+    many as B has.
+
+    Source: ziyin2022talk, slide on its minima (general B, Sigma and width are derived here).
+
+    Args:
+        B: symmetric, (d, d), of any sign.
+        Sigma: covariance of augmented data, (d, d). Where it is singular, as for constant pixels, B has to
+            vanish there too: the form is unbounded otherwise.
+        width: rows of the encoder; static.
+        quartic: coefficient of the quartic term, positive.
+
+    Returns:
+        A `LandauMinimum`.
+
+    Raises:
+        ValueError: the shapes do not fit, or a matrix or number is out of range and can be looked at.
+
+    Example:
+        >>> least = landau_minimum([[2.0, 0.0], [0.0, -0.5]], [[1.0, 0.0], [0.0, 1.0]], 2, 1.0)
+        >>> float(least.loss), abs(least.W).tolist()
+        (-1.0, [[1.0, 0.0], [0.0, 0.0]])
+    """
+    B, Sigma = require_arrays(B=B, Sigma=Sigma)
+    require_shapes(B=(B, "d d"), Sigma=(Sigma, "d d"))
+    B, Sigma = require_symmetric("B", B), require_symmetric("Sigma", Sigma)
+    (width,) = require_sizes(width=width)
+    quartic = require_positive("quartic", quartic, B.dtype)
+    least, semidefinite, bounded = _landau_minimum(B, Sigma, width, quartic)
+    for name, good, rule in (
+        ("Sigma", semidefinite, "positive semidefinite"),
+        ("B", bounded, "zero where Sigma is singular"),
+    ):
+        looked_at = as_concrete(good)
+        if looked_at is not None and not looked_at and bool(jnp.isfinite(quartic)):
+            raise ValueError(f"{name} must be {rule}")
+    return least
+
+
+@eqx.filter_jit
+def _landau_minimum(B, Sigma, width, quartic):
+    of, raw = spectrum(Sigma), jnp.linalg.eigvalsh(Sigma)
+    slack = Sigma.shape[0] * float(jnp.finfo(Sigma.dtype).eps)
+    semidefinite = raw[0] >= -slack * jnp.max(jnp.abs(raw))
+    seen = of.values > 0
+    null = jnp.where(seen[None], 0, of.vectors)
+    bounded = jnp.linalg.norm(B @ null) <= slack**0.5 * jnp.linalg.norm(B)
+    root = of.vectors * jnp.where(seen, 1 / jnp.sqrt(jnp.where(seen, of.values, 1)), 0)[None]
+    values, vectors = jnp.linalg.eigh(root.T @ B @ root)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    kept = jnp.maximum(values, 0)[:width]
+    rows = jnp.sqrt(kept / (2 * quartic))[:, None] * (root @ vectors)[:, :width].T
+    W = jnp.pad(rows, ((0, max(width - len(rows), 0)), (0, 0)))
+    least = LandauMinimum(-jnp.sum(kept**2) / (4 * quartic), W)
+    good = nan_unless(semidefinite & bounded, jnp.ones_like(quartic))
+    return nan_unless_finite((B, Sigma, quartic, good), least), semidefinite, bounded

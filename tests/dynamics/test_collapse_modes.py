@@ -1,0 +1,299 @@
+"""Modes of linear variational autoencoders and of contrastive encoders, against optimizers and sampling."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+
+from dynamics.collapse import (
+    hessian_index,
+    infonce_loss,
+    infonce_minimum,
+    landau_loss,
+    landau_minimum,
+    linear_vae_loss,
+    rescaled_loss,
+    vae_minimum,
+    vae_modes,
+)
+
+Z = jnp.array([[1.2, 0.3, -0.5], [0.1, 0.9, 0.4]])
+DEC, ENC = 0.8, 1.3
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _descended(loss, shapes, args, keys):
+    optimizer = optax.adam(optax.exponential_decay(0.05, 6000, 1e-5))
+
+    def from_start(key):
+        keys = jax.random.split(key, len(shapes))
+        start = [0.7 * jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True)]
+
+        def step(carry, _):
+            params, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(params, args), state)
+            return (optax.apply_updates(params, updates), state), None
+
+        (end, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), length=6000)
+        return loss(end, args)
+
+    return jax.vmap(from_start)(keys)
+
+
+def lowest(loss, shapes, args):
+    """The lowest loss that Adam reaches from 64 starts, in one program for all arguments.
+
+    Adam stops short by up to 1e-6; that the minimum is reached, the weights in closed form show.
+    """
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+        return float(jnp.min(_descended(loss, tuple(shapes), args, jax.random.split(jax.random.key(1), 64))))
+
+
+def of_vae(params, beta):
+    U, V, log_scale = params
+    return linear_vae_loss(U, V, jnp.exp(log_scale), Z, beta, DEC, ENC)
+
+
+@pytest.mark.parametrize(("latents", "beta"), [(2, 0.5), (2, 1.8), (1, 0.5), (3, 0.2), (2, 9.0)])
+def test_vae_minimum_is_the_best_of_64_starts(latents, beta):
+    least = vae_minimum(Z, latents, beta, DEC, ENC)
+    found = lowest(of_vae, [(2, latents), (3, latents), (latents,)], jnp.array(beta))
+    assert least.loss - 1e-12 <= found <= least.loss + 1e-6
+    # The weights that it stands for reach the loss.
+    F, _, G = np.linalg.svd(Z, full_matrices=False)
+    pad = ((0, 0), (0, max(latents - 2, 0)))
+    U = np.pad(F, pad)[:, :latents] * np.asarray(least.lam)
+    V = np.pad(G.T, pad)[:, :latents] * np.asarray(least.theta)
+    assert float(linear_vae_loss(U, V, np.sqrt(least.sigma2), Z, beta, DEC, ENC)) == pytest.approx(
+        float(least.loss), abs=1e-13
+    )
+
+
+def test_vae_loss_is_the_mean_over_latents_and_data():
+    rng = np.random.default_rng(0)
+    U, V, scale = rng.normal(size=(2, 2)), rng.normal(size=(3, 2)), rng.uniform(0.3, 1, size=2)
+    n = 400_000
+    # In whitened inputs A is the identity; targets are a linear map of them, so that nothing is left over.
+    x, noise = rng.normal(size=(n, 3)), rng.normal(size=(n, 2))
+    mean = x @ V
+    error = np.sum(((mean + noise * scale) @ U.T - x @ np.asarray(Z).T) ** 2, axis=1) / (2 * DEC**2)
+    divergence = np.sum(mean**2 + scale**2, axis=1) / ENC**2 - 2 - np.sum(np.log(scale**2 / ENC**2))
+    drawn = error + 0.7 * divergence / 2
+    exact = float(linear_vae_loss(U, V, scale, Z, 0.7, DEC, ENC))
+    assert abs(drawn.mean() - exact) < 4 * drawn.std() / n**0.5
+
+
+def test_rotated_latents_cost_hadamards_gap_with_variances_of_their_own():
+    beta, angle = 0.5, 0.6
+    least = vae_minimum(Z, 2, beta, DEC, ENC)
+    F, _, G = np.linalg.svd(Z, full_matrices=False)
+    P = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    U, V = (factor * np.asarray(size) @ P for factor, size in ((F, least.lam), (G.T, least.theta)))
+    M = np.eye(2) + ENC**2 / (beta * DEC**2) * U.T @ U
+    variances = ENC**2 / np.diag(M)  # the best for this decoder
+    excess = float(linear_vae_loss(U, V, np.sqrt(variances), Z, beta, DEC, ENC) - least.loss)
+    gap = beta / 2 * (np.sum(np.log(np.diag(M))) - np.linalg.slogdet(M)[1])
+    assert gap > 0.01
+    assert excess == pytest.approx(gap, abs=1e-13)
+    # With a full covariance, rotated as well, nothing is lost.
+    full = P.T @ np.diag(np.sqrt(least.sigma2))
+    assert float(linear_vae_loss(U, V, full, Z, beta, DEC, ENC)) == pytest.approx(
+        float(least.loss), abs=1e-13
+    )
+
+
+def test_modes_of_an_autoencoder_collapse_one_by_one():
+    zeta = np.linalg.svd(Z, compute_uv=False)
+    threshold = zeta**2 / DEC**2
+    beta = jnp.asarray(np.concatenate([threshold * 0.999, threshold * 1.001]))
+    lam = jax.vmap(lambda beta: vae_minimum(Z, 2, beta, DEC, ENC).lam)(beta)
+    assert np.sum(lam > 0, axis=1).tolist() == [1, 2, 0, 1]
+    # The second derivative of the least loss jumps by 1 / (2 beta) at each threshold.
+    for critical in threshold:
+        second = [
+            float(
+                jax.grad(jax.grad(lambda beta: vae_minimum(Z, 2, beta, DEC, ENC).loss))(
+                    critical * (1 + s * 1e-6)
+                )
+            )
+            for s in (-1, 1)
+        ]
+        assert second[1] - second[0] == pytest.approx(1 / (2 * critical), rel=1e-4)
+
+
+def test_vae_limits():
+    zeta = np.linalg.svd(Z, compute_uv=False)
+    free = vae_minimum(Z, 3, 0.0, DEC, ENC)
+    np.testing.assert_allclose(free.lam, [*(zeta / ENC), 0], rtol=1e-14)
+    np.testing.assert_allclose(free.theta, [ENC, ENC, 0], rtol=1e-14)
+    np.testing.assert_allclose(free.sigma2, [0, 0, ENC**2])
+    assert float(free.loss) == pytest.approx(0, abs=1e-14)
+    # Equal modes go together.
+    equal = vae_minimum(2 * jnp.eye(3), 2, 1.0, 1.0, 1.0)
+    assert equal.lam[0] == equal.lam[1] > 0
+    assert np.all(np.isfinite(jax.grad(lambda Z: vae_minimum(Z, 2, 1.0, 1.0, 1.0).loss)(2 * jnp.eye(3))))
+    lanes = jax.vmap(lambda beta: vae_minimum(Z, 2, beta, DEC, ENC).loss)(jnp.array([0.5, -0.5, jnp.nan]))
+    assert np.isfinite(lanes).tolist() == [True, False, False]
+
+
+def test_vae_modes_are_those_of_whitened_data():
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(50, 3)) @ rng.normal(size=(3, 3)) + 1.0
+    y = x @ rng.normal(size=(3, 2)) + rng.normal(size=(50, 2))
+    A = np.cov(x.T, bias=True)
+    values, vectors = np.linalg.eigh(A)
+    root = vectors @ np.diag(values**-0.5) @ vectors.T
+    cross = (y - y.mean(0)).T @ (x - x.mean(0)) / 50
+    np.testing.assert_allclose(vae_modes(x, y), np.linalg.svd(cross @ root, compute_uv=False), rtol=1e-12)
+    np.testing.assert_allclose(vae_modes(x) ** 2, values[::-1], rtol=1e-12)
+    # A constant input changes nothing, fewer examples than inputs leave modes at zero.
+    constant = np.concatenate([x, np.full((50, 1), 7.0)], axis=1)
+    np.testing.assert_allclose(vae_modes(constant, y), vae_modes(x, y), rtol=1e-12)
+    few = vae_modes(x[:2])
+    assert few.shape == (3,)
+    assert np.sum(few > 1e-12) == 1
+
+
+A = jnp.diag(jnp.array([1.5, 1.0, 0.6, 0.3]))
+
+
+def of_infonce(params, args):
+    return infonce_loss(params[0], *args)
+
+
+@pytest.mark.parametrize("attraction", [1.0, 2.0, 5.0])
+def test_infonce_minimum_is_the_best_of_64_starts(attraction):
+    C = 0.2 * jnp.eye(4)
+    eigenvalues = infonce_minimum(jnp.diag(A), 0.2, attraction)
+    loss = float(infonce_loss(jnp.diag(jnp.sqrt(eigenvalues)), A, C, attraction))
+    found = lowest(of_infonce, [(4, 4)], (A, C, jnp.array(attraction)))
+    assert loss - 1e-12 <= found <= loss + 1e-6
+    assert np.sum(eigenvalues > 0) == np.sum(np.diag(A) > (attraction - 1) * 0.2)
+
+
+def test_infonce_loss_is_that_of_sampled_augmentations():
+    rng = np.random.default_rng(1)
+    W = np.array([[0.8, 0.1], [-0.3, 0.6]])
+    a, c, n = np.array([1.0, 0.5]), np.array([0.3, 0.2]), 4000
+    x, others = rng.normal(size=(n, 2)) * np.sqrt(a), rng.normal(size=(n, 2)) * np.sqrt(a + c)
+    one, two = (x + rng.normal(size=(n, 2)) * np.sqrt(c) for _ in range(2))
+    f, g, h = (points @ W.T for points in (one, two, others))
+    attracted = np.sum((f - g) ** 2, axis=1) / 2
+    distances = np.sum(f**2, axis=1)[:, None] + np.sum(h**2, axis=1) - 2 * f @ h.T
+    drawn = 1.5 * attracted + np.log(np.mean(np.exp(-distances / 2), axis=1))
+    exact = float(infonce_loss(W, np.diag(a), np.diag(c), 1.5))
+    assert abs(drawn.mean() - exact) < 5 * drawn.std() / n**0.5
+
+
+@given(st.floats(1e-6, 10), st.floats(1e-6, 10), st.floats(0.01, 10))
+def test_a_mode_of_infonce_is_at_its_minimum(a, c, attraction):
+    (eigenvalue,) = infonce_minimum([a], c, attraction)
+    rho = attraction * c / (a + c)
+
+    def loss(log_t):  # of t = lambda (a + c)
+        t = np.exp(log_t)
+        return rho * t - np.log1p(t) / 2 - t / (1 + t) / 2
+
+    if rho >= 1:
+        assert float(eigenvalue) == 0
+    else:
+        best = minimize_scalar(loss, bounds=(-40, 40), method="bounded", options={"xatol": 1e-12})
+        assert loss(np.log(float(eigenvalue) * (a + c))) <= best.fun + 1e-12
+
+
+def test_infonce_limits():
+    got = infonce_minimum([1.0, 0.0, 0.0], [0.0, 0.0, 0.5], 1.0)
+    assert got.tolist() == [np.inf, 0.0, 0.0]
+    assert infonce_minimum([1.0], 0.5, 0.0).tolist() == [np.inf]
+    # The root law close to the threshold a = c, at weight 2: lambda tends to (a - c) / 6 at a = 1.
+    assert float(infonce_minimum([1.0], 0.9999, 2.0)[0]) / 1e-4 == pytest.approx(1 / 6, rel=1e-3)
+    lanes = jax.vmap(lambda c: infonce_minimum(jnp.array([1.0]), c, 2.0)[0])(jnp.array([0.5, -0.5, jnp.nan]))
+    assert np.isfinite(lanes).tolist() == [True, False, False]
+
+
+def of_landau(params, args):
+    return landau_loss(params[0], *args)
+
+
+def random_form(seed, d=4):
+    rng = np.random.default_rng(seed)
+    S, B = rng.normal(size=(2, d, d))
+    return jnp.asarray((B + B.T) / 2), jnp.asarray(S @ S.T + 0.3 * np.eye(d))
+
+
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_landau_minimum_is_the_best_of_64_starts(width):
+    B, Sigma = random_form(3)
+    least = landau_minimum(B, Sigma, width, 0.75)
+    found = lowest(
+        lambda params, args: landau_loss(params[0], *args), [(width, 4)], (B, Sigma, jnp.array(0.75))
+    )
+    assert least.loss - 1e-12 <= found <= least.loss + 1e-6
+    assert float(landau_loss(least.W, B, Sigma, 0.75)) == pytest.approx(float(least.loss), abs=1e-13)
+    rank = min(width, int(np.sum(np.linalg.eigvalsh(B) > 0)))
+    assert least.W.shape == (width, 4)
+    assert np.linalg.matrix_rank(least.W, tol=1e-9) == rank
+
+
+def test_landau_form_is_the_expansion_of_infonce():
+    W = np.array([[0.7, -0.2], [0.1, 0.5]])
+    A, C, attraction = np.diag([1.0, 0.4]), np.diag([0.2, 0.3]), 1.7
+    scale = 1e-2
+    exact = float(infonce_loss(scale * W, A, C, attraction))
+    B = A - (attraction - 1) * C
+    quartic = [float(landau_loss(scale * W, B, A + C, q)) for q in (0.75, 1.0)]
+    assert abs(exact - quartic[0]) < 1e-3 * abs(exact - quartic[1])
+
+
+def test_landau_form_of_singular_data():
+    B, Sigma = random_form(5, d=3)
+    wide = [jnp.pad(M, ((0, 1), (0, 1))) for M in (B, Sigma)]
+    least, inner = landau_minimum(wide[0], wide[1], 3, 1.0), landau_minimum(B, Sigma, 3, 1.0)
+    assert float(least.loss) == pytest.approx(float(inner.loss), rel=1e-12)
+    np.testing.assert_allclose(least.W[:, 3], 0, atol=1e-15)
+    with pytest.raises(ValueError, match="B must be zero where Sigma is singular"):
+        landau_minimum(jnp.eye(4), wide[1], 3, 1.0)
+    with pytest.raises(ValueError, match="Sigma must be positive semidefinite"):
+        landau_minimum(B, -Sigma, 3, 1.0)
+    lanes = jax.vmap(lambda B: landau_minimum(B, wide[1], 3, 1.0).loss)(jnp.stack([wide[0], jnp.eye(4)]))
+    assert np.isfinite(lanes).tolist() == [True, False]
+
+
+def test_saddles_of_the_rank_of_the_minima_have_a_way_down():
+    # One row on the second mode: the rank of the global minimum, and no minimum.
+    B, Sigma = jnp.diag(jnp.array([1.0, 0.6])), jnp.eye(2)
+    loss = partial(landau_loss, B=B, Sigma=Sigma, quartic=1.0)
+    saddle, least = jnp.array([[0.0, np.sqrt(0.3)]]), landau_minimum(B, Sigma, 1, 1.0).W
+    np.testing.assert_allclose(jax.grad(loss)(saddle), 0, atol=1e-15)
+    assert float(hessian_index(loss, saddle)) == 1
+    assert float(hessian_index(loss, least)) == 0
+
+
+def test_hessian_index_counts_against_the_largest_curvature():
+    curvatures = jnp.array([4.0, -1e-3, -1e-9, 0.0, 2.0])
+
+    def loss(params):
+        return jnp.sum(curvatures * params["w"] ** 2) / 2
+
+    point = {"w": jnp.zeros(5)}
+    assert float(hessian_index(loss, point)) == 1
+    assert float(hessian_index(loss, point, rtol=1e-10)) == 2
+    assert float(hessian_index(loss, point, rtol=1e-3)) == 0
+    low = {"w": jnp.zeros(5, jnp.float32)}
+    assert float(hessian_index(lambda p: loss({"w": p["w"].astype(float)}).astype(jnp.float32), low)) == 1
+    assert np.isnan(hessian_index(lambda p: jnp.sum(jnp.sqrt(p["w"])), point))
+    with pytest.raises(ValueError, match="rtol must be"):
+        hessian_index(loss, point, rtol=-1.0)
+
+
+def test_rescaling_shows_the_landscape():
+    loss = partial(landau_loss, B=jnp.eye(2), Sigma=jnp.eye(2), quartic=1.0)
+    W = landau_minimum(jnp.eye(2), jnp.eye(2), 2, 1.0).W
+    a = np.linspace(0, 1.5, 31)
+    np.testing.assert_allclose(rescaled_loss(loss, W, a), a**4 / 2 - a**2, atol=1e-14)
