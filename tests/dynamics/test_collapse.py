@@ -193,6 +193,27 @@ def test_critical_gammas_of_round_data(depth):
     assert float(ratio) == pytest.approx((depth + 1) / 4 ** (depth / (depth + 1)), rel=1e-12)
 
 
+def test_critical_gammas_are_the_highest_over_all_ridges():
+    # The signal is in directions of large variance, of small, and of both.
+    a, cs = np.array([1.0, 0.01]), np.array([[1.0, 0.01], [0.02, 0.3], [0.6, 0.2]])
+    lam = np.geomspace(1e-4, 1e2, 100_001)[:, None]
+    noise, widths, depth = 0.5, (3, 2, 4), 3
+    rho = np.prod([w / (w + noise) for w in widths])
+    fits, norms = (np.stack([np.sum(c**2 / (a + lam) ** k, axis=1) for c in cs]) for k in (1, 2))
+    critical = rho ** (1 - 1 / depth) / depth * np.max(lam.T ** (1 / depth) * fits, axis=1)
+    metastable = rho ** (1 - 1 / depth) * np.max(lam.T ** (1 + 1 / depth) * norms, axis=1)
+    for function, power in ((critical_gamma, critical), (metastable_gamma, metastable)):
+        got = jax.vmap(lambda c, of=function: of(Moments(jnp.diag(a), c, 9.0), noise, widths))(cs)
+        np.testing.assert_allclose(got, power ** (depth / (depth + 1)), rtol=1e-7)
+
+
+@pytest.mark.parametrize("widths", [(2,), (2, 2)])
+@pytest.mark.parametrize("function", [critical_gamma, metastable_gamma])
+def test_critical_gammas_of_bad_noise_are_nan(function, widths):
+    got = jax.vmap(lambda noise: function(ROUND, noise, widths))(jnp.array([0.3, jnp.nan, -0.1]))
+    assert np.isfinite(got).tolist() == [True, False, False]
+
+
 @pytest.mark.parametrize(("case", "widths"), [(SPREAD, (1, 1)), (RANDOM, (2, 3, 2)), (RANDOM, (2,))])
 def test_collapse_is_complete_from_the_critical_gamma_on(case, widths):
     at, critical = value_and_norm(case, 0.2, widths), critical_gamma(case, 0.2, widths)
@@ -213,6 +234,12 @@ def test_several_minima_are_told_apart():
     np.testing.assert_allclose(loss, brute, atol=1e-9)
     jumps = gammas[:-1][np.abs(np.diff(norm)) > 2.0]
     np.testing.assert_allclose(jumps, [0.26, 0.41], atol=1e-12)
+    # At a jump two minima are as good as each other; a concave loss says that the better one is taken.
+    wide = Moments(jnp.diag(jnp.array([1.0, 1e-4])), jnp.array([1.0, 0.02]), jnp.array(6.0))
+    near = 0.048555196 * jnp.linspace(1 - 5e-5, 1 + 5e-5, 26)
+    loss, norm = jax.vmap(value_and_norm(wide, 0.0, (1, 1)))(near)
+    assert norm[0] - norm[-1] > 50
+    assert np.all(np.diff(loss, 2) < 1e-12)
 
 
 @pytest.mark.parametrize("widths", [(), (3,), (2, 2), (2, 3, 2)])
@@ -223,6 +250,8 @@ def test_order_of_the_transition(widths):
     assert transition_order(lambda gamma: float(at(gamma)[1]), float(critical)) == order
     if not widths:
         assert transition_order(lambda gamma: float(at(gamma)[1]), 0.7) == 0
+        # Second differences of a straight line are rounding alone.
+        assert transition_order(lambda gamma: 3.0 - gamma, 0.7) == 0
 
 
 def test_metastable_minimum_ends_where_the_flow_leaves_it():
@@ -238,22 +267,34 @@ def test_metastable_minimum_ends_where_the_flow_leaves_it():
 
 
 def test_sweep_of_one_hidden_layer_comes_back():
-    path = jnp.array([0.5, 1.5, 0.5])
+    path = jnp.array([0.5, 1.5, 0.5])[:, None] * jnp.array([0.5, 2.0])[None]
     swept = hysteresis_sweep(
         [jnp.full((2, 4), 0.3), jnp.full((1, 2), 0.3)], ROUND, 0.2, path, jax.random.key(1)
     )
     norms = jnp.sum(swept.params[1] ** 2, axis=(1, 2))
     assert bool(jnp.all(swept.ok))
     assert norms[1] < 1e-4
-    expected = 2 * two_layer_minimum(ROUND, 0.5, 0.5, 0.2, 2).b ** 2
+    expected = 2 * two_layer_minimum(ROUND, 1.0, 0.25, 0.2, 2).b ** 2
     np.testing.assert_allclose(norms[jnp.array([0, 2])], expected, rtol=1e-6)
+
+
+def test_sweep_kicks_and_flows_at_every_step():
+    # Without a signal all weights fall by the same share from where they have been kicked to.
+    start, path, horizon = jnp.ones((40, 40)), jnp.array([0.5, 0.2]), 0.3
+    dark = Moments(jnp.eye(40), jnp.zeros((40, 40)), 1.0)
+    (ends,), _ = hysteresis_sweep([start], dark, 0.0, path, jax.random.key(0), kick=0.1, horizon=horizon)
+    kicked = ends * jnp.exp(2 * (1 + path) * horizon)[:, None, None]
+    first, second = kicked[0] - start, kicked[1] - ends[0]
+    np.testing.assert_allclose(np.cov(first.ravel(), second.ravel()), 0.01 * np.eye(2), atol=1e-3)
+    np.testing.assert_allclose([jnp.mean(first), jnp.mean(second)], 0, atol=0.01)
 
 
 def test_imbalance_decays_whatever_the_noise():
     rng, ts = np.random.default_rng(0), np.array([0.0, 0.4, 1.0])
     params = [rng.normal(size=s) / 2 for s in ((3, 4), (2, 3), (1, 2))]
     path = stochastic_linear_flow(params, ROUND, 0.7, [0.15, 0.15, 0.15], ts)
-    for part in imbalance(path.ys):
+    for part, W, after in zip(imbalance(path.ys), params, params[1:], strict=False):
+        np.testing.assert_allclose(part[0], np.sum(after**2, axis=0) - np.sum(W**2, axis=1), rtol=1e-12)
         np.testing.assert_allclose(part, np.exp(-0.6 * ts)[:, None] * np.asarray(part[0]), rtol=1e-7)
 
 
@@ -388,12 +429,14 @@ def test_one_output_of_several_is_the_network_without_noise():
 def test_modes_go_exactly_and_derivatives_are_right():
     case = data(4, d=4, k=3)
     top = np.linalg.norm(case.c, 2)
-    shares = jnp.array([0.01, 0.4, 0.9, 1.1])
+    shares = jnp.array([0.01, 0.4, 0.9, 1.1, 0.0, jnp.nan])
     B = jax.vmap(lambda share: nuclear_minimum(case, share * top, share * top).B)(shares)
-    ranks = [np.linalg.matrix_rank(part, tol=1e-13) for part in B]
+    ranks = [np.linalg.matrix_rank(part, tol=1e-13) for part in B[:4]]
     assert ranks[0] == 3
     assert 0 < ranks[2] < 3
     assert not np.any(B[3])
+    assert np.all(np.isfinite(B[4]))
+    assert np.all(np.isnan(B[5]))
 
     def loss_and_entry(A, c, gamma):
         least = nuclear_minimum(Moments((A + A.T) / 2, c, 9.0), gamma, gamma)
@@ -411,6 +454,8 @@ def test_modes_go_exactly_and_derivatives_are_right():
     h = 1e-5
     differences = jax.vmap(lambda share: (along(share, h) - along(share, -h)) / (2 * h))(shares)
     np.testing.assert_allclose(slopes, differences, rtol=1e-5, atol=1e-7)
+    # Close to zero the loss grows with the root of either strength.
+    assert np.isnan(slopes).all(axis=-1).tolist() == 4 * [False] + 2 * [True]
 
 
 def test_nuclear_minimum_without_regularization_is_least_squares():

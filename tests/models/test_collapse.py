@@ -60,6 +60,22 @@ def test_noise_has_mean_one_and_its_variance(law):
         assert float(jnp.mean(noise == 0)) == pytest.approx(0.2, abs=5e-3)
 
 
+@pytest.mark.parametrize("law", ["dropout", "normal"])
+def test_batches_draw_every_example_and_noise_that_is_independent(law):
+    x = jnp.arange(5.0)[:, None]
+    inputs, y = noisy_batch(jax.random.key(0), x, 2 * x, 20_000, (2, 2), 0.25, law)
+    np.testing.assert_array_equal(y, 2 * inputs.x)
+    np.testing.assert_allclose(jnp.mean(inputs.x == x.T, axis=0), 0.2, atol=0.015)
+    drawn = jnp.concatenate([inputs.x, *inputs.noise], axis=1)
+    np.testing.assert_allclose(np.corrcoef(drawn.T), np.eye(5), atol=0.04)
+    assert (len(np.unique(drawn[:, 1:])) == 2) == (law == "dropout")
+
+
+def test_random_weights_have_their_scale_and_are_independent():
+    first, second = random_weights(jax.random.key(0), (50, 50, 50), 0.3)
+    np.testing.assert_allclose(np.cov(first.ravel(), second.ravel()), 0.09 * np.eye(2), atol=0.01)
+
+
 def test_descent_with_decay_and_drawn_noise_ends_near_the_minimum():
     gamma, noise, widths = 0.1, 0.3, (4,)
     predict, params = as_function(StochasticLinear(random_weights(jax.random.key(5), (3, 4, 1), 0.5)))
