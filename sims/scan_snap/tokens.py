@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import Partial
 from matplotlib.figure import Figure
 
 from dynamics import scan_snap
@@ -85,17 +84,18 @@ def _train_sampled(key: jax.Array, config: Config) -> tuple[jax.Array, Trajector
     classes = synthetic_classes(2)
     predict, params = as_function(ScanSnapAttention.zeros(classes.vocab_size))
     loss = on_batches(cross_entropy, predict)
-    batches = Partial(partial(sample_contexts, length=config.length, batch=config.batch), classes=classes)
+    draw = partial(sample_contexts, classes=classes, length=config.length, batch=config.batch)
     heavy_ball = optax.sgd(config.learning_rate, momentum=config.momentum)
 
     def one(key):
-        _, path = train(loss, params, heavy_ball, steps=config.steps, batches=batches, key=key)
+        # Drawn once, for training and for what is told of it; one at a time, the draws compile quickly.
+        drawn = jax.lax.map(lambda step: draw(jax.random.fold_in(key, step)), jnp.arange(config.steps))
+        _, path = train(loss, params, heavy_ball, steps=config.steps, batches=drawn)
         before = jax.tree.map(lambda leaf: leaf[:-1], path.ys)
-        drawn = jax.vmap(lambda step: batches(jax.random.fold_in(key, step)))(jnp.arange(config.steps))
         shown = Trajectory(config.rows * config.time_step, path.ys["Z"][...][config.rows], path.ok)
         return jax.vmap(loss)(before, drawn), shown
 
-    return jax.vmap(one)(jax.random.split(key, config.seeds))
+    return jax.lax.map(one, jax.random.split(key, config.seeds))
 
 
 def _trained_in_numpy(seed: int, config: Config) -> np.ndarray:
