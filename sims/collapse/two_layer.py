@@ -29,6 +29,7 @@ from dynamics import collapse
 from dynamics.collapse import Moments
 from dynamics.flow import Trajectory
 from models.collapse import StochasticLinear, noisy_batch, random_weights, weights
+from models.draws import normal
 from models.functional import as_function
 from models.losses import mean_squared_error
 from models.training import Descent, train
@@ -117,9 +118,9 @@ def _draw(config: Config, key: Array) -> tuple[Array, Array, Moments]:
     """Inputs of unequal variances, noisy targets that are linear in them, and their moments."""
     keys = jax.random.split(key, 3)
     spread = jnp.geomspace(1.6, 0.4, config.inputs)
-    x = jax.random.normal(keys[0], (config.samples, config.inputs)) * spread[None]
-    y = x @ jax.random.normal(keys[1], (config.inputs, 1)) / config.inputs**0.5
-    y = y + 0.2 * jax.random.normal(keys[2], y.shape)
+    x = normal(keys[0], (config.samples, config.inputs)) * spread[None]
+    y = x @ normal(keys[1], (config.inputs, 1)) / config.inputs**0.5
+    y = y + 0.2 * normal(keys[2], y.shape)
     return x, y, collapse.moments(x, y[:, 0])
 
 

@@ -26,6 +26,7 @@ from scipy.stats import norm
 
 from dynamics import joma
 from dynamics.flow import Trajectory, integrate
+from models.draws import normal
 from models.losses import bind
 from models.training import Descent, map_lanes, train
 from sims import plotting
@@ -188,7 +189,7 @@ def _by_activation(f: Callable[[Callable], PyTree]) -> PyTree:
 def _monte_carlo(key: Array, vs: Array, r: Array, samples: int):
     """Averages over samples: fields with their standard errors on Gaussians and spheres, and moments."""
     node = _solid()
-    noise = jax.random.normal(key, (samples, *node.centers.shape))
+    noise = normal(key, (samples, *node.centers.shape))
     laws = {"gaussian": SCALE * noise, "sphere": noise / jnp.linalg.norm(noise, axis=-1, keepdims=True)}
     u = laws["gaussian"][:, 0, 0]
 
@@ -255,7 +256,7 @@ def _train_on_samples(key: Array, config: Config) -> Trajectory:
     rate = config.descent.horizon / steps
 
     def one(size, key):
-        x = node.centers[:, None, :] + SCALE * jax.random.normal(key, (3, count, 2))
+        x = node.centers[:, None, :] + SCALE * normal(key, (3, count, 2))
         loss = bind(_node_loss, (x, jnp.where(jnp.arange(count) < size, 1 / size, 0), node))
         return train(loss, START, optax.sgd(rate), steps=steps, every=every, time_step=rate)[1]
 
@@ -291,7 +292,7 @@ def _trained_in_the_plane(key: Array, config: Config, flows: dict[str, Trajector
 @jax.jit
 def _train_to_the_end(key: Array, nodes: dict[str, Node], starts: Array) -> dict[str, Array]:
     """Last weights of nodes trained on 500 samples per cluster with 1000 large steps."""
-    noise = jax.random.normal(key, (DIM, 500, DIM))
+    noise = normal(key, (DIM, 500, DIM))
 
     def end(node):
         loss = bind(_node_loss, (node.centers[:, None, :] + noise, jnp.full(500, 1 / 500), node))
@@ -320,10 +321,10 @@ def _followed_to_the_end(key: Array, starts: np.ndarray, flows: dict[str, Trajec
 def run(config: Config, context: Context) -> dict:
     """Compare the field with samples, train a node, and follow many starts to where they end."""
     keys = jax.random.split(jax.random.key(context.seed), 5)
-    starts = np.asarray(jax.random.normal(keys[3], (config.starts, DIM)))
+    starts = np.asarray(normal(keys[3], (config.starts, DIM)))
     starts = SMALL * starts / np.linalg.norm(starts, axis=1, keepdims=True)
     context.progress("sampling the field", 0.0)
-    measured = _sampled_field(keys[1], jax.random.normal(keys[0], (PROBES, 3)), config.samples)
+    measured = _sampled_field(keys[1], normal(keys[0], (PROBES, 3)), config.samples)
     context.progress("integrating the averaged flows", 0.2)
     flows = _averaged_flows(config, starts)
     context.progress("training nodes", 0.7)
