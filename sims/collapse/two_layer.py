@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,7 @@ TALK = "ziyin2022talk"
 STEPS = (1e-1, 1e-2, 1e-3)  # relative to the critical strength, at which kinks are looked for
 CLOSE = 0.04  # how near to the critical strength networks are trained
 UNEQUAL = 0.25  # gamma_u / gamma_w where the two layers differ
+LANES = 300  # points of the curves of minima
 
 
 @dataclass(frozen=True)
@@ -130,14 +131,22 @@ def _exact_loss(data: tuple, params: list[Array]) -> Array:
 
 
 @partial(jax.jit, static_argnames=("width",))
-def _minima(gammas: Array, moments: Moments, noise: Array, width: int) -> collapse.TwoLayerMinimum:
-    """The global minima at many (gamma_u, gamma_w)."""
+def _minima_of(gammas: Any, moments: Moments, noise: Any, width: int) -> collapse.TwoLayerMinimum:
+    """The global minima at many (gamma_u, gamma_w); a program for each number of them."""
     return jax.vmap(lambda u, w: collapse.two_layer_minimum(moments, u, w, noise, width))(*gammas)
+
+
+def _minima(gammas: Any, moments: Moments, noise: float, width: int) -> collapse.TwoLayerMinimum:
+    """The same of one compiled program for all curves: points are added, and left out again."""
+    count = np.shape(gammas)[1]
+    padded = np.pad(gammas, [(0, 0), (0, max(0, LANES - count))], mode="edge")
+    least = jax.device_get(_minima_of(padded, moments, np.float64(noise), width))
+    return jax.tree.map(lambda leaf: leaf[:count], least)
 
 
 def _theory(config: Config, moments: Moments, critical: float) -> dict:
     """The minimum over the strength of both layers, with that of ridge regression beside it."""
-    share = np.linspace(0.01, 1.5, 300)
+    share = np.linspace(0.01, 1.5, LANES)
     both = critical * jnp.asarray([share, share])
     least = _minima(both, moments, config.noise_variance, config.width)
     ridge = jax.jit(jax.vmap(partial(collapse.ridge_minimum, moments)))(both[0])
@@ -168,7 +177,7 @@ def _near(config: Config, moments: Moments) -> dict:
     law = gamma_w * signal * t / (2 * (config.noise_variance + config.width) * stretch)
     return {
         "t": ("t", t),
-        "b": ("t", _minima(gammas, moments, config.noise_variance, config.width).b),
+        "b": ("t", _minima_of(gammas, moments, config.noise_variance, config.width).b),
         "law": ("t", jnp.sqrt(law)),
     }
 
@@ -228,21 +237,16 @@ def _starts(config: Config, key: Array, moments: Moments, critical: float) -> di
     gammas = critical * np.concatenate([[shares, shares], ratio * shares, [shares[:2], shares[:2]]], axis=1)
     noises = np.concatenate([np.full(2 * shares.size, noise), np.zeros(2)])
     ends = jax.device_get(_descended(config, key, moments, jnp.asarray(gammas.T), jnp.asarray(noises)))
-    u, w = gammas[1], gammas[0]
-    least = jax.device_get(
-        jax.jit(jax.vmap(lambda u, w, s: collapse.two_layer_minimum(moments, u, w, s, config.width)))(
-            u, w, noises
-        )
-    )
     dims = {"loss": "start", "units": "start unit", "norms": "start layer", "second": "start"}
     parts = {"equal": slice(0, shares.size), "unequal": slice(shares.size, -2), "noiseless": slice(-2, None)}
 
     def entries(name, part):
         lane, fields = ("low", ("loss", "units")) if name == "noiseless" else ("strength", dims)
+        least = _minima(gammas[::-1, part], moments, noises[part][0], config.width)
         return {
             **{field: (f"{lane} {dims[field]}", ends[field][part]) for field in fields},
-            "b": (lane, least.b[part]),
-            "least": (lane, least.loss[part]),
+            "b": (lane, least.b),
+            "least": (lane, least.loss),
         }
 
     return {"strength": ("strength", shares)} | {name: entries(name, part) for name, part in parts.items()}
@@ -312,7 +316,7 @@ def run(config: Config, context: Context) -> dict:
     context.progress("SGD with drawn noise", 0.6)
     strengths = critical * jnp.asarray(config.shares)
     found["drawn"] = ("strength seed", _drawn(config, drawn, x, y, strengths))
-    silent = _minima(jnp.stack([strengths, strengths]), moments, jnp.zeros(()), config.width)
+    silent = _minima(jnp.stack([strengths, strengths]), moments, 0.0, config.width)
     found["silent_b"] = ("strength", silent.b)
     context.progress("descent beside the flow", 0.8)
     return found | {"descent": _followed(config, start, moments)}
