@@ -23,6 +23,7 @@ from dynamics import joma
 from dynamics.flow import Trajectory
 from dynamics.spectra import stable_rank
 from models.attention import JomaBlock, JomaInputs, joma_observer
+from models.draws import normal
 from models.functional import as_function
 from models.losses import bind, upstream_product
 from models.training import Descent
@@ -69,7 +70,7 @@ def _outsider() -> Array:
 def _draw(key: Array, config: Config):
     """Gaussian Deltas; data, parameters and coordinates of the network whose saliency is the first one."""
     key_delta, key_x, key_block = jax.random.split(key, 3)
-    deltas = jax.random.normal(key_delta, (config.seeds, TOKENS, HIDDEN))
+    deltas = normal(key_delta, (config.seeds, TOKENS, HIDDEN))
     x = jax.random.exponential(key_x, (config.samples, TOKENS))
     x = x / jnp.sum(x, axis=1, keepdims=True)
     gradient = config.samples * jnp.linalg.pinv(x).T @ deltas[0]  # its saliency is that Delta

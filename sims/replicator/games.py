@@ -25,6 +25,7 @@ from scipy.integrate import cumulative_trapezoid
 from dynamics.flow import Trajectory
 from dynamics.replicator import equilibria, games
 from dynamics.replicator.population import replicator_field, simulate
+from models.draws import normal
 from models.training import record_steps
 from sims import plotting
 from sims.claims import ROUNDING, Claim, Preset, at_most, equals, every, stated
@@ -114,11 +115,11 @@ def field(payoff: Array, x: Array) -> Array:
 def _draw(seed: int, config: Config) -> tuple[Array, Array, Array]:
     """Random games, symmetric games, and starts anywhere on the simplex."""
     k_games, k_symmetric, k_starts = jax.random.split(jax.random.key(seed), 3)
-    halves = jax.random.normal(k_symmetric, (config.followed, 3, 3))
+    halves = normal(k_symmetric, (config.followed, 3, 3))
     # Uniform on the simplex; the sampler of a general Dirichlet law takes seconds to compile.
     waits = jax.random.exponential(k_starts, (config.followed, 3))
     return (
-        jax.random.normal(k_games, (config.random_games, 3, 3)),
+        normal(k_games, (config.random_games, 3, 3)),
         halves + jnp.swapaxes(halves, 1, 2),
         waits / jnp.sum(waits, axis=1, keepdims=True),
     )
