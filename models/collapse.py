@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
@@ -49,7 +50,7 @@ class StochasticLinear(nnx.Module):
         matrices: the weights to start from, input side first: (d_1, d), (d_2, d_1), ..., (k, d_D).
 
     Raises:
-        ValueError: a matrix does not fit the one before, or the inputs do not fit the first.
+        ValueError: a matrix does not fit the one before, or the inputs or the noise do not fit them.
 
     Example:
         >>> StochasticLinear([[[2.0]], [[3.0]]])(Noisy(jnp.ones((1, 1)), [jnp.full((1, 1), 0.5)])).tolist()
@@ -71,6 +72,10 @@ class StochasticLinear(nnx.Module):
         h = as_real("x", inputs.x)
         if h.ndim != 2 or h.shape[1] != self.layers[0].in_features:
             raise ValueError(f"x must have shape (n, {self.layers[0].in_features}), got shape {h.shape}")
+        shapes = [(h.shape[0], layer.out_features) for layer in hidden]
+        if inputs.noise and [np.shape(e) for e in inputs.noise] != shapes:
+            given = [np.shape(e) for e in inputs.noise]
+            raise ValueError(f"noise must be arrays of shapes {shapes}, one per hidden layer, got {given}")
         for index, layer in enumerate(hidden):
             h = layer(h)
             h = h * inputs.noise[index] if inputs.noise else h
@@ -181,6 +186,7 @@ def noisy_batch(
     x, y = as_real("x", x), as_real("y", y)
     require_shapes(x=(x, "n d"), y=(y, "n k"))
     size, y = require_integer("size", size, at_least=1), cast(y, x.dtype)
+    require_sizes(**{f"widths[{index}]": width for index, width in enumerate(widths)})
     examples, *keys = jax.random.split(key, 1 + len(widths))
     chosen = jax.random.randint(examples, (size,), 0, x.shape[0])
     noise = [multiplicative_noise(k, (size, m), variance, law) for k, m in zip(keys, widths, strict=True)]

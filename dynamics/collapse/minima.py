@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -39,7 +40,9 @@ from dynamics.collapse.moments import (
     log_volume,
     nan_unless_finite,
     require_moments,
+    require_widths,
     resolvent,
+    scaled,
     spectrum,
 )
 from dynamics.collapse.search import best_ridge
@@ -195,8 +198,7 @@ def deep_minimum(
         >>> [round(float(norm), 4) for norm in least.norms], round(float(least.loss), 4)
         ([0.9642, 0.9642, 0.9642], 0.2896)
     """
-    moments = require_moments(moments)
-    widths = tuple(require_sizes(**{f"widths[{i}]": width for i, width in enumerate(widths)}))
+    moments, widths = require_moments(moments), require_widths(widths)
     dtype = moments.A.dtype
     gammas = cast(as_real("gammas", gammas), dtype)
     require_shape("gammas", gammas, (len(widths) + 1,))
@@ -204,31 +206,36 @@ def deep_minimum(
     noise_variance = require_number("noise_variance", noise_variance, dtype, at_least=0)
     if not widths:
         W, loss = _ridge(moments, gammas[0])
-        return DeepMinimum(loss, [W], jnp.linalg.norm(W)[None])
+        return DeepMinimum(loss, [W], _norm(W)[None])
     return _deep(moments, gammas, noise_variance, widths)
 
 
 @eqx.filter_jit
 def _deep(moments, gammas, noise_variance, widths):
-    of, depth = spectrum(moments.A), len(widths)
+    (unit, log_A, log_c), depth = scaled(moments), len(widths)
+    of = spectrum(unit.A)
     regular, free = jnp.all(gammas > 0), jnp.all(gammas == 0)
-    strengths = jnp.where(regular, gammas, jnp.ones_like(gammas))
-    log_rho = log_volume(noise_variance, widths)
-    z, alive = _effective_ridge(moments, of, jnp.sum(jnp.log(strengths)), log_rho, depth)
-    balance = jnp.exp((log_rho + jnp.sum(jnp.log(strengths)) - z) / depth)
+    logs = jnp.log(jnp.where(regular, gammas, 1))
+    log_rho, log_Gamma = log_volume(noise_variance, widths), jnp.sum(logs)
+    # In units in which A and c are of size one, the loss is one of c^2 / A.
+    log_unit = 2 * log_c - log_A
+    in_units = log_Gamma - depth * log_unit - log_A
+    z, alive = _effective_ridge(unit, of, in_units, log_rho, depth, jnp.sum(jnp.abs(logs)))
     one, rho = jnp.ones_like(z), jnp.exp(log_rho)
-    ridge = resolvent(jnp.exp(z), one, moments.A, moments.c, of)
-    gain = jnp.where(alive, rho * (moments.c @ ridge) - depth * balance, 0)
+    ridge = resolvent(jnp.exp(z), one, unit.A, unit.c, of)
+    log_balance = (log_rho + in_units - z) / depth
+    gain = jnp.where(alive, rho * (unit.c @ ridge) - depth * jnp.exp(log_balance), 0)
+    norms = jnp.where(alive, jnp.exp((log_balance + log_unit - logs) / 2), 0)
 
     # Without regularization lambda = 0. Its weights are those of the smallest norms, all equal.
-    least = resolvent(jnp.zeros_like(z), one, moments.A, moments.c, of)
+    least = resolvent(jnp.zeros_like(z), one, unit.A, unit.c, of)
     square = jnp.sum(least**2)
     some = square > 0
-    common = jnp.where(some, (rho**2 * jnp.where(some, square, 1)) ** (1 / (2 * depth + 2)), 0)
+    log_square = jnp.log(jnp.where(some, square, 1)) + 2 * (log_c - log_A)
+    common = jnp.where(some, jnp.exp((2 * log_rho + log_square) / (2 * depth + 2)), 0)
 
-    norms = jnp.where(alive, jnp.sqrt(balance / strengths), 0)
     norms = jnp.where(regular, norms, jnp.where(free, common, jnp.nan))
-    loss = moments.y2 - jnp.where(regular, gain, rho * (moments.c @ least))
+    loss = moments.y2 - jnp.exp(log_unit) * jnp.where(regular, gain, rho * (unit.c @ least))
     # Where a strength is zero its derivative depends on how the others go to zero.
     loss, norms = nan_derivatives(~regular, (loss, norms), gammas)
     loss, norms = nan_unless_finite((moments, gammas, noise_variance), (loss, norms))
@@ -236,6 +243,15 @@ def _deep(moments, gammas, noise_variance, widths):
     length = jnp.sum(map_**2)
     direction = map_ / jnp.sqrt(jnp.where(length > 0, length, 1))
     return DeepMinimum(loss, _layers(norms, direction, widths), norms)
+
+
+@jax.jit
+def _norm(W):
+    """The Frobenius norm of small and large numbers, whose derivative at zero is zero."""
+    size = jnp.max(jnp.abs(jax.lax.stop_gradient(W)))
+    size = jnp.where(size > 0, size, 1)
+    square = jnp.sum((W / size) ** 2)
+    return jnp.where(square > 0, size * jnp.sqrt(jnp.where(square > 0, square, 1)), 0 * square)
 
 
 def _layers(norms, direction, widths):
@@ -246,12 +262,16 @@ def _layers(norms, direction, widths):
     return [norm * layer for norm, layer in zip(norms, [first, *flat], strict=True)]
 
 
-def _effective_ridge(moments, of, log_Gamma, log_rho, depth):
-    """The z = log lambda of the global minimum, and whether that is not zero."""
+def _effective_ridge(moments, of, log_Gamma, log_rho, depth, summed):
+    """The z = log lambda of the global minimum, and whether that is not zero.
+
+    `summed` is the sum of the sizes that log_Gamma was added up from, of whose last place its rounding is
+    some.
+    """
     level = (log_rho + log_Gamma) / depth - log_rho
-    signal = jnp.sum(moments.c**2)
     # Without a signal any other stands for it, so that all is finite.
-    moments = moments._replace(c=jnp.where(signal > 0, moments.c, jnp.ones_like(moments.c)))
+    some = jnp.any(moments.c != 0)
+    moments = moments._replace(c=jnp.where(some, moments.c, jnp.ones_like(moments.c)))
     c = moments.c
     least = resolvent(jnp.zeros_like(level), jnp.ones_like(level), moments.A, c, of)
     largest, square = (jnp.where(x > 0, x, 1) for x in (of.values[-1], jnp.sum(least**2)))
@@ -259,13 +279,14 @@ def _effective_ridge(moments, of, log_Gamma, log_rho, depth):
     low = (level - jnp.log(square)) / (1 + 1 / depth)
     if depth == 1:
         # (1 + a / lambda)^{-2} >= 1 - 2 a / lambda bounds the one ridge from above.
-        excess = signal - jnp.exp(log_Gamma)
-        exists = excess > 0
-        high = jnp.log(2 * (c @ moments.A @ c) / jnp.where(exists, excess, 1))
+        signal = jnp.sum(c**2)
+        excess = -jnp.expm1(log_Gamma - jnp.log(signal))
+        exists = some & (excess > 8 * float(jnp.finfo(level.dtype).eps) * (1 + summed))
+        high = jnp.log(2 * (c @ moments.A @ c) / signal / jnp.where(exists, excess, 1))
         below = jnp.inf
     else:
         # Every summand of the crossing falls from here on.
-        exists, below = signal > 0, 0.0
+        exists, below = some, 0.0
         high = jnp.log(largest * (depth + 1) / (depth - 1))
     high = jnp.where(exists, jnp.maximum(high, low), low)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,10 +13,12 @@ from jaxtyping import Array, Float
 from dynamics.arguments import (
     ArrayLike,
     as_concrete,
+    brief,
     nan_unless,
     require_arrays,
     require_number,
     require_shapes,
+    require_sizes,
     require_symmetric,
 )
 from dynamics.flow import all_finite
@@ -64,7 +67,8 @@ def require_moments(moments: Any, *, outputs: bool = False) -> Moments:
     """Moments that some data can have, in one dtype; `outputs` allows for targets of several numbers.
 
     A has to be symmetric and positive semidefinite, and c in its range, up to rounding: without that the
-    losses have no minimum.
+    losses have no minimum. Eigenvalues of A that are rounding count as zero, and what c has there is dropped.
+    y2 only adds to the loss: whether any data with such A and c have it is not looked at.
     """
     if not isinstance(moments, tuple) or len(moments) != 3:
         raise ValueError(f"moments must be a dynamics.collapse.Moments, got {type(moments).__name__}")
@@ -78,12 +82,12 @@ def require_moments(moments: Any, *, outputs: bool = False) -> Moments:
         raise ValueError(f"A must be positive semidefinite, got {np.linalg.eigvalsh(looked_at[0])[0]}")
     if looked_at[0] is None or looked_at[1] is None:
         good = _is_semidefinite(A) & _is_in_range(c, A)
-        return nan_unless_finite((A, c, nan_unless(good, y2)), Moments(A, c, y2))
+        return nan_unless_finite((A, c, nan_unless(good, y2)), Moments(A, _in_range(A, c), y2))
     if not _is_in_range(looked_at[1], looked_at[0]):
         raise ValueError(
             "c must be in the range of A, which E[x y] is for any data, got a part outside of it"
         )
-    return Moments(A, c, y2)
+    return Moments(A, _in_range(A, c), y2)
 
 
 def _is_semidefinite(A: Any) -> Any:
@@ -100,6 +104,21 @@ def _is_in_range(c: Any, A: Any) -> Any:
     null = values <= _slack(A) * numpy.max(numpy.abs(values))
     outside = numpy.where(null[:, None], vectors.T @ _columns(c), 0)
     return numpy.linalg.norm(outside) <= _slack(A) ** 0.5 * numpy.linalg.norm(_columns(c))
+
+
+@jax.jit
+def _in_range(A: Array, c: Array) -> Array:
+    """The part of c in the range of A."""
+    values, vectors = spectrum(A)
+    null = jnp.where((values > 0)[None], 0, vectors)
+    return c - null @ (null.T @ c)
+
+
+def require_widths(widths: Any) -> tuple[int, ...]:
+    """The widths of hidden layers as a tuple of positive integers."""
+    if isinstance(widths, (str, bytes)) or not isinstance(widths, Sequence):
+        raise ValueError(f"widths must be a sequence of positive integers, got {brief(widths)}")
+    return tuple(require_sizes(**{f"widths[{index}]": width for index, width in enumerate(widths)}))
 
 
 def _slack(A: Any) -> float:
@@ -138,6 +157,24 @@ def resolvent(shift: Array, scale: Array, A: Float[Array, "d d"], c: Array, of: 
         return (vectors * inverse[None]) @ (vectors.T @ right)
 
     return jax.lax.custom_linear_solve(lambda v: shift * v + scale * (A @ v), c, solve, symmetric=True)
+
+
+class Scaled(NamedTuple):
+    """Moments whose A and c are of size one, and the logs of what they were divided by.
+
+    Squares of small numbers vanish otherwise. The sizes are constants to derivatives.
+    """
+
+    moments: Moments
+    log_A: Array
+    log_c: Array
+
+
+def scaled(moments: Moments) -> Scaled:
+    """The moments in units of the largest entries of A and c; zeros are divided by one."""
+    sizes = [jnp.max(jnp.abs(jax.lax.stop_gradient(part))) for part in (moments.A, moments.c)]
+    a, c = (jnp.where(size > 0, size, 1) for size in sizes)
+    return Scaled(Moments(moments.A / a, moments.c / c, moments.y2), jnp.log(a), jnp.log(c))
 
 
 def log_volume(noise_variance: Array, widths: tuple[int, ...]) -> Array:

@@ -180,6 +180,7 @@ def hysteresis_sweep(
         >>> abs(swept.params[0][:, 0, 0]).round(3).tolist()  # collapsed above gamma = |c| = 1
         [0.707, 0.0]
     """
+    _require_list(params)
     path = as_real("path", path)
     if path.ndim == 1:
         path = jnp.broadcast_to(path[:, None], (path.size, len(params)))
@@ -226,8 +227,7 @@ def _require(params, moments, noise_variance, gammas):
     """The arguments of the loss as arrays of one dtype, with shapes that fit."""
     moments = require_moments(moments, outputs=True)
     dtype = moments.A.dtype
-    if isinstance(params, (str, bytes)) or not isinstance(params, Sequence) or not len(params):
-        raise ValueError(f"params must be a list of matrices, got {type(params).__name__}")
+    _require_list(params)
     weights = [cast(require_finite("params", as_real("params", W)), dtype) for W in params]
     outputs = moments.c.reshape(moments.c.shape[0], -1).shape[1]
     width = moments.A.shape[0]
@@ -241,6 +241,11 @@ def _require(params, moments, noise_variance, gammas):
     require_shape("gammas", gammas, (len(weights),))
     noise_variance = require_number("noise_variance", noise_variance, dtype, at_least=0)
     return weights, moments, noise_variance, _require_strengths("gammas", gammas)
+
+
+def _require_list(params):
+    if isinstance(params, (str, bytes)) or not isinstance(params, Sequence) or not len(params):
+        raise ValueError(f"params must be a list of matrices, got {type(params).__name__}")
 
 
 def _require_strengths(name: str, gammas: Array) -> Array:

@@ -11,10 +11,11 @@ from jaxtyping import Array, Bool, Float
 
 from dynamics.collapse.moments import Moments, Spectrum, resolvent
 
-# With 256 points extrema stay apart over the 32 e-folds that eigenvalues can span in 64-bit, and more.
+# Two extrema are at least half an e-fold apart. The range has as many e-folds as the eigenvalues have, 32 in
+# 64-bit at most, and at small gammas about as many as these have.
 _GRID = 256
 _CANDIDATES = 4
-_HALVINGS = 60
+_ROUGH, _FINE = 26, 34  # halvings that tell candidates apart, and further ones of the best
 
 
 class Powers(NamedTuple):
@@ -65,9 +66,10 @@ def best_ridge(
         under = at(crossing, middle) < 0
         return jnp.where(under, middle, left), jnp.where(under, right, middle)
 
-    _, z = jax.lax.fori_loop(0, _HALVINGS, halve, (grid[chosen], grid[chosen + 1]))
-    scores = jnp.where(crosses[chosen], at(score, z), jnp.inf)
-    found, z = exists & (jnp.min(scores) < below), z[jnp.argmin(scores)]
+    left, right = jax.lax.fori_loop(0, _ROUGH, halve, (grid[chosen], grid[chosen + 1]))
+    scores = jnp.where(crosses[chosen], at(score, right), jnp.inf)
+    found, best = exists & (jnp.min(scores) < below), jnp.argmin(scores)[None]
+    z = jax.lax.fori_loop(0, _FINE, halve, (left[best], right[best]))[1][0]
 
     def equation(unknown):
         return jnp.where(found, crossing(unknown, powers(unknown, moments, of)), unknown - z)

@@ -59,7 +59,7 @@ class Config:
     """Hidden units of the network, at least one for each output."""
     steps: Count = 2000
     """Steps of descent with momentum, on all digits at once."""
-    starts: Count = 1
+    starts: Count = 2
     """Random starts at each strength."""
 
     def __post_init__(self):
@@ -259,30 +259,21 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
             1e-9,
             why="the same",
         ),
-        at_most(
-            "strengths without: spectral norm of the rest over lambda",
-            np.max(certificate[~alive]) + 1,
-            1.0,
-            why="that is where zero is the minimum",
-        ),
     )
-    complete = float(strength[~alive].min()) / norm, float(strength[alive].max()) / norm
+    share = np.asarray(saved["share"])
+    trained = np.sum(np.asarray(saved["network/values"]) > 1e-6 * norm, axis=-1)
+    nearest = [np.min(share[share > 1]), np.max(share[share < 1])]
+    ends = [trained[share == at].ravel() for at in nearest]
+    exact = "counts are exact"
     yield stated(
         "one-by-one",
         "As regularization grows the modes of the network become zero one after the other, the last one at "
         "the spectral norm of E[y x^T]",
         f"{TALK}, Theorem 1 (several outputs are derived)",
         every("strengths where no mode comes back", np.diff(rank) <= 0),
-        equals(
-            "modes at the smallest strength",
-            rank[0],
-            np.sum(signal > 1e-9),
-            why="ten classes, centered: nine",
-        ),
-        at_least(
-            "least strength without modes, over the norm", complete[0], 1.0, why="where zero is a minimum"
-        ),
-        at_most("largest with modes", complete[1], 1.0, why="the same"),
+        equals("modes at the smallest strength", rank[0], np.sum(signal > 1e-9), why="ten classes, centered"),
+        at_most(f"modes of networks trained at {nearest[0]:g} of the norm", np.max(ends[0]), 0, why=exact),
+        at_least(f"modes of networks trained at {nearest[1]:g} of it", np.min(ends[1]), 1, why=exact),
     )
     yield from _thresholds(saved)
     yield from _training(config, saved)
@@ -313,7 +304,10 @@ def _thresholds(saved: Saved) -> Iterator[Claim]:
                 1e-9,
                 why="the search ends with Newton's steps",
             ),
-            every("modes and strengths where zero is where it should be", (values > ALIVE) == (soft > 0)),
+            every(
+                "modes and strengths where zero is where it should be",
+                (values > ALIVE * white[0]) == (soft > 0),
+            ),
         ],
         outside=[
             equals("correlated inputs: modes of the minimum", outside["minimum"], 2, why=coupled),
@@ -321,10 +315,8 @@ def _thresholds(saved: Saved) -> Iterator[Claim]:
         ],
     )
     near = saved["last"]
-    distance, ratio = (
-        1 - np.asarray(near["share"]),
-        np.asarray(near["values"])[:, 0] / np.asarray(near["law"]),
-    )
+    ratio = np.asarray(near["values"])[:, 0] / np.asarray(near["law"])
+    alone = np.asarray(near["values"])[:, 1] < ALIVE * np.asarray(saved["signal"])[0]
     yield stated(
         "last-mode",
         "Close to its end the last mode is (|E[y x^T]| - lambda) / (v^T A v), v the leading right vector",
@@ -341,7 +333,7 @@ def _thresholds(saved: Saved) -> Iterator[Claim]:
             0.2,
             why="it falls with the distance, which is a tenth",
         ),
-        every("strengths where it is alone", np.asarray(near["values"])[:, 1] < ALIVE * (distance > 0)),
+        every("strengths where it is alone", alone),
     )
 
 

@@ -471,3 +471,63 @@ def test_ridge_keeps_its_rank():
         ridge = ridge_minimum(case, gamma)
         assert np.linalg.matrix_rank(ridge.W, tol=1e-6 * np.linalg.norm(ridge.W, 2)) == 3
         np.testing.assert_allclose(ridge.W, np.linalg.solve(case.A + gamma * np.eye(4), case.c).T, rtol=1e-10)
+
+
+@pytest.mark.parametrize("widths", [(3,), (2, 3)])
+@pytest.mark.parametrize("unit", [1e-150, 1e-8, 1e8])
+def test_units_of_the_data_do_not_matter(widths, unit):
+    # x in other units: A in their square, c in them, and weights of the first layer in their inverse.
+    A, c, y2 = RANDOM
+    other = Moments(A, c * unit, y2)
+    ratio = critical_gamma(other, 0.3, widths) / critical_gamma(RANDOM, 0.3, widths)
+    depth = len(widths)
+    assert float(jnp.log(ratio)) == pytest.approx(2 * depth / (depth + 1) * np.log(unit), rel=1e-12)
+    share = 0.5 * critical_gamma(RANDOM, 0.3, widths)
+    before = deep_minimum(RANDOM, jnp.full(depth + 1, share), 0.3, widths)
+    after = deep_minimum(other, jnp.full(depth + 1, share * ratio), 0.3, widths)
+    # gamma |W|^2 is a loss, in the unit of c^2 / A.
+    np.testing.assert_allclose(after.norms**2 * ratio, before.norms**2 * unit**2, rtol=1e-9)
+
+
+def test_the_order_parameter_is_exactly_zero_at_the_transition():
+    rng = np.random.default_rng(0)
+    c, gamma_u = rng.normal(size=(1000, 3)), rng.uniform(0.1, 2, size=1000)
+    gamma_w = np.sum(c**2, axis=1) / gamma_u
+
+    @jax.jit
+    @jax.vmap
+    def b(c, u, w):
+        return two_layer_minimum(Moments(jnp.eye(3), c, 9.0), u, w, 0.3, 2).b
+
+    assert not np.any(b(c, gamma_u, gamma_w))
+    assert np.all(b(c, gamma_u, gamma_w * (1 - 1e-12)) > 0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_the_loss_is_one_that_the_weights_reach_on_nearly_singular_data(dtype):
+    tiny = 0.5 * float(jnp.finfo(dtype).eps)
+    part = dtype(tiny**0.5 / 4)
+    case = Moments(jnp.diag(jnp.array([1, tiny], dtype)), jnp.array([1, part], dtype), jnp.array(1.1, dtype))
+    least = two_layer_minimum(case, 1e-8, 1e-8, 0.0, 2)
+    reached = stochastic_linear_loss([least.W, least.U[None]], case, 0.0, jnp.full(2, 1e-8, dtype))
+    assert float(least.loss) == pytest.approx(float(reached), abs=1e-6)
+    ridge = ridge_minimum(case, 1e-8)
+    assert float(ridge.loss) == pytest.approx(0.1, abs=1e-3)
+
+
+def test_order_is_told_at_steps_of_any_size():
+    # A direction of small variance has most of the signal: the kink shows at steps of 1e-5 alone.
+    case = Moments(jnp.diag(jnp.array([1e-4, 10.0])), jnp.array([0.01, 0.001]), 2.0)
+    at = jax.jit(lambda gamma: 2 * two_layer_minimum(case, gamma, gamma, 0.0, 1).b ** 2)
+    assert transition_order(lambda gamma: float(at(gamma)), critical_gamma(case, 0.0, (1,))) == 2
+    low = jax.tree.map(partial(jnp.asarray, dtype=jnp.float32), ROUND)
+    norm = jax.jit(lambda gamma: jnp.sum(ridge_minimum(low, gamma).W ** 2))
+    for gamma_c in (1e-3, 0.03, 1.0):
+        assert transition_order(lambda gamma: float(norm(jnp.float32(gamma))), gamma_c) == 0
+
+
+@pytest.mark.parametrize("unit", [1e-8, 1e8])
+def test_the_map_of_several_outputs_is_certified_in_any_units(unit):
+    A, C, strength = jnp.array([[1, 0.9], [0.9, 1]]), unit * jnp.array([[1, 0.3], [0.2, 0.5]]), 0.3 * unit
+    B = nuclear_minimum(Moments(A, C, 9.0), strength, strength).B
+    assert np.linalg.norm(C.T - B @ A, 2) / strength == pytest.approx(1, abs=1e-9)

@@ -99,3 +99,10 @@ def test_descent_with_decay_and_drawn_noise_ends_near_the_minimum():
 def test_matrices_must_follow_each_other():
     with pytest.raises(ValueError, match="matrices must follow each other"):
         StochasticLinear([jnp.ones((2, 3)), jnp.ones((1, 3))])
+
+
+def test_noise_must_have_the_shape_of_the_layers():
+    network = StochasticLinear([jnp.ones((4, 3)), jnp.ones((1, 4))])
+    for noise in ([jnp.ones((2, 1))], [jnp.ones(4)], [jnp.ones((2, 4))] * 2):
+        with pytest.raises(ValueError, match="noise must be arrays of shapes"):
+            network(Noisy(jnp.ones((2, 3)), noise))
