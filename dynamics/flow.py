@@ -139,7 +139,7 @@ def integrate(
     rtol, atol = _require_tolerances(rtol, atol, y0, dtype)
     solver, adjoint = _require_methods(solver, adjoint)
     (max_steps,) = require_sizes(max_steps=max_steps)
-    field, args = _with_its_numbers(field, ts[0], y0, args)
+    args = jax.tree.map(_trace_number, args)
 
     path, reached, end = _solve(field, y0, ts, args, solver, rtol, atol, max_steps, adjoint)
 
@@ -190,15 +190,6 @@ def _require_methods(solver: Any, adjoint: Any) -> tuple[diffrax.AbstractSolver,
     )
 
 
-def _with_its_numbers(field: VectorField, t: Array, y: PyTree, args: PyTree) -> tuple[VectorField, PyTree]:
-    """The field, and the arguments as arrays; what it closes over and is traced is among them."""
-    args = jax.tree.map(_trace_number, args)
-    if _closes_over_traced(field, *jax.tree.leaves(args)):
-        # What is differentiated must be among the arguments: derivatives of a failed lane are made NaN there.
-        return _opened(field, t, y, args)
-    return field, args
-
-
 def _raise_from_program(path: Trajectory, cause: Array, max_steps: int) -> Trajectory:
     """The path, in a program that calls the host to raise where it failed."""
     messages = [f"{why}; throw=False tells where" for why in _why("", "", max_steps)]
@@ -206,47 +197,6 @@ def _raise_from_program(path: Trajectory, cause: Array, max_steps: int) -> Traje
     ok = eqx.branched_error_if(path.ok, ~path.ok, cause, messages, on_error="raise")
     # Derivatives need the states no more, but this choice, so that their failure is told too.
     return Trajectory(path.ts, jax.tree.map(lambda leaf: nan_unless(ok, leaf), path.ys), ok)
-
-
-def _closes_over_traced(*functions: Any) -> bool:
-    """Whether one of them, or a function that it calls from its closure, holds a traced number there."""
-    seen, left = set(), list(functions)
-    while left:
-        function = left.pop()
-        cells = getattr(function, "__closure__", None) or ()
-        if id(function) in seen:
-            continue
-        seen.add(id(function))
-        held = jax.tree.leaves([cell.cell_contents for cell in cells if _is_full(cell)])
-        if is_traced(held):
-            return True
-        left += held
-    return False
-
-
-def _is_full(cell: Any) -> bool:
-    """Whether a name in a closure has a value by now."""
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
-
-
-def _opened(field: VectorField, t: Array, y: PyTree, args: PyTree) -> tuple[VectorField, PyTree]:
-    """The field as one whose arguments hold all numbers that it closes over, and these arguments."""
-    arrays, functions = eqx.partition(args, eqx.is_array)
-
-    def of_arrays(t, y, arrays):
-        return field(t, y, eqx.combine(arrays, functions))
-
-    return _with_its_own, (arrays, eqx.filter_closure_convert(of_arrays, t, y, arrays))
-
-
-def _with_its_own(t: Any, y: PyTree, both: tuple[PyTree, Any]) -> PyTree:
-    """A field that is an argument, with the numbers that it closes over."""
-    args, field = both
-    return field(t, y, args)
 
 
 def _trace_number(leaf: Any) -> Any:
@@ -259,6 +209,7 @@ def _trace_number(leaf: Any) -> Any:
 
 @eqx.filter_jit
 def _solve(field, y0, ts, args, solver, rtol, atol, max_steps, adjoint):
+    field = _with_its_numbers(field, ts[0], y0, args)
     _require_field(field, y0, ts, args)
     if isinstance(adjoint, diffrax.RecursiveCheckpointAdjoint):
         field, y0, ts, args = only_in_reverse((field, y0, ts, args), _ONLY_REVERSE)
@@ -327,7 +278,10 @@ class _End(NamedTuple):
 def _cause(field: VectorField, ts: Array, args: PyTree, end: _End) -> Array:
     """Which of the messages of `_why` tells why a solve failed."""
     (t0, y0), (t, y) = end.start, end.last
-    args = jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_array(leaf) else leaf, args)
+    field = _with_its_numbers(field, t, y, args)
+    field, args = jax.tree.map(
+        lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_array(leaf) else leaf, (field, args)
+    )
     limits = jnp.finfo(t.dtype)
     # Steps that are stopped by a field which is not finite end this close to where it is.
     ahead = 1e3 * limits.eps * jnp.maximum(abs(t), ts[-1] - ts[0])
@@ -370,10 +324,23 @@ _ONLY_REVERSE = (
 )
 
 
-def _require_field(field, y0, ts, args):
-    """`ValueError` unless the field has the structure, the shapes and the precision of the state."""
+def _with_its_numbers(field: VectorField, t: Array, y: PyTree, args: PyTree) -> VectorField:
+    """The field as a pytree, whose leaves are the arrays that it closes over, traced ones among them.
+
+    Steps have a derivative in their arguments alone, and those of a failed solve are made NaN there.
+    """
     if not callable(field):
         raise ValueError(f"field must be a function of t, y and args, got {brief(field)}")
+
+    # Equinox takes a function without a closure for one that holds no numbers.
+    def opened(t, y, args):
+        return field(t, y, args)
+
+    return eqx.filter_closure_convert(opened, t, y, args)
+
+
+def _require_field(field, y0, ts, args):
+    """`ValueError` unless the field has the structure, the shapes and the precision of the state."""
     speed = eqx.filter_eval_shape(field, ts[0], y0, args)
     if jax.tree.structure(speed) != jax.tree.structure(y0):
         raise ValueError(
@@ -416,9 +383,10 @@ def integrate_until(
     """
     dtype = jnp.finfo(jnp.result_type(*jax.tree.leaves(y0))).dtype
     controller = diffrax.PIDController(rtol=rtol, atol=atol)
+    t0 = jnp.zeros((), dtype)
     solution = diffrax.diffeqsolve(
-        **guarded(field, args, solver, controller),
-        t0=jnp.zeros((), dtype),
+        **guarded(_with_its_numbers(field, t0, y0, args), args, solver, controller),
+        t0=t0,
         t1=jnp.asarray(horizon, dtype),
         dt0=None,
         y0=y0,

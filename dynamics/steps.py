@@ -92,7 +92,11 @@ class _Guarded(diffrax.AbstractWrappedSolver):
         return self.solver.func(terms, t0, y0, args)
 
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
-        return _step(self, terms, t0, t1, y0, args, solver_state, made_jump)
+        y1, error, *rest = _step(self, terms, t0, t1, y0, args, solver_state, made_jump)
+        # The controller makes the next step shorter after a state that is NaN, not after an infinite one.
+        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(y1)]))
+        y1 = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.nan), y1)
+        return y1, jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.inf), error), *rest
 
 
 def _within_step(interpolation: Any, *, t0: Any, t1: Any, **pieces: Any) -> Any:

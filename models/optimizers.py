@@ -55,8 +55,11 @@ def decaying(rate: Number, decay: Number, steps: Number) -> optax.GradientTransf
 
 def _at_least_zero(name: str, number: Number) -> Number:
     """The number as it is, since one of Python takes the update's dtype; NaN where it is bad and traced."""
-    guarded = require_number(name, number, jnp.result_type(float), at_least=0)
-    return guarded.astype(jnp.result_type(number, jnp.float16)) if is_traced(number) else number
+    require_number(name, number, jnp.result_type(float), at_least=0)
+    if not is_traced(number):
+        return number
+    # A factor of Python's numbers keeps the weak type of a number of Python that is traced.
+    return number * jnp.where((number >= 0) & jnp.isfinite(number), 1.0, jnp.nan)
 
 
 def one_of(index: Number, optimizers: Sequence[optax.GradientTransformation]) -> optax.GradientTransformation:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import diffrax
 import equinox as eqx
@@ -15,8 +16,8 @@ import numpy as np
 import pytest
 from scipy.integrate import solve_ivp
 
-from dynamics.flow import Trajectory, all_finite, gradient_flow, integrate
-from tests.helpers import count_compilations
+from dynamics.flow import Trajectory, all_finite, gradient_flow, integrate, integrate_until
+from tests.helpers import compiled, count_compilations
 
 TIMES = [0.0, 0.5, 1.0, 2.0]
 
@@ -257,8 +258,10 @@ def test_other_numbers_compile_nothing():
     with count_compilations() as names:
         integrate(decay, 3.0, [1, 2.5, 3, 4], 0.5, rtol=1e-5, atol=1e-6)
     assert names == []
+    growth = partial(lambda sign, t, y, rate: sign * rate * y, jnp.array(1.0))
     with count_compilations() as names:
-        integrate(lambda t, y, rate: rate * y, 1.0, TIMES, 2.0)
+        for rate in (2.0, 1.0):
+            integrate(growth, 1.0, TIMES, rate)
     assert names == ["jit(_solve)"]
 
 
@@ -355,29 +358,64 @@ def test_pieces():
     assert not bool(all_finite((jnp.ones(2), jnp.array([0.0, jnp.inf]))))
 
 
-@pytest.mark.parametrize("where", ["field", "partial", "function in args"])
-def test_a_failure_is_seen_in_derivatives_in_what_is_closed_over(where):
+class Squares:
+    """Fields y' = c y^2 that hold c in an object: in a call of it, or in a method."""
+
+    def __init__(self, c):
+        self.c = c
+
+    def __call__(self, t, y, args):
+        return self.c * y**2
+
+    def method(self, t, y, args):
+        return self(t, y, args)
+
+
+# A field of the number c, by where it holds it.
+HOLDERS = {
+    "closure": lambda c: lambda t, y, args: c * y**2,
+    "closure over an object": lambda c: partial(lambda held, t, y, args: held.c * y**2, SimpleNamespace(c=c)),
+    "default": lambda c: lambda t, y, args, c=c: c * y**2,
+    "partial": lambda c: partial(lambda c, t, y, args: c * y**2, c),
+    "pytree": lambda c: jax.tree_util.Partial(lambda c, t, y, args: c * y**2, c),
+    "compiled": lambda c: jax.jit(lambda t, y, args: c * y**2),
+    "callable object": Squares,
+    "bound method": lambda c: Squares(c).method,
+}
+
+
+@pytest.mark.parametrize("mode", ["reverse", "forward", "until"])
+def test_a_failure_is_seen_in_derivatives_in_what_is_closed_over(mode):
     """y' = c y^2 blows up at 1 / c: in a lane that does, no derivative in c is a number."""
+    options: dict = {"solver": diffrax.Heun(), "rtol": 1e-4, "atol": 1e-6}
 
-    def reached(c):
-        def square(y):
-            return c * y**2
+    def reached(cs):
+        fields = [hold(c) for hold, c in zip(HOLDERS.values(), cs[:-1], strict=True)]
+        args = partial(lambda c, t, y, args: c * y**2, cs[-1])
 
-        if where == "partial":
-            field = jax.tree_util.Partial(lambda c, t, y, args: c * y**2, c)
-            return integrate(field, 1.0, [0.0, 0.5, 2.0], throw=False).ys[1]
-        if where == "field":
-            return integrate(lambda t, y, args: square(y), 1.0, [0.0, 0.5, 2.0], throw=False).ys[1]
-        return integrate(lambda t, y, g: g(y), 1.0, [0.0, 0.5, 2.0], square, throw=False).ys[1]
+        def field(t, y, args, fields=tuple(fields)):
+            return jnp.stack([own(t, y, None) for own, y in zip([*fields, args], y, strict=True)])
 
-    found = jax.vmap(jax.grad(reached))(jnp.array([0.1, 1.0]))
-    np.testing.assert_allclose(found[0], 0.5 / (1 - 0.5 * 0.1) ** 2, rtol=1e-6)
-    assert np.isnan(found[1])
+        y0 = jnp.ones_like(cs)
+        if mode == "until":
+            return integrate_until(field, y0, 0.5, args, lambda t, y, args: jnp.array(False), **options)[
+                0
+            ].sum()
+        adjoint = diffrax.ForwardMode() if mode == "forward" else None
+        return (
+            integrate(field, y0, [0.0, 0.5, 2.0], args, throw=False, adjoint=adjoint, **options).ys[1].sum()
+        )
+
+    derivative = jax.grad(reached) if mode == "reverse" else jax.jacfwd(reached)
+    numbers = jnp.stack([jnp.full(len(HOLDERS) + 1, c) for c in (0.1, 1.0)])
+    found = compiled(jax.vmap(derivative))(numbers)
+    np.testing.assert_allclose(found[0], 0.5 / (1 - 0.5 * 0.1) ** 2, rtol=1e-3)
+    assert mode == "until" or np.isnan(found[1]).all()
 
 
 @pytest.mark.parametrize(("solver", "dtype"), [(diffrax.Tsit5, np.float32), (diffrax.Kvaerno3, np.float64)])
 def test_derivatives_are_those_of_the_steps_that_are_kept(solver, dtype):
-    """y' = -a sinh(y): trial steps overflow far up; beyond the dtype all do, and the solve fails."""
+    """y' = -a sinh(y): trial steps overflow far up, to infinity too; at 800 all do, and the solve fails."""
 
     def last(rate, y0):
         return integrate(
@@ -387,9 +425,9 @@ def test_derivatives_are_those_of_the_steps_that_are_kept(solver, dtype):
     def pull(t, y, rate):
         return -rate * jnp.sinh(y)
 
-    starts = dtype([1.0, 20.0, 800.0])
+    starts = dtype([*np.linspace(1, 0.45 * np.log(np.finfo(dtype).max), 50), 800])
     ys, slopes = jax.vmap(jax.value_and_grad(last), in_axes=(None, 0))(dtype(1), starts)
-    exact = 2 * np.arctanh(np.exp(-1) * np.tanh(starts[:2] / 2))
-    np.testing.assert_allclose(ys[:2], exact, rtol=3e-3)
-    np.testing.assert_allclose(slopes[:2], -np.sinh(exact), rtol=1e-2)
-    assert np.isnan([ys[2], slopes[2]]).all()
+    exact = 2 * np.arctanh(np.exp(-1) * np.tanh(starts[:-1] / 2))
+    np.testing.assert_allclose(ys[:-1], exact, rtol=3e-3)
+    np.testing.assert_allclose(slopes[:-1], -np.sinh(exact), rtol=1e-2)
+    assert np.isnan([ys[-1], slopes[-1]]).all()
