@@ -15,8 +15,8 @@ from jaxtyping import Array, PyTree
 def nan_derivatives(failed: Array, ys: PyTree, inputs: PyTree) -> PyTree:
     """The states of a solve, all of whose derivatives in the inputs are NaN where it failed.
 
-    Those of the states that were reached would be taken for the solution's, and those of the others are zero,
-    as if the solve had converged.
+    The derivatives of the states that were reached would be taken for the solution's, and those of the other
+    states are zero, as if the solve had converged.
     """
     return _nan_derivatives(
         failed, ys, [leaf for leaf in jax.tree.leaves(inputs) if eqx.is_inexact_array(leaf)]
@@ -47,7 +47,7 @@ def _(primals, tangents):
 def only_in_reverse(tree: PyTree, message: str) -> PyTree:
     """The pytree, whose numbers have derivatives in reverse mode only.
 
-    One in forward mode ends in a ValueError with the message, in a compiled program as well.
+    A derivative in forward mode ends in a ValueError with the message, in a compiled program as well.
 
     Example:
         >>> square = lambda x: only_in_reverse(x, "no forward mode") ** 2
@@ -67,7 +67,7 @@ def _refuse(*_: Any, message: str) -> NoReturn:
     raise ValueError(message)
 
 
-# Forward mode computes or batches this function of the tangents, reverse mode its transpose alone.
+# The identity of tangents: forward mode computes or batches it, and is refused; reverse mode transposes it.
 _refuse_p = Primitive("refuse_forward_mode")
 _refuse_p.def_abstract_eval(lambda tangent, *, message: tangent)
 _refuse_p.def_impl(_refuse)
@@ -75,7 +75,8 @@ mlir.register_lowering(_refuse_p, _refuse)
 batching.primitive_batchers[_refuse_p] = _refuse
 ad.deflinear2(_refuse_p, lambda cotangent, _, **message: [cotangent])
 
-# The identity, with those tangents. A `custom_jvp` has them batched in reverse mode too.
+# The identity of numbers, whose tangents pass through `_refuse_p`. A `custom_jvp` cannot do that: it has its
+# tangents batched in reverse mode too.
 _only_in_reverse_p = Primitive("only_in_reverse")
 _only_in_reverse_p.def_abstract_eval(lambda x, *, message: x)
 _only_in_reverse_p.def_impl(lambda x, *, message: x)

@@ -24,6 +24,7 @@ from dynamics.derivatives import only_in_reverse
 from dynamics.steps import guarded
 
 VectorField = Callable[[Any, Any, Any], Any]
+_ADJOINTS = diffrax.RecursiveCheckpointAdjoint, diffrax.DirectAdjoint, diffrax.ForwardMode
 _DERIVED: Any = object()  # JAX makes trajectories of None and other things that stand for arrays
 
 
@@ -108,7 +109,8 @@ def integrate(
             imaginary part.
         ts: times that increase strictly, shape (T,).
         args: pytree handed to `field`; may hold functions.
-        solver: a diffrax solver; `diffrax.Dopri8()` where None. Stiff flows want `diffrax.Kvaerno5()`.
+        solver: a diffrax solver with an error estimate, for a field that is one function: neither `Euler` nor
+            `KenCarp4`. `diffrax.Dopri8()` where None; stiff flows want `diffrax.Kvaerno5()`.
         rtol: relative tolerance per step, at most 1; raised to 10 machine epsilons of the state's dtype
             where it is below, since a smaller one cannot be met.
         atol: absolute tolerance per step, at most 1, or the largest number of `y0` where that is above.
@@ -116,7 +118,9 @@ def integrate(
         throw: raise when the solve fails. With False the failure is `ok=False`, per lane under `vmap`.
             To raise from inside of `jit`, the program calls the host, and JAX keeps no such program in
             its persistent cache: solve with False there and look at `ok` outside.
-        adjoint: how diffrax differentiates through the solve; its default where None.
+        adjoint: how diffrax differentiates through the solve: `diffrax.RecursiveCheckpointAdjoint()`, its
+            default, where None; `diffrax.DirectAdjoint()`; or `diffrax.ForwardMode()`. Where a step is
+            differentiated, it is computed twice, since its error tells whether it is kept.
 
     Returns:
         A `Trajectory`; `ys` is NaN at the times that were not reached, and everything is where a traced
@@ -178,12 +182,19 @@ def _require_tolerances(rtol: ArrayLike, atol: ArrayLike, y0: PyTree, dtype: Any
 
 def _require_methods(solver: Any, adjoint: Any) -> tuple[diffrax.AbstractSolver, diffrax.AbstractAdjoint]:
     """The solver and the adjoint, or their defaults."""
-    if not (adjoint is None or isinstance(adjoint, diffrax.AbstractAdjoint)):
-        raise ValueError(
-            f"adjoint must be a diffrax adjoint, such as diffrax.ForwardMode(), got {brief(adjoint)}"
-        )
+    if not (adjoint is None or isinstance(adjoint, _ADJOINTS)):
+        names = ", ".join(f"diffrax.{kind.__name__}()" for kind in _ADJOINTS)
+        raise ValueError(f"adjoint must be one of {names}, got {brief(adjoint)}")
     if not (solver is None or isinstance(solver, diffrax.AbstractSolver)):
-        raise ValueError(f"solver must be a diffrax solver, such as diffrax.Kvaerno5(), got {solver!r}")
+        raise ValueError(f"solver must be a diffrax solver, such as diffrax.Kvaerno5(), got {brief(solver)}")
+    # A solver of another kind has no error estimate, or wants its field in parts.
+    if solver is not None and not (
+        isinstance(solver, diffrax.AbstractAdaptiveSolver) and solver.term_structure is diffrax.AbstractTerm
+    ):
+        raise ValueError(
+            "solver must estimate its error and take a field that is one function, such as diffrax.Dopri8(), "
+            f"diffrax.Tsit5() and diffrax.Kvaerno5(), got {brief(solver)}"
+        )
     return (
         diffrax.Dopri8() if solver is None else solver,
         diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint,
@@ -392,7 +403,7 @@ def integrate_until(
         y0=y0,
         stepsize_controller=controller,
         max_steps=max_steps,
-        event=diffrax.Event(lambda t, y, args, **_: stop(t, y, args[1])),
+        event=diffrax.Event(lambda t, y, args, **_: stop(t, y, args.args)),
         adjoint=diffrax.ForwardMode(),
         throw=False,
     )

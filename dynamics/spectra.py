@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, SupportsIndex
 
 import equinox as eqx
 import jax
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float
 from dynamics.arguments import (
     as_concrete,
     as_real,
+    brief,
     nan_unless,
     require_arrays,
     require_number,
@@ -130,27 +132,39 @@ def alignment(A: ArrayLike, B: ArrayLike) -> Float[Array, "*batch"]:
     return inner / jnp.where(lengths == 0, 1, lengths)
 
 
-def norm(x: ArrayLike, axis: int | tuple[int, ...] = -1) -> Float[Array, "..."]:
+def norm(x: ArrayLike, axis: SupportsIndex | tuple[SupportsIndex, ...] = -1) -> Float[Array, "..."]:
     r"""Euclidean norm along an axis, or several, without squares that vanish or overflow.
 
     Its gradient is zero where x is.
 
     Raises:
-        ValueError: `x` is empty or has no such axis.
+        ValueError: `axis` is neither an integer nor a tuple of some, or `x` has no such axis, or one that is
+            empty.
 
     Example:
         >>> float(norm(jnp.array([3e-30, 4e-30], jnp.float32)) / 1e-30).__round__(5)
         5.0
     """
     x = as_real("x", x)
-    axes = (axis,) if isinstance(axis, int) else axis
-    if x.size == 0 or not all(-x.ndim <= a < x.ndim for a in axes):
-        raise ValueError(f"x must not be empty and have axis {axis}, got shape {x.shape}")
-    x, largest = _scaled(x, axis)
-    square = jnp.sum(x**2, axis=axis)
+    axes = _require_axes(axis)
+    if not all(-x.ndim <= a < x.ndim and x.shape[a] > 0 for a in axes):
+        raise ValueError(f"x must have axis {brief(axis)}, which is not empty, got shape {x.shape}")
+    x, largest = _scaled(x, axes)
+    square = jnp.sum(x**2, axis=axes)
     # Where x is zero the second choice keeps the root's infinite slope out of the gradient.
     root = jnp.where(square == 0, 0, jnp.sqrt(jnp.where(square == 0, 1, square)))
-    return jnp.squeeze(largest, axis=axis) * root
+    return jnp.squeeze(largest, axis=axes) * root
+
+
+def _require_axes(axis: Any) -> tuple[int, ...]:
+    """The axis or axes as a tuple of Python integers."""
+    try:
+        axes = tuple(map(operator.index, axis if isinstance(axis, tuple) else (axis,)))
+    except TypeError:
+        axes = ()
+    if not axes:
+        raise ValueError(f"axis must be an integer or a tuple of integers, got {brief(axis)}")
+    return axes
 
 
 def _scaled(x: Array, axis: int | tuple[int, ...]) -> tuple[Array, Array]:

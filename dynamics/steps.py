@@ -5,12 +5,14 @@ field: exp(v^2 / 2) overflows far outside of the solution. Nothing depends on it
 is zero times what its own derivative is, and that is NaN where the step is not finite. It would spoil the
 derivative of a solve that succeeded, and an implicit solver, which solves a linear system with it, would
 raise, for all lanes of a `vmap`.
+
+The stages of a step that is kept count all the same: one where the field has no derivative spoils it.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -23,6 +25,9 @@ def guarded(
     field: Any, args: PyTree, solver: diffrax.AbstractSolver, controller: diffrax.PIDController
 ) -> dict[str, Any]:
     """What `diffrax.diffeqsolve` is given, so that only steps which are kept have a derivative.
+
+    Traced numbers of the field must be leaves of it, as `equinox.filter_closure_convert` makes them: a step
+    has a derivative in its arguments alone.
 
     Example:
         >>> def field(t, y, args):
@@ -39,17 +44,25 @@ def guarded(
     """
     return {
         "terms": diffrax.ODETerm(_field),
-        "args": (field, args, None),
+        "args": _Numbers(field, args),
         "solver": _Guarded(solver, controller),
     }
 
 
-def _field(t: Any, y: PyTree, args: tuple[Any, PyTree, Array | None]) -> PyTree:
-    """The field, but for a step that is left out: zero, whatever the derivative of the field is."""
-    field, own, left_out = args
-    if left_out is None:
+class _Numbers(NamedTuple):
+    """What the guarded field is handed: the field with its own arguments, and where it is taken for zero."""
+
+    field: Any
+    args: PyTree
+    lost: Array | None = None
+
+
+def _field(t: Any, y: PyTree, numbers: _Numbers) -> PyTree:
+    """The field; where it is lost it is zero, whatever its derivative is."""
+    field, own, lost = numbers
+    if lost is None:
         return field(t, y, own)
-    return _zero_where(left_out, jax.tree.map(jnp.asarray, field(t, _zero_where(left_out, y), own)))
+    return _zero_where(lost, jax.tree.map(jnp.asarray, field(t, _zero_where(lost, y), own)))
 
 
 def _zero_where(condition: Array, tree: PyTree) -> PyTree:
@@ -60,10 +73,7 @@ def _zero_where(condition: Array, tree: PyTree) -> PyTree:
 
 
 class _Guarded(diffrax.AbstractWrappedSolver):
-    """A solver, whose steps have the derivative zero where the controller is sure to throw them away.
-
-    Its field is the one of `guarded`.
-    """
+    """A solver, whose steps have the derivative zero where the controller is sure to throw them away."""
 
     solver: diffrax.AbstractSolver  # pyright: ignore[reportIncompatibleVariableOverride]
     controller: diffrax.PIDController
@@ -94,7 +104,7 @@ class _Guarded(diffrax.AbstractWrappedSolver):
     def step(self, terms, t0, t1, y0, args, solver_state, made_jump):
         y1, error, *rest = _step(self, terms, t0, t1, y0, args, solver_state, made_jump)
         # The controller makes the next step shorter after a state that is NaN, not after an infinite one.
-        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(y1)]))
+        finite = _finite(y1)
         y1 = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.nan), y1)
         return y1, jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.inf), error), *rest
 
@@ -106,7 +116,7 @@ def _within_step(interpolation: Any, *, t0: Any, t1: Any, **pieces: Any) -> Any:
 class _Within(diffrax.AbstractLocalInterpolation):
     """The states within a step. Under `vmap` they are asked for far beyond it too, by the other lanes.
 
-    A polynomial of degree seven at a million steps ahead is beyond float32; no use is made of it.
+    A polynomial of degree seven at a million steps ahead is beyond float32, and no lane uses that value.
     """
 
     inside: diffrax.AbstractLocalInterpolation
@@ -128,16 +138,22 @@ def _step(guard, terms, t0, t1, y0, args, state, made_jump):
 @_step.def_jvp
 def _(primals, tangents):
     guard, terms, t0, t1, y0, (field, own, _), state, made_jump = primals
-    stepped = _step(*primals)
-    left_out = ~_may_be_kept(guard.controller, y0, *stepped[:2])
-    # The step that is differentiated there is a harmless one: from zero, with a field that is zero.
-    y0, own, state = _zero_where(left_out, (y0, own, state))
-    times = jnp.where(left_out, 0, t0), jnp.where(left_out, 1, t1)
+    y1, error, *more = _step(*primals)
+    left_out = ~_may_be_kept(guard.controller, y0, y1, error)
+    # The step that is differentiated there has no length: it sees the field where the solution is.
+    t1 = jnp.where(left_out, t0, t1)
+    # Where the field is not finite there, the solve fails: that step is one from zero, with a field of zero.
+    lost = left_out & ~_finite(field(t0, y0, own))
+    y0, own, state = _zero_where(lost, (y0, own, state))
     solver = _differentiable(guard.solver)
-    primals = solver, terms, *times, y0, (field, own, left_out), state, made_jump
+    primals = solver, terms, t0, t1, y0, _Numbers(field, own, lost), state, made_jump
     unmoved = jax.tree.map(lambda _: None, solver)
     _, moved = eqx.filter_jvp(_own_step, primals, (unmoved, *_zero_where(left_out, tangents[1:])))
-    return stepped, _zero_where(left_out, moved)
+    return (y1, error, *more), _zero_where(left_out, moved)
+
+
+def _finite(tree: PyTree) -> Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
 
 
 def _own_step(solver, *arguments):
@@ -145,18 +161,19 @@ def _own_step(solver, *arguments):
 
 
 def _may_be_kept(controller: diffrax.PIDController, y0: PyTree, y1: PyTree, error: PyTree) -> Array:
-    """Whether a step is finite, with an error that is at most ten times what the controller lets pass."""
+    """Whether a step is finite, with an error that the controller lets pass, up to rounding."""
 
     def scaled(y0, y1, error):
         return error / (controller.atol + controller.rtol * jnp.maximum(abs(y0), abs(y1)))
 
-    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(y1)]
     size = controller.norm(jax.tree.map(scaled, y0, y1, error))
-    return jnp.all(jnp.stack([*finite, size < 10]))
+    return _finite(y1) & (size < 1 + 1e-3)
 
 
 def _differentiable(solver: Any) -> Any:
     """The solver with a loop over its stages that has a derivative in both modes."""
-    if getattr(solver, "scan_kind", "") not in (None, "checkpointed"):
+    if isinstance(solver, diffrax.HalfSolver):
+        return eqx.tree_at(lambda s: s.solver, solver, _differentiable(solver.solver))
+    if not hasattr(solver, "scan_kind"):
         return solver
     return eqx.tree_at(lambda s: s.scan_kind, solver, "bounded", is_leaf=lambda leaf: leaf is None)

@@ -245,6 +245,10 @@ def test_only_a_program_that_raises_calls_the_host(solver, throw):
         ({"atol": 1e30}, r"^atol must be at most 1, or the largest number of y0 .*, got 1e\+30$"),
         ({"atol": np.nan}, r"^atol must be a finite number >= 0, got nan$"),
         ({"max_steps": 0}, r"^max_steps must be a positive integer, got 0$"),
+        ({"adjoint": diffrax.BacksolveAdjoint()}, r"^adjoint must be one of .*\(\), got Backsolve.*$"),
+        ({"adjoint": diffrax.ImplicitAdjoint()}, r"^adjoint must be one of .*\(\), got Implicit.*$"),
+        ({"solver": diffrax.Euler()}, r"^solver must estimate its error .*, got Euler.*$"),
+        ({"solver": diffrax.KenCarp4()}, r"^solver must estimate its error .*, got KenCarp4.*$"),
     ],
 )
 def test_bad_input_is_named(change, message):
@@ -431,3 +435,30 @@ def test_derivatives_are_those_of_the_steps_that_are_kept(solver, dtype):
     np.testing.assert_allclose(ys[:-1], exact, rtol=3e-3)
     np.testing.assert_allclose(slopes[:-1], -np.sinh(exact), rtol=1e-2)
     assert np.isnan([ys[-1], slopes[-1]]).all()
+
+
+def test_a_step_that_is_thrown_away_has_no_part_in_derivatives():
+    """y' = -a sqrt(y): beyond zero its slope is infinite, and the steps that go there are thrown away."""
+
+    def last(rate, end):
+        pull = lambda t, y, rate: -rate * jnp.sqrt(jnp.maximum(y, 0))  # noqa: E731
+        options: dict = {"solver": diffrax.Tsit5(), "rtol": 1e-3, "atol": 1e-6, "throw": False}
+        return integrate(pull, 1.0, jnp.stack([0.0, end]), rate, **options).ys[1]
+
+    ends = jnp.linspace(1.0, 1.99, 60)
+    slopes = jax.vmap(jax.grad(last), in_axes=(None, 0))(1.0, ends)
+    np.testing.assert_allclose(slopes, -ends * (1 - ends / 2), rtol=0, atol=0.05)  # and so none is NaN
+
+
+def test_checks_within_a_field_hold_while_it_is_differentiated():
+    """A start far up makes the solver throw steps away."""
+
+    def pull(t, y, rate):
+        return -eqx.error_if(rate, rate <= 0, "rate must be positive") * jnp.sinh(y)
+
+    def last(rate):
+        options: dict = {"solver": diffrax.HalfSolver(diffrax.Heun(scan_kind="lax")), "rtol": 1e-3}
+        return integrate(pull, 20.0, [0.0, 1.0], rate, **options, atol=1e-3, throw=False).ys[1]
+
+    exact = 2 * np.arctanh(np.exp(-1) * np.tanh(10))
+    np.testing.assert_allclose(jax.grad(last)(1.0), -np.sinh(exact), rtol=1e-2)

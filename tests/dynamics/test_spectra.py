@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynamics.spectra import (
+    _require_axes,
     alignment,
     captured_energy,
     effective_rank,
@@ -205,3 +206,20 @@ def test_the_largest_numbers_have_sizes(dtype):
     np.testing.assert_allclose(effective_rank(0.5 * huge * A), effective_rank(A), rtol=1e-6)
     np.testing.assert_allclose(alignment(0.5 * huge * A, A), 1.0, rtol=1e-6)
     np.testing.assert_allclose(captured_energy(jnp.eye(2, 1, dtype=dtype), 0.5 * huge * A), 0.8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [None, (), 1.0, (0, None), "0"])
+def test_a_norm_is_along_axes(axis):
+    with pytest.raises(ValueError, match=r"^axis must be an integer or a tuple of integers, got "):
+        _require_axes(axis)
+
+
+def test_axes_of_a_norm_may_be_any_integers_and_other_axes_empty():
+    np.testing.assert_allclose(norm(np.ones((2, 3)), np.int64(1)), [3**0.5] * 2, rtol=1e-15)
+    np.testing.assert_allclose(norm(np.ones((2, 3)), (np.int64(0), 1)), 6**0.5, rtol=1e-15)
+    assert norm(np.ones((0, 3))).shape == (0,)
+    for axis in (0, (0, 1), 2):
+        with pytest.raises(
+            ValueError, match=r"^x must have axis .*, which is not empty, got shape \(0, 3\)$"
+        ):
+            norm(np.ones((0, 3)), axis)
