@@ -6,7 +6,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,6 +26,7 @@ from dynamics.collapse import (
     transition_order,
     two_layer_minimum,
 )
+from tests.helpers import lowest
 
 ROUND = Moments(jnp.eye(4), jnp.array([0.5, -0.5, 0.5, 0.5]), jnp.array(1.0))
 # Its minima jump from one to another at 0.261, and to zero at 0.419, with two hidden layers of one unit.
@@ -51,27 +51,6 @@ def value_and_norm(case, noise, widths):
         return least.loss, jnp.sum(least.norms**2)
 
     return at
-
-
-def lowest(loss, shapes, *args, starts=64):
-    """The lowest loss that Adam reaches from many starts, in one program."""
-    optimizer = optax.adam(optax.exponential_decay(0.05, 6000, 1e-5))
-
-    @jax.jit
-    def descended(key):
-        keys = jax.random.split(key, len(shapes))
-        start = [0.7 * jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True)]
-
-        def step(carry, _):
-            params, state = carry
-            updates, state = optimizer.update(jax.grad(loss)(params, args), state)
-            return (optax.apply_updates(params, updates), state), None
-
-        (end, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), length=6000)
-        return loss(end, args)
-
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-        return float(jnp.min(jax.vmap(descended)(jax.random.split(jax.random.key(1), starts))))
 
 
 def network_loss(params, args):
@@ -123,7 +102,7 @@ def test_minima_are_the_best_of_64_starts(gammas, noise, widths):
     case, gammas, sizes = RANDOM, jnp.array(gammas), (3, *widths, 1)
     least = deep_minimum(case, gammas, noise, widths)
     assert least.norms[0] > 0.1
-    found = lowest(network_loss, list(zip(sizes[1:], sizes, strict=False)), case, noise, gammas)
+    found = lowest(network_loss, zip(sizes[1:], sizes, strict=False), (case, noise, gammas))
     assert found == pytest.approx(float(least.loss), abs=1e-9)
     # The weights reach the loss, and are stationary.
     loss, slope = jax.value_and_grad(network_loss)(least.weights, (case, noise, gammas))
@@ -410,7 +389,7 @@ def test_several_outputs_are_the_best_of_64_starts(gamma):
     case = data(4, d=4, k=3)
     gu, gw = 2 * gamma, gamma / 2
     least = nuclear_minimum(case, gu, gw)
-    found = lowest(network_loss, [(4, 4), (3, 4)], case, 0.0, jnp.array([gw, gu]))
+    found = lowest(network_loss, [(4, 4), (3, 4)], (case, 0.0, jnp.array([gw, gu])))
     assert found == pytest.approx(float(least.loss), abs=1e-9)
     R, norm = np.asarray(case.c.T - least.B @ case.A), np.linalg.norm(least.B, "nuc")
     assert np.linalg.norm(R, 2) <= gamma * (1 + 1e-12)

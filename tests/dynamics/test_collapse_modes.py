@@ -5,7 +5,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,37 +21,10 @@ from dynamics.collapse import (
     vae_minimum,
     vae_modes,
 )
+from tests.helpers import lowest
 
 Z = jnp.array([[1.2, 0.3, -0.5], [0.1, 0.9, 0.4]])
 DEC, ENC = 0.8, 1.3
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _descended(loss, shapes, args, keys):
-    optimizer = optax.adam(optax.exponential_decay(0.05, 6000, 1e-5))
-
-    def from_start(key):
-        keys = jax.random.split(key, len(shapes))
-        start = [0.7 * jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True)]
-
-        def step(carry, _):
-            params, state = carry
-            updates, state = optimizer.update(jax.grad(loss)(params, args), state)
-            return (optax.apply_updates(params, updates), state), None
-
-        (end, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), length=6000)
-        return loss(end, args)
-
-    return jax.vmap(from_start)(keys)
-
-
-def lowest(loss, shapes, args):
-    """The lowest loss that Adam reaches from 64 starts, in one program for all arguments.
-
-    Adam stops short by up to 1e-6; that the minimum is reached, the weights in closed form show.
-    """
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-        return float(jnp.min(_descended(loss, tuple(shapes), args, jax.random.split(jax.random.key(1), 64))))
 
 
 def of_vae(params, beta):
