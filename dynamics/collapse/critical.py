@@ -27,6 +27,12 @@ def critical_gamma(moments: Moments, noise_variance: ArrayLike, widths: Sequence
 
         gamma_c^{(D + 1) / D} = rho^{1 - 1 / D} / D  max_lambda lambda^{1 / D} c^T (A + lambda)^{-1} c
 
+    It is for linear networks without biases. gamma is half of a weight decay that is added to the gradient of
+    the mean of |f(x) - y|^2, as by `optax.add_decayed_weights` before `optax.sgd`, and all of it for half of
+    that loss; decay that is decoupled, as in AdamW, ends elsewhere. Where layers have different strengths,
+    their geometric mean counts. For several outputs and one hidden layer without noise gamma_c is the
+    spectral norm of E[y x^T], see `nuclear_minimum`; nothing is known here of deeper ones.
+
     It is |c| for one hidden layer, whatever A, widths and noise are; for more it depends on all of them. For
     A = a I and widths w
 
@@ -58,7 +64,8 @@ def metastable_gamma(moments: Moments, noise_variance: ArrayLike, widths: Sequen
 
         gamma_m^{(D + 1) / D} = rho^{1 - 1 / D}  max_lambda lambda^{1 + 1 / D} |(A + lambda)^{-1} c|^2
 
-    Between `critical_gamma` and it a network that has learned stays where it is, though zero is better. For
+    Between `critical_gamma` and it a network that has learned stays where it is, though zero is better; one
+    that has collapsed stays at zero at every gamma, unless it is kicked, see `hysteresis_sweep`. For
     A = a I the ratio of the two is (D + 1) / 4^{D / (D + 1)}: 1 for one hidden layer, 1.19 for two.
 
     Source: ziyin2022talk, slides on more layers (the formula is derived here).

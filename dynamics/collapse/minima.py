@@ -143,7 +143,8 @@ def two_layer_minimum(
 
     Args:
         moments: `Moments` of data with one output.
-        gamma_u: strength of regularization of U, >= 0.
+        gamma_u: strength of regularization of U, >= 0; half of a weight decay that is added to the gradient
+            of the mean of |f(x) - y|^2. (`deep_minimum` takes strengths input side first.)
         gamma_w: that of W. Where both are 0 the result is the limit of equal ones; where one of them is, the
             loss is the infimum, which no weights reach, and b, U and W are NaN.
         noise_variance: s >= 0; dropout at rate p has s = p / (1 - p).

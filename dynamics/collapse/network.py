@@ -165,7 +165,7 @@ def hysteresis_sweep(
         noise_variance: s, a number >= 0.
         path: the strengths, (K, D + 1), or (K,) where those of all layers are equal.
         key: of the noise.
-        kick: standard deviation of the noise, a number >= 0.
+        kick: standard deviation of the noise, a number >= 0; large ones carry deep networks out of zero.
         horizon: the time spent at each step, a positive number.
 
     Returns:
