@@ -315,22 +315,22 @@ def _thresholds(saved: Saved) -> Iterator[Claim]:
         ],
     )
     near = saved["last"]
-    ratio = np.asarray(near["values"])[:, 0] / np.asarray(near["law"])
+    share, ratio = np.asarray(near["share"]), np.asarray(near["values"])[:, 0] / np.asarray(near["law"])
     alone = np.asarray(near["values"])[:, 1] < ALIVE * np.asarray(saved["signal"])[0]
     yield stated(
         "last-mode",
         "Close to its end the last mode is (|E[y x^T]| - lambda) / (v^T A v), v the leading right vector",
         f"{TALK}, Theorem 1 (several outputs are derived)",
         at_most(
-            "at 0.999 of the norm: its value over that, less 1",
+            f"at {share[-1]:g} of the norm: its value over that, less 1",
             abs(ratio[-1] - 1),
             1e-2,
             why="the next order",
         ),
         at_most(
-            "error there over the error at 0.99",
+            f"error there over the error at {share[2]:g}",
             abs(ratio[-1] - 1) / abs(ratio[2] - 1),
-            0.2,
+            2 * (1 - share[-1]) / (1 - share[2]),
             why="it falls with the distance, which is a tenth",
         ),
         every("strengths where it is alone", alone),

@@ -338,9 +338,12 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
 def _theorem(saved: Saved) -> Claim:
     runs = {name: saved[f"starts/{name}"] for name in ("equal", "unequal")}
     alive = np.asarray(saved["starts/strength"]) < 1
-    gap = max(largest(run["loss"] - run["least"][:, None]) for run in runs.values())
-    units = max(largest(run["units"] - run["b"][:, None, None]) for run in runs.values())
-    rank = max(largest(run["second"][alive] / np.sqrt(run["norms"][alive, :, 0])) for run in runs.values())
+    worst = {
+        "gap": [largest(run["loss"] - run["least"][:, None]) for run in runs.values()],
+        "units": [largest(run["units"] - run["b"][:, None, None]) for run in runs.values()],
+        "rank": [largest(run["second"][alive] / np.sqrt(run["norms"][alive, :, 0])) for run in runs.values()],
+    }
+    gap, units, rank = map(np.max, worst.values())  # the largest of NaN is NaN
     dead = np.concatenate([run["norms"][~alive].sum(axis=-1).ravel() for run in runs.values()])
     living = np.concatenate([run["norms"][alive].min(axis=-1).ravel() for run in runs.values()])
     left = "descent has come to rest but for the slowest directions"
