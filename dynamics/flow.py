@@ -19,8 +19,7 @@ from dynamics.arguments import ArrayLike as ArrayLike
 from dynamics.arguments import as_real, brief, nan_unless, require_finite, require_sizes, require_times
 from dynamics.arguments import is_traced as is_traced
 from dynamics.arguments import require_number as require_number
-from dynamics.derivatives import nan_derivatives as nan_derivatives
-from dynamics.derivatives import only_in_reverse
+from dynamics.derivatives import nan_derivatives, only_in_reverse
 from dynamics.steps import guarded
 
 VectorField = Callable[[Any, Any, Any], Any]

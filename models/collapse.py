@@ -73,12 +73,12 @@ class StochasticLinear(nnx.Module):
         if h.ndim != 2 or h.shape[1] != self.layers[0].in_features:
             raise ValueError(f"x must have shape (n, {self.layers[0].in_features}), got shape {h.shape}")
         shapes = [(h.shape[0], layer.out_features) for layer in hidden]
-        if inputs.noise and [np.shape(e) for e in inputs.noise] != shapes:
-            given = [np.shape(e) for e in inputs.noise]
+        given = [np.shape(e) for e in inputs.noise]
+        if given and given != shapes:
             raise ValueError(f"noise must be arrays of shapes {shapes}, one per hidden layer, got {given}")
         for index, layer in enumerate(hidden):
             h = layer(h)
-            h = h * inputs.noise[index] if inputs.noise else h
+            h = h * inputs.noise[index] if given else h
         return output(h)
 
 

@@ -13,7 +13,9 @@ from jaxtyping import Array, Float
 from dynamics.arguments import (
     ArrayLike,
     as_concrete,
+    as_real,
     brief,
+    is_traced,
     nan_unless,
     require_arrays,
     require_number,
@@ -77,41 +79,28 @@ def require_moments(moments: Any, *, outputs: bool = False) -> Moments:
         raise ValueError(f"c must have shape (d,), since the network has one output, got shape {c.shape}")
     require_shapes(A=(A, "d d"), c=(c, "d k" if c.ndim == 2 else "d"))
     A, y2 = require_symmetric("A", A), require_number("y2", moments[2], A.dtype, at_least=0)
-    looked_at = as_concrete(A), as_concrete(c)
-    if looked_at[0] is not None and not _is_semidefinite(looked_at[0]):
-        raise ValueError(f"A must be positive semidefinite, got {np.linalg.eigvalsh(looked_at[0])[0]}")
-    if looked_at[0] is None or looked_at[1] is None:
-        good = _is_semidefinite(A) & _is_in_range(c, A)
-        return nan_unless_finite((A, c, nan_unless(good, y2)), Moments(A, _in_range(A, c), y2))
-    if not _is_in_range(looked_at[1], looked_at[0]):
+    known = as_concrete(A)
+    numpy = jnp if known is None else np
+    values, vectors = numpy.linalg.eigh(jax.lax.stop_gradient(A) if known is None else known)
+    slack = _slack(A)
+    largest = numpy.max(numpy.abs(values))
+    semidefinite, null = values[0] >= -slack * largest, values <= slack * largest
+    if known is not None and not semidefinite:
+        raise ValueError(f"A must be positive semidefinite, got {values[0]}")
+
+    numpy = jnp if is_traced(A, c) else np
+    parts = vectors.T @ _columns(c if numpy is jnp else np.asarray(c))
+    outside = numpy.where(null[:, None], parts, 0)
+    in_range = numpy.linalg.norm(outside) <= slack**0.5 * numpy.linalg.norm(parts)
+    if numpy is jnp:
+        left = c - (vectors @ outside).reshape(c.shape)
+        good = nan_unless(semidefinite & in_range, y2)
+        return nan_unless_finite((A, c, good), Moments(A, left, y2))
+    if not in_range:
         raise ValueError(
             "c must be in the range of A, which E[x y] is for any data, got a part outside of it"
         )
-    return Moments(A, _in_range(A, c), y2)
-
-
-def _is_semidefinite(A: Any) -> Any:
-    """Whether no eigenvalue is below zero by more than rounding."""
-    numpy = np if isinstance(A, np.ndarray) else jnp
-    values = numpy.linalg.eigvalsh(A)
-    return values[0] >= -_slack(A) * numpy.max(numpy.abs(values))
-
-
-def _is_in_range(c: Any, A: Any) -> Any:
-    """Whether no more of c than rounding is orthogonal to the range of A."""
-    numpy = np if isinstance(A, np.ndarray) and isinstance(c, np.ndarray) else jnp
-    values, vectors = numpy.linalg.eigh(A)
-    null = values <= _slack(A) * numpy.max(numpy.abs(values))
-    outside = numpy.where(null[:, None], vectors.T @ _columns(c), 0)
-    return numpy.linalg.norm(outside) <= _slack(A) ** 0.5 * numpy.linalg.norm(_columns(c))
-
-
-@jax.jit
-def _in_range(A: Array, c: Array) -> Array:
-    """The part of c in the range of A."""
-    values, vectors = spectrum(A)
-    null = jnp.where((values > 0)[None], 0, vectors)
-    return c - null @ (null.T @ c)
+    return Moments(A, as_real("c", np.asarray(c) - (vectors @ outside).reshape(c.shape)), y2)
 
 
 def require_widths(widths: Any) -> tuple[int, ...]:

@@ -30,7 +30,8 @@ from dynamics.arguments import (
     require_shapes,
     require_times,
 )
-from dynamics.flow import Trajectory, integrate, nan_derivatives
+from dynamics.derivatives import nan_derivatives
+from dynamics.flow import Trajectory, integrate
 
 NegGradient = Callable[[Any], Any]
 

@@ -28,7 +28,8 @@ from dynamics.arguments import (
     require_shapes,
     require_sizes,
 )
-from dynamics.flow import integrate_until, nan_derivatives
+from dynamics.derivatives import nan_derivatives
+from dynamics.flow import integrate_until
 from dynamics.incremental.flows import NegGradient, require_gradient, require_start
 
 # A coordinate that enters starts its stage at this product.

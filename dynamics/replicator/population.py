@@ -25,7 +25,8 @@ from dynamics.arguments import (
     require_shape,
     require_shapes,
 )
-from dynamics.flow import Trajectory, all_finite, integrate, nan_derivatives
+from dynamics.derivatives import nan_derivatives
+from dynamics.flow import Trajectory, all_finite, integrate
 from dynamics.replicator.simplex import (
     guarded_start,
     require_fit,

@@ -250,13 +250,13 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         at_most(
             "strengths with modes: spectral norm of the rest over lambda, less 1",
             largest(certificate[alive]),
-            1e-9,
+            1e-12,
             why="the search ends with Newton's steps",
         ),
         at_most(
             "|<rest, B> - lambda |B|_*|, over the norm of E[y x^T]",
             largest(part["slackness"]) / norm,
-            1e-9,
+            1e-13,
             why="the same",
         ),
     )
@@ -301,7 +301,7 @@ def _thresholds(saved: Saved) -> Iterator[Claim]:
             at_most(
                 "whitened digits: singular values less the closed form",
                 largest(values - soft),
-                1e-9,
+                1e-13,
                 why="the search ends with Newton's steps",
             ),
             every(
@@ -324,7 +324,7 @@ def _thresholds(saved: Saved) -> Iterator[Claim]:
         at_most(
             f"at {share[-1]:g} of the norm: its value over that, less 1",
             abs(ratio[-1] - 1),
-            1e-2,
+            1e-4,
             why="the next order",
         ),
         at_most(
@@ -348,24 +348,24 @@ def _training(config: Config, saved: Saved) -> Iterator[Claim]:
         "network",
         "Descent on a two-layer network ends at that map, from every start, with its two layers in balance",
         f"{TALK}, Theorem 1 (several outputs are derived)",
-        at_most("loss over the minimum's", largest(gap), 1e-9, why=rest),
+        at_most("loss over the minimum's", largest(gap), 1e-13, why=rest),
         at_most(
             "distance of the maps",
             largest(part["gap"]),
-            1e-4,
-            why=f"{rest}; the loss is flat to second order",
+            1e-10,
+            why=rest,
         ),
         at_most(
             "largest entry of U^T U - W W^T",
             largest(part["balance"]),
-            1e-6,
+            1e-10,
             why="it decays as exp(-4 lambda t)",
         ),
         every("networks with as many modes as the minimum", modes == expected[:, None]),
         at_most(
             "loss on the images, less that from their moments",
             abs(part["on_images"] - part["loss"][0, 0]),
-            1e-10,
+            1e-14,
             why="rounding alone",
         ),
     )

@@ -440,8 +440,10 @@ def test_derivatives_are_those_of_the_steps_that_are_kept(solver, dtype):
 def test_a_step_that_is_thrown_away_has_no_part_in_derivatives():
     """y' = -a sqrt(y): beyond zero its slope is infinite, and the steps that go there are thrown away."""
 
+    def pull(t, y, rate):
+        return -rate * jnp.sqrt(jnp.maximum(y, 0))
+
     def last(rate, end):
-        pull = lambda t, y, rate: -rate * jnp.sqrt(jnp.maximum(y, 0))  # noqa: E731
         options: dict = {"solver": diffrax.Tsit5(), "rtol": 1e-3, "atol": 1e-6, "throw": False}
         return integrate(pull, 1.0, jnp.stack([0.0, end]), rate, **options).ys[1]
 
