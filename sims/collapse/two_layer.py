@@ -561,9 +561,10 @@ def figure(config: Config, saved: Saved) -> Figure:
     law.loglog(near["t"], near["law"], label="square root of t", **plotting.THEORY)
     plotting.finish(law, "Close to the critical point", "t / |E[xy]|²", "b = |U_j|", "upper left")
     _bend_panel(bend, saved)
-    ts, paths = saved["descent/time"], saved["descent/imbalance"]
+    ts = saved["descent/time"]
+    law, trained = (np.asarray(saved[f"descent/imbalance/{name}"])[:, :5] for name in ("law", "trained"))
     labels = [f"unit {index + 1}" for index in range(min(config.width, 5))]
-    plotting.theory_and_trained(units, ts, paths["law"][:, :5], paths["trained"], labels, "exp(−4γt)")
+    plotting.theory_and_trained(units, ts, law, trained, labels, "exp(−4γt)")
     plotting.finish(
         units, "Imbalance of hidden units", "time = learning rate × step", "|out|² − |in|²", "lower right"
     )
