@@ -221,6 +221,8 @@ def _work(name: str, options: Options) -> Saved | Exception:
         if os.environ.get("DYNASCOPE_TRACEBACK"):
             traceback.print_exc()
         return RuntimeError(f"{name}: {first_line(error)}")
+    finally:
+        startup.forget_programs()  # the next simulation has its own
 
 
 def own_process() -> None:

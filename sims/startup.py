@@ -18,6 +18,8 @@ from dynamics import workarounds
 _CACHE_BOUND = 10**9
 # Bytes that must be free: on a full disk half of a program may be written, which cannot be loaded.
 _FREE = 10**8
+# The share of a process's memory mappings at which its programs are forgotten.
+_MAPPED = 0.4
 CACHE_WARNING = "Error (reading|writing) persistent compilation cache entry"
 
 
@@ -58,6 +60,26 @@ def configure_jax(x64: bool, cache: Path | str | None = None) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     # An entry that cannot be read or written any more costs time, not a result.
     warnings.filterwarnings("ignore", CACHE_WARNING)
+
+
+def forget_programs(share: float = _MAPPED) -> bool:
+    """Forget what this process has compiled, where that fills its table of memory mappings; whether it did.
+
+    Linux gives a process some 65,000 mappings. A compiled program keeps a handful, a large one hundreds, for
+    as long as JAX may call it again, and one that finds the table full ends the process with a segmentation
+    fault. What is called again after this is loaded from the cache. Other systems have no such bound.
+    """
+    try:
+        bound = int(Path("/proc/sys/vm/max_map_count").read_text())
+        mappings = Path("/proc/self/maps").read_bytes().count(b"\n")
+    except OSError:
+        return False
+    if mappings <= share * bound:
+        return False
+    import jax
+
+    jax.clear_caches()
+    return True
 
 
 def cache_root(cache: Path | str | None = None) -> Path | None:

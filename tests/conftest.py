@@ -1,6 +1,7 @@
 """Strict settings for the whole suite: 64-bit, no silent rank promotion, warnings are errors."""
 
 import gc
+import itertools
 
 from sims import startup
 
@@ -21,3 +22,12 @@ settings.load_profile("dynascope")
 def pytest_configure(config):
     # Two workers share the cache: one may look at a program that the other is writing.
     config.addinivalue_line("filterwarnings", f"ignore:{startup.CACHE_WARNING}")
+
+
+_ended = itertools.count(1)
+
+
+def pytest_runtest_teardown():
+    # A worker runs a thousand tests, and would run out of memory mappings; looking takes a few hundredths.
+    if next(_ended) % 20 == 0:
+        startup.forget_programs()

@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 import equinox._config
+import jax
 import pytest
 
 from sims import startup
@@ -47,6 +48,16 @@ def test_the_cache_is_where_it_was_asked_for(variables, cache, root, monkeypatch
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert startup.cache_root(cache) == (None if root is None else Path(root))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not bound the mappings of a process")
+def test_programs_are_forgotten_before_the_process_is_out_of_mappings():
+    traced = []
+    function = jax.jit(lambda x: traced.append(x) or x + 0.125)
+    for share, times in (1.0, 1), (1.0, 1), (0.0, 2):
+        assert startup.forget_programs(share) == (share == 0)
+        assert function(1.0) == 1.125
+        assert len(traced) == times
 
 
 def test_machines_with_other_processors_share_nothing(monkeypatch):
