@@ -204,7 +204,8 @@ def _require_number(name: str, value: Any, dtype: Any, holds: Callable[[Any], An
     except ValueError:
         number = None
     if number is None or number.ndim != 0:
-        raise ValueError(f"{name} must be {rule}, got {brief(value)}")
+        many = "" if number is None else "; jax.vmap maps over many"
+        raise ValueError(f"{name} must be {rule}, got {brief(value)}{many}")
     looked_at = as_concrete(number)
     if looked_at is None:
         return nan_unless(holds(number), number)
