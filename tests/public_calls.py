@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.tree_util import Partial
 
-from dynamics.collapse import Moments
+from dynamics.collapse import Moments, VaeWeights
 from dynamics.incremental import GreedyPath
 from dynamics.scan_snap import SequenceClasses, Weights
 from models.attention.joma import JomaInputs
@@ -135,6 +135,12 @@ STRENGTHS = Real(np.array([0.1, 0.2, 0.1]), (np.array([0.1, -0.2, 0.1]),))
 def of_second_moments(function: Callable[..., Any], A: Any, c: Any, y2: Any, **others: Any) -> Any:
     """A function of the moments of data."""
     return function(moments=Moments(A, c, y2), **others)
+
+
+def of_vae_weights(function: Callable[..., Any], U: Any, W: Any, log_variance: Any, **others: Any) -> Any:
+    """A function of the weights of an autoencoder, and of data."""
+    weights = VaeWeights(U, W, log_variance)
+    return of_second_moments(partial(function, weights), **others)
 
 
 def of_two_layers(function: Callable[..., Any], params: Any, **others: Any) -> Any:
@@ -557,6 +563,19 @@ CALLS: dict[str, Call] = {
         beta=RATE,
         eta_dec=POSITIVE,
         eta_enc=POSITIVE,
+    ),
+    "dynamics.collapse.linear_vae_flow": call(
+        partial(of_vae_weights, **SOLVE, rtol=1e-4, atol=1e-6),
+        A=SECOND_MOMENTS["A"],
+        c=Real(np.array([[1.2, 0.3], [0.9, -0.2]])),
+        y2=SECOND_MOMENTS["y2"],
+        U=Real(np.array([[0.5], [0.2]])),
+        W=Real(np.array([[0.3], [0.4]])),
+        log_variance=Real(np.array([-0.5])),
+        beta=RATE,
+        eta_dec=POSITIVE,
+        eta_enc=POSITIVE,
+        ts=TIMES,
     ),
     "dynamics.collapse.vae_minimum": call(
         Z=Real(PAYOFF.value, fine="shorter"), latents=2, beta=RATE, eta_dec=POSITIVE, eta_enc=POSITIVE

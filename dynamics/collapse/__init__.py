@@ -27,6 +27,8 @@ from dynamics.collapse.selfsupervised import infonce_minimum as infonce_minimum
 from dynamics.collapse.selfsupervised import landau_loss as landau_loss
 from dynamics.collapse.selfsupervised import landau_minimum as landau_minimum
 from dynamics.collapse.vae import VaeMinimum as VaeMinimum
+from dynamics.collapse.vae import VaeWeights as VaeWeights
+from dynamics.collapse.vae import linear_vae_flow as linear_vae_flow
 from dynamics.collapse.vae import linear_vae_loss as linear_vae_loss
 from dynamics.collapse.vae import vae_minimum as vae_minimum
 from dynamics.collapse.vae import vae_modes as vae_modes

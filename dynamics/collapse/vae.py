@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax.scipy.special import xlogy
 from jaxtyping import Array, Float
 
 from dynamics.arguments import (
     ArrayLike,
+    cast,
     require_arrays,
+    require_choice,
     require_number,
     require_positive,
     require_shapes,
     require_sizes,
 )
-from dynamics.collapse.moments import nan_unless_finite
+from dynamics.collapse.moments import Moments, nan_unless_finite, require_moments
+from dynamics.flow import Trajectory, gradient_flow, integrate
+
+# A learned covariance may have every entry, or variances alone; one that is fixed is that of the prior.
+Covariance = Literal["full", "diagonal", "fixed"]
+
+
+class VaeWeights(NamedTuple):
+    """Weights of a linear variational autoencoder.
+
+    Attributes:
+        U: decoder, (dy, k).
+        W: encoder, (dx, k); the latents of x have the mean W^T x.
+        log_variance: logs of the variances of the latents' noise, (k,); or, for a full covariance L L^T, a
+            matrix (k, k) with twice the logs of the diagonal of L, and with L below it.
+    """
+
+    U: Any
+    W: Any
+    log_variance: Any
 
 
 class VaeMinimum(NamedTuple):
@@ -90,10 +112,92 @@ def linear_vae_loss(
     return error / (2 * dec) + jnp.where(beta > 0, beta / 2 * jnp.where(beta > 0, prior, 0), 0)
 
 
+def linear_vae_flow(
+    weights: VaeWeights,
+    moments: Moments,
+    beta: ArrayLike,
+    eta_dec: ArrayLike,
+    eta_enc: ArrayLike,
+    ts: ArrayLike,
+    *,
+    fixed: bool = False,
+    **options: Any,
+) -> Trajectory:
+    r"""Gradient flow of a linear variational autoencoder in its weights, latents and data integrated.
+
+        dU/dt = -[(U V^T - Z) V + U S] / eta_dec^2,   V = A^{1/2} W
+        dW/dt = -[A W (U^T U + beta (eta_dec / eta_enc)^2 I) - E[x y^T] U] / eta_dec^2
+        d(log s_i^2)/dt = -s_i^2 |u_i|^2 / (2 eta_dec^2) - (beta / 2) (s_i^2 / eta_enc^2 - 1)
+
+    the last for variances S = diag(s_i^2). This is the loss of `linear_vae_loss`, in the coordinates of the
+    network. Directions in which inputs do not vary keep their weights in W.
+
+    Source: ziyin2022talk, Theorem 2 (linear latent variable model) (the flow of its loss is derived).
+
+    Args:
+        weights: `VaeWeights` at ts[0].
+        moments: `Moments` of inputs and targets, c of shape (dx, dy).
+        beta: weight of the prior, a number >= 0.
+        eta_dec: standard deviation of the decoder's noise, positive.
+        eta_enc: that of the prior, positive.
+        ts: times that increase strictly, shape (T,).
+        fixed: whether the noise of the latents stays as it is.
+        **options: options of `dynamics.flow.integrate`. Close to a threshold the flow slows down: solve long
+            horizons with `solver=diffrax.Kvaerno5()`.
+
+    Returns:
+        A `Trajectory` whose `ys` are `VaeWeights` with leading axis T.
+
+    Raises:
+        ValueError: the shapes do not fit, or a number is out of range and can be looked at.
+        RuntimeError: the solve failed.
+
+    Example:
+        >>> start, data = VaeWeights([[0.5]], [[0.5]], [0.0]), Moments([[4.0]], [[4.0]], 4.0)
+        >>> end = linear_vae_flow(start, data, 1.0, 1.0, 1.0, [0.0, 99.0]).ys
+        >>> end.U[-1].round(4).tolist(), jnp.exp(end.log_variance[-1]).round(4).tolist()
+        ([[1.7321]], [0.25])
+    """
+    moments = require_moments(moments, outputs=True)
+    U, W, log_variance = require_arrays(U=weights[0], W=weights[1], log_variance=weights[2])
+    c = moments.c.reshape(moments.c.shape[0], -1)
+    U, W, log_variance = (cast(part, c.dtype) for part in (U, W, log_variance))
+    axes = "k k" if log_variance.ndim == 2 else "k"
+    require_shapes(U=(U, "dy k"), W=(W, "dx k"), log_variance=(log_variance, axes), c=(c, "dx dy"))
+    beta = require_number("beta", beta, c.dtype, at_least=0)
+    etas = (
+        require_positive(name, eta, c.dtype) for name, eta in (("eta_dec", eta_dec), ("eta_enc", eta_enc))
+    )
+    moved = jnp.asarray(not fixed, c.dtype)
+    return integrate(_flow, VaeWeights(U, W, log_variance), ts, (moments, c, beta, *etas, moved), **options)
+
+
+def _loss_of_weights(weights, args):
+    """The loss from moments, E|y|^2 included; its last argument is 0 where the noise is held."""
+    U, W, logs = weights
+    moments, c, beta, eta_dec, eta_enc, moved = args
+    logs = moved * logs + (1 - moved) * jax.lax.stop_gradient(logs)
+    own = jnp.diag(logs) if logs.ndim == 2 else logs
+    L = jnp.diag(jnp.exp(own / 2)) + (jnp.tril(logs, -1) if logs.ndim == 2 else 0)
+    dec, enc, S, G = eta_dec**2, eta_enc**2, L @ L.T, W.T @ moments.A @ W
+    error = jnp.sum((U.T @ U) * (G + S)) - 2 * jnp.sum(U.T * (W.T @ c)) + moments.y2
+    prior = (jnp.trace(G) + jnp.trace(S)) / enc - jnp.sum(1 + own - jnp.log(enc))
+    return error / (2 * dec) + beta / 2 * prior
+
+
+_flow = gradient_flow(_loss_of_weights)
+
+
 def vae_minimum(
-    Z: ArrayLike, latents: int, beta: ArrayLike, eta_dec: ArrayLike, eta_enc: ArrayLike
+    Z: ArrayLike,
+    latents: int,
+    beta: ArrayLike,
+    eta_dec: ArrayLike,
+    eta_enc: ArrayLike,
+    *,
+    covariance: Covariance | str = "diagonal",
 ) -> VaeMinimum:
-    r"""The global minimum of `linear_vae_loss` with a variance of its own for each latent.
+    r"""The global minimum of `linear_vae_loss`, by default with a variance of its own for each latent.
 
         lambda_i = (zeta_i^2 - beta eta_dec^2)_+^{1/2} / eta_enc,   theta_i = eta_enc^2 lambda_i / zeta_i
         sigma_i^2 = beta (eta_dec eta_enc / zeta_i)^2,   eta_enc^2 where the latent has collapsed
@@ -102,22 +206,33 @@ def vae_minimum(
     where zeta_i are the largest singular values of Z and the sum is over those with zeta_i^2 > beta
     eta_dec^2. A mode collapses at beta = zeta_i^2 / eta_dec^2, each by a transition of second order. U = F
     diag(lambda) and V = G diag(theta) with the singular vectors F and G of Z, up to signs and the order of
-    latents alone: the rotation that the source allows for costs something, where the zeta_i differ.
+    latents alone: the rotation that the source allows for costs something, where the zeta_i differ. A full
+    covariance, rotated as well, has the same least loss. So the thresholds are those of the `latents` largest
+    zeta_i, as many as there are different ones among them.
 
-    Source: ziyin2022talk, Theorem 2 (linear latent variable model) (sigma^2 and L* are derived here).
+    With the covariance fixed at eta_enc^2 I the thresholds are the same, and the sizes are others:
+
+        lambda_i theta_i = (zeta_i - beta^{1/2} eta_dec)_+,   eta_enc^2 lambda_i = beta^{1/2} eta_dec theta_i
+        L* = (|Z|^2 - sum_i (zeta_i - beta^{1/2} eta_dec)_+^2) / (2 eta_dec^2)
+
+    Source: ziyin2022talk, Theorem 2 (linear latent variable model) (sigma^2, L* and the fixed covariance are
+    derived here).
 
     Args:
         Z: E[y x^T] A^{-1/2}, (dy, dx), with E|y|^2 = |Z|^2.
         latents: number of latents; those beyond the modes of Z collapse. Static.
-        beta: weight of the prior, a number >= 0; at 0 the result is a limit.
+        beta: weight of the prior, a number >= 0; at 0 the result is a limit, in which the encoder is infinite
+            where the covariance is fixed.
         eta_dec: standard deviation of the decoder's noise, positive.
         eta_enc: that of the prior, positive.
+        covariance: "diagonal" or "full", the same here, or "fixed" at that of the prior. Static.
 
     Returns:
         A `VaeMinimum`.
 
     Raises:
-        ValueError: `Z` has another shape, or a number is out of range and can be looked at.
+        ValueError: `Z` has another shape, the covariance is unknown, or a number is out of range and can be
+            looked at.
 
     Example:
         >>> least = vae_minimum([[2.0, 0.0], [0.0, 0.5]], 2, 1.0, 1.0, 1.0)
@@ -128,26 +243,43 @@ def vae_minimum(
     require_shapes(Z=(Z, "dy dx"))
     (latents,) = require_sizes(latents=latents)
     beta = require_number("beta", beta, Z.dtype, at_least=0)
-    etas = (
+    eta_dec, eta_enc = (
         require_positive(name, eta, Z.dtype) for name, eta in (("eta_dec", eta_dec), ("eta_enc", eta_enc))
     )
-    return _minimum(Z, latents, beta, *etas)
+    require_choice("covariance", covariance, get_args(Covariance))
+    return _minimum(Z, latents, beta, eta_dec, eta_enc, covariance == "fixed")
 
 
 @eqx.filter_jit
-def _minimum(Z, latents, beta, eta_dec, eta_enc):
+def _minimum(Z, latents, beta, eta_dec, eta_enc, fixed):
     every = jnp.linalg.svd(Z, compute_uv=False)
     zeta = jnp.pad(every, (0, max(latents - every.size, 0)))[:latents]
     threshold = beta * eta_dec**2
     active = (zeta**2 > threshold) & (zeta > 0)
+    least = (_of_fixed if fixed else _of_learned)(every, zeta, active, threshold, eta_dec, eta_enc)
+    return nan_unless_finite((Z, beta, eta_dec, eta_enc), least)
+
+
+def _of_learned(every, zeta, active, threshold, eta_dec, eta_enc):
     size = jnp.where(active, zeta, 1)
     root = jnp.where(active, jnp.sqrt(jnp.where(active, zeta**2 - threshold, 1)), 0)
     sigma2 = jnp.where(active, threshold * (eta_enc / size) ** 2, eta_enc**2)
     # beta log(1 / beta) vanishes at beta = 0.
     kept = threshold * (1 + jnp.log(size**2)) - xlogy(threshold, threshold) - zeta**2
     loss = (jnp.sum(every**2) + jnp.sum(jnp.where(active, kept, 0))) / (2 * eta_dec**2)
-    least = VaeMinimum(root / eta_enc, eta_enc / size * root, sigma2, loss)
-    return nan_unless_finite((Z, beta, eta_dec, eta_enc), least)
+    return VaeMinimum(root / eta_enc, eta_enc / size * root, sigma2, loss)
+
+
+def _of_fixed(every, zeta, active, threshold, eta_dec, eta_enc):
+    positive = threshold > 0
+    shrunk = jnp.where(positive, jnp.sqrt(jnp.where(positive, threshold, 1)), 0)
+    product = jnp.where(active, zeta - shrunk, 0)
+    decoder = jnp.where(active, jnp.sqrt(jnp.where(active & positive, product * shrunk, 1)) / eta_enc, 0)
+    # Without a prior the decoder is as small, and the encoder as large, as one likes.
+    lam = jnp.where(positive, decoder, 0)
+    theta = jnp.where(active, jnp.where(positive, product / jnp.where(lam > 0, lam, 1), jnp.inf), 0)
+    loss = (jnp.sum(every**2) - jnp.sum(product**2)) / (2 * eta_dec**2)
+    return VaeMinimum(lam, theta, jnp.full_like(zeta, eta_enc**2), loss)
 
 
 def vae_modes(x: ArrayLike, y: ArrayLike | None = None) -> Float[Array, " modes"]:
