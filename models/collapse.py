@@ -58,13 +58,7 @@ class StochasticLinear(nnx.Module):
     """
 
     def __init__(self, matrices: Sequence[ArrayLike]):
-        arrays = [as_real("matrices", matrix) for matrix in matrices]
-        if not arrays:
-            raise ValueError("matrices must hold at least one matrix, got none")
-        for W, before in zip(arrays, [arrays[0].T, *arrays], strict=False):
-            if W.ndim != 2 or W.shape[1] != before.shape[0] or not W.size:
-                raise ValueError(f"matrices must follow each other, got {before.shape}, then {W.shape}")
-        self.layers = nnx.List([_linear(W) for W in arrays])
+        self.layers = nnx.List(linear_layers(matrices))
 
     def __call__(self, inputs: Noisy) -> Float[Array, "n k"]:
         """Outputs (n, k), of the mean network where no noise is given."""
@@ -80,6 +74,25 @@ class StochasticLinear(nnx.Module):
             h = layer(h)
             h = h * inputs.noise[index] if given else h
         return output(h)
+
+
+def linear_layers(matrices: Sequence[ArrayLike]) -> list[nnx.Linear]:
+    """Layers `flax.nnx.Linear` without biases, of the matrices of a network, input side first.
+
+    Raises:
+        ValueError: there is no matrix, or one does not fit the one before.
+
+    Example:
+        >>> [layer.kernel.shape for layer in linear_layers([[[2.0, 1.0]], [[3.0]]])]
+        [(2, 1), (1, 1)]
+    """
+    arrays = [as_real("matrices", matrix) for matrix in matrices]
+    if not arrays:
+        raise ValueError("matrices must hold at least one matrix, got none")
+    for W, before in zip(arrays, [arrays[0].T, *arrays], strict=False):
+        if W.ndim != 2 or W.shape[1] != before.shape[0] or not W.size:
+            raise ValueError(f"matrices must follow each other, got {before.shape}, then {W.shape}")
+    return [_linear(W) for W in arrays]
 
 
 def _linear(W: Array) -> nnx.Linear:

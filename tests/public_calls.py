@@ -21,6 +21,7 @@ from models.attention.joma import JomaInputs
 from models.collapse import Noisy
 from models.data.tokens import Contexts
 from models.lowrank import Factors, LoraParams
+from models.self_supervised import Views, spectral_contrastive
 
 # Half precision is no fault of networks, whose own dtype it may be.
 HALF = "float16 bfloat16"
@@ -271,6 +272,11 @@ BLOCK: dict[str, Any] = {
     "query_embedding": Real(np.eye(3)[:, 2:], fine="infinite-one"),
     "W": Real(np.ones((3, 1)), fine="infinite-one"),
     "z": Real(np.full((1, 2), 0.5), fine=ZERO),
+}
+
+EMBEDDINGS: dict[str, Any] = {
+    "first": Real(np.array([[0.3, -0.8], [0.5, 0.2]])),
+    "second": Real(np.array([[0.4, -0.6], [0.6, 0.1]])),
 }
 
 CALLS: dict[str, Call] = {
@@ -803,6 +809,32 @@ CALLS: dict[str, Call] = {
         widths=(2,),
         variance=RATE,
     ),
+    "models.self_supervised.infonce": call(**EMBEDDINGS, attraction=RATE, temperature=POSITIVE),
+    "models.self_supervised.spectral_contrastive": call(**EMBEDDINGS),
+    "models.self_supervised.soft_triplet": call(**EMBEDDINGS, attraction=RATE),
+    "models.self_supervised.on_views": call(
+        lambda f, first, second: f(spectral_contrastive, lambda params, x: x)(None, Views(first, second)),
+        **EMBEDDINGS,
+    ),
+    "models.self_supervised.Encoder": call(
+        lambda f, matrices, x: f([matrices, np.array([[0.5]])])(x),
+        # ReLU of minus infinity is zero; inputs of another length tell of x, so that matrices may be of any.
+        matrices=Real(np.array([[0.3, -0.2]]), fine="shorter infinite infinite-one"),
+        x=Real(np.array([[1.0, 2.0]]), fine="deeper infinite infinite-one"),
+    ),
+    "models.self_supervised.ConvEncoder": call(
+        lambda f, x: f(KEY, (2, 2), 1, (2,))(x),
+        x=Real(np.array([[[1.0, 2.0], [0.5, -1.0]]]), fine="infinite infinite-one"),
+    ),
+    "models.self_supervised.scale_embedding": call(
+        lambda f, scales: f([np.ones((2, 2))], scales), scales=Real(np.array([0.5, 2.0]), fine="scalar")
+    ),
+    "models.self_supervised.two_views": call(
+        key=KEY, x=Real(np.array([[1.0, 2.0]])), augmentation=Real(SYMMETRIC.value, SYMMETRIC.bad, "scalar")
+    ),
+    "models.self_supervised.batch_of_views": call(
+        key=KEY, x=Real(np.array([[1.0, 2.0]]), fine=ANY), size=2, augmentation=Real(0.3, (-0.3,))
+    ),
     "models.losses.squared_error": call(of_data, **PREDICTION),
     "models.losses.mean_squared_error": call(of_data, **PREDICTION),
     "models.losses.upstream_product": call(
@@ -889,6 +921,7 @@ NO_NUMBERS = {
     "dynamics.derivatives.only_in_reverse",
     "models.classifier.Classifier",
     "models.classifier.is_hidden",
+    "models.collapse.linear_layers",
     "models.collapse.weights",
     "dynamics.flow.all_finite",
     "dynamics.flow.gradient_flow",
