@@ -610,6 +610,12 @@ CALLS: dict[str, Call] = {
     "dynamics.collapse.hessian_index": call(
         loss=lambda p: jnp.sum(p**4 - p**2), params=Real(VECTOR.value, fine=ANY), rtol=RATE
     ),
+    "dynamics.collapse.taylor_coefficients": call(
+        loss=lambda p: jnp.sum(p**4 - p**2),
+        params=Real(VECTOR.value, fine="deeper scalar shorter"),
+        order=2,
+        at=number(0.5),
+    ),
     "dynamics.collapse.rescaled_loss": call(
         # A pytree may be empty, and then the loss is that of nothing.
         loss=lambda p: jnp.sum(p**2),

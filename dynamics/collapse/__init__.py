@@ -26,6 +26,7 @@ from dynamics.collapse.selfsupervised import infonce_loss as infonce_loss
 from dynamics.collapse.selfsupervised import infonce_minimum as infonce_minimum
 from dynamics.collapse.selfsupervised import landau_loss as landau_loss
 from dynamics.collapse.selfsupervised import landau_minimum as landau_minimum
+from dynamics.collapse.taylor import taylor_coefficients as taylor_coefficients
 from dynamics.collapse.vae import VaeMinimum as VaeMinimum
 from dynamics.collapse.vae import VaeWeights as VaeWeights
 from dynamics.collapse.vae import linear_vae_flow as linear_vae_flow
