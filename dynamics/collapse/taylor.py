@@ -65,7 +65,7 @@ def taylor_coefficients(
 
 
 def _with_next(terms: Callable[[Array], tuple[Array, ...]], n: int) -> Callable[[Array], tuple[Array, ...]]:
-    """The coefficients up to order n from those before, the last of which has n times the next for a slope."""
+    """The coefficients up to order n, where the last of those before has n times it for a slope."""
 
     def longer(a):
         values, slopes = jax.jvp(terms, (a,), (jnp.ones_like(a),))
