@@ -6,6 +6,7 @@ galore        GaLore for Optax: scale_by_galore, galore, 8-bit moments, layer by
 lowrank       LoRA, ReLoRA and W = A B
 vit, llama    a vision transformer, and the shapes of LLaMA
 collapse      linear networks with noise that is drawn on their hidden units
+vae           variational autoencoders with a linear decoder and latents that are drawn
 layer, losses, optimizers, memory, functional    pieces that several networks share
 data          teachers, token sequences, text, images, and runs recorded by others
 """

@@ -22,6 +22,7 @@ from models.collapse import Noisy
 from models.data.tokens import Contexts
 from models.lowrank import Factors, LoraParams
 from models.self_supervised import Views, spectral_contrastive
+from models.vae import VaeInputs, VaeOutputs
 
 # Half precision is no fault of networks, whose own dtype it may be.
 HALF = "float16 bfloat16"
@@ -139,9 +140,9 @@ def of_second_moments(function: Callable[..., Any], A: Any, c: Any, y2: Any, **o
 
 
 def of_vae_weights(function: Callable[..., Any], U: Any, W: Any, log_variance: Any, **others: Any) -> Any:
-    """A function of the weights of an autoencoder, and of data."""
+    """A flow from the weights of an autoencoder, on data."""
     weights = VaeWeights(U, W, log_variance)
-    return of_second_moments(partial(function, weights), **others)
+    return of_second_moments(partial(solve, partial(function, weights)), **others)
 
 
 def of_two_layers(function: Callable[..., Any], params: Any, **others: Any) -> Any:
@@ -248,6 +249,10 @@ ADAM: dict[str, Any] = {
 def lora():
     """Adaptors that do something."""
     return LoraParams(Factors(jnp.ones((2, 1)), jnp.full((1, 2), 0.5)), jnp.eye(2))
+
+
+def latents(params, inputs):
+    return VaeOutputs(params * inputs, inputs, -inputs)
 
 
 def outputs(params, inputs):
@@ -571,7 +576,7 @@ CALLS: dict[str, Call] = {
         eta_enc=POSITIVE,
     ),
     "dynamics.collapse.linear_vae_flow": call(
-        partial(of_vae_weights, **SOLVE, rtol=1e-4, atol=1e-6),
+        of_vae_weights,
         A=SECOND_MOMENTS["A"],
         c=Real(np.array([[1.2, 0.3], [0.9, -0.2]])),
         y2=SECOND_MOMENTS["y2"],
@@ -841,6 +846,38 @@ CALLS: dict[str, Call] = {
     "models.self_supervised.batch_of_views": call(
         key=KEY, x=Real(np.array([[1.0, 2.0]]), fine=ANY), size=2, augmentation=Real(0.3, (-0.3,))
     ),
+    "models.vae.LinearVae": call(
+        lambda f, U, W, log_variance, x, noise: f(VaeWeights(U, W, log_variance))(VaeInputs(x, noise)),
+        U=Real(np.array([[0.5], [0.2]]), fine="shorter"),
+        W=Real(np.array([[0.3], [0.4]])),
+        log_variance=Real(np.array([-0.5])),
+        x=Real(np.array([[1.0, 2.0]])),
+        noise=Real(np.array([[0.4]]), fine="none"),
+    ),
+    "models.vae.AmortizedVae": call(
+        lambda f, x, noise: f(jax.random.key(0), 2, 4, 1, 2)(VaeInputs(x, noise)),
+        x=Real(np.array([[1.0, 2.0]])),
+        noise=Real(np.array([[0.4]]), fine="none"),
+    ),
+    "models.vae.negative_elbo": call(
+        lambda f, targets, beta, eta_dec, eta_enc: f(
+            np.array([0.3, 0.5]), (latents, np.array([[1.0, 2.0]]), targets, (beta, eta_dec, eta_enc))
+        ),
+        targets=Real(np.array([[0.2, 0.1]])),
+        beta=RATE,
+        eta_dec=POSITIVE,
+        eta_enc=POSITIVE,
+    ),
+    "models.vae.vae_batch": call(
+        key=jax.random.key(0),
+        x=Real(np.array([[1.0, 2.0]]), fine="shorter"),
+        y=Real(np.array([[0.5]])),
+        size=2,
+        latents=1,
+    ),
+    "models.vae.active_units": call(
+        mean=Real(np.array([[1.0, 0.1], [-1.0, 0.1]]), fine="shorter"), threshold=RATE
+    ),
     "models.losses.squared_error": call(of_data, **PREDICTION),
     "models.losses.mean_squared_error": call(of_data, **PREDICTION),
     "models.losses.upstream_product": call(
@@ -990,6 +1027,7 @@ NO_NUMBERS = {
     "models.optimizers.one_of",
     "models.training.map_lanes",
     "models.training.record_steps",
+    "models.vae.vae_weights",
     "models.vit.Block",
     "models.vit.VisionTransformer",
     "models.vit.head_weights",
