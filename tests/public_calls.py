@@ -598,6 +598,12 @@ CALLS: dict[str, Call] = {
     "dynamics.collapse.infonce_loss": call(
         W=Real(np.array([[0.5, 0.1]])), A=SYMMETRIC, C=SYMMETRIC, attraction=RATE
     ),
+    "dynamics.collapse.infonce_encoder": call(
+        A=Real(SYMMETRIC.value, (*SYMMETRIC.bad, np.diag([1.0, -0.5]))),
+        C=Real(SYMMETRIC.value / 4, (*SYMMETRIC.bad, np.diag([1.0, -0.5]))),
+        width=1,
+        attraction=POSITIVE,
+    ),
     "dynamics.collapse.infonce_minimum": call(
         variances=Real(np.array([1.0, 0.5]), (np.array([1.0, -0.5]),), "shorter"),
         augmentation_variance=Real(0.2, (-0.2,)),

@@ -21,7 +21,9 @@ from dynamics.collapse.network import stochastic_linear_flow as stochastic_linea
 from dynamics.collapse.network import stochastic_linear_loss as stochastic_linear_loss
 from dynamics.collapse.nuclear import NuclearMinimum as NuclearMinimum
 from dynamics.collapse.nuclear import nuclear_minimum as nuclear_minimum
+from dynamics.collapse.selfsupervised import InfonceMinimum as InfonceMinimum
 from dynamics.collapse.selfsupervised import LandauMinimum as LandauMinimum
+from dynamics.collapse.selfsupervised import infonce_encoder as infonce_encoder
 from dynamics.collapse.selfsupervised import infonce_loss as infonce_loss
 from dynamics.collapse.selfsupervised import infonce_minimum as infonce_minimum
 from dynamics.collapse.selfsupervised import landau_loss as landau_loss

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -32,6 +33,18 @@ class LandauMinimum(NamedTuple):
     Attributes:
         loss: the form there.
         W: the encoder, (width, d), of rank min(width, number of positive eigenvalues of B).
+    """
+
+    loss: Array
+    W: Array
+
+
+class InfonceMinimum(NamedTuple):
+    """A global minimum of the exact InfoNCE; rotations of its rows are minima as well.
+
+    Attributes:
+        loss: the loss there.
+        W: the encoder, (width, d).
     """
 
     loss: Array
@@ -120,13 +133,76 @@ def _infonce_minimum(a, c, attraction):
     total = a + c
     seen = total > 0
     rho = attraction * c / jnp.where(seen, total, 1)
-    alive, held = seen & (rho < 1), rho > 0
+    eigenvalues = jnp.where(seen, _sizes(rho) / jnp.where(seen, total, 1), 0)
+    return nan_unless(jnp.isfinite(rho) & jnp.isfinite(total), eigenvalues)
+
+
+def _sizes(rho):
+    """The eigenvalues t = 1 / q - 1 of T at the minimum: 0 where rho >= 1, infinity where rho = 0."""
+    alive, held = rho < 1, rho > 0
     safe = jnp.where(alive & held, rho, 0.5)
     root = jnp.sqrt(1 + 8 * safe)
     # 1 - q and q without differences of numbers that are nearly equal.
     inverse = (4 * (1 - safe) / (3 + root)) * (1 + root) / (4 * safe)
-    eigenvalues = jnp.where(alive, jnp.where(held, inverse / jnp.where(seen, total, 1), jnp.inf), 0)
-    return nan_unless(jnp.isfinite(rho) & jnp.isfinite(total), eigenvalues)
+    return jnp.where(alive, jnp.where(held, inverse, jnp.inf), 0)
+
+
+def infonce_encoder(A: ArrayLike, C: ArrayLike, width: int, attraction: ArrayLike) -> InfonceMinimum:
+    r"""The global minimum of `infonce_loss` for an encoder of any width, and A and C that need not commute.
+
+        Sigma^{1/2} W^T W Sigma^{1/2} = sum_i (1 / q_i - 1) v_i v_i^T,   q_i = ((1 + 8 rho_i)^{1/2} - 1) / 2
+
+    over the `width` smallest eigenvalues rho_i < 1 of attraction Sigma^{-1/2} C Sigma^{-1/2}, Sigma = A + C,
+    with eigenvectors v_i. All but the attraction depends on the eigenvalues of T alone, so that each of them
+    goes where attraction costs least.
+
+    Source: ziyin2022talk, slide on its minima (the exact form is derived here).
+
+    Args:
+        A: covariance of the data, (d, d), positive semidefinite.
+        C: covariance of the augmentation, (d, d), positive semidefinite: positive wherever data vary.
+        width: rows of the encoder; static.
+        attraction: weight of the attraction, a positive number.
+
+    Returns:
+        An `InfonceMinimum`.
+
+    Raises:
+        ValueError: the shapes do not fit, there is no finite minimum, or an argument is out of range, and can
+            be looked at.
+
+    Example:
+        >>> least = infonce_encoder([[1.5, 0.0], [0.0, 0.1]], [[0.2, 0.0], [0.0, 0.2]], 2, 2.0)
+        >>> (least.W.T @ least.W).round(4).tolist()
+        [[1.0979, 0.0], [0.0, 0.0]]
+    """
+    A, C = require_arrays(A=A, C=C)
+    require_shapes(A=(A, "d d"), C=(C, "d d"))
+    A, C = require_symmetric("A", A), require_symmetric("C", C)
+    (width,) = require_sizes(width=width)
+    attraction = require_positive("attraction", attraction, A.dtype)
+    least, *good = _infonce_encoder(A, C, width, attraction)
+    semidefinite = "positive semidefinite"
+    rules = {"A": semidefinite, "C": f"{semidefinite}, and positive where data vary: no minimum is finite"}
+    _require_rules(rules, good)
+    return least
+
+
+@eqx.filter_jit
+def _infonce_encoder(A, C, width, attraction):
+    root, seen, _ = _inverse_root(A + C)
+    slack, largest = _slack(A), jnp.linalg.eigvalsh(A + C)[-1]
+    semidefinite = [jnp.linalg.eigvalsh(M)[0] >= -slack * largest for M in (A, C)]
+    # A direction without any variance is none that an encoder could take.
+    rho, vectors = jnp.linalg.eigh(attraction * root.T @ C @ root + 2 * _only(~seen, A))
+    rho, vectors = rho[:width], vectors[:, :width]
+    held = rho[0] > slack * attraction
+    t = _sizes(jnp.where(held, rho, 1))
+    loss = jnp.sum(rho * t - jnp.log1p(t) / 2 - t / (1 + t) / 2)
+    least = InfonceMinimum(loss, _rows(t, root @ vectors, width))
+    good = semidefinite[0], semidefinite[1] & held
+    guard = nan_unless(good[0] & good[1], jnp.ones_like(attraction))
+    return nan_unless_finite((A, C, attraction, guard), least), *good
 
 
 def landau_loss(W: ArrayLike, B: ArrayLike, Sigma: ArrayLike, quartic: ArrayLike) -> Float[Array, ""]:
@@ -181,31 +257,59 @@ def landau_minimum(B: ArrayLike, Sigma: ArrayLike, width: int, quartic: ArrayLik
     B, Sigma = require_symmetric("B", B), require_symmetric("Sigma", Sigma)
     (width,) = require_sizes(width=width)
     quartic = require_positive("quartic", quartic, B.dtype)
-    least, semidefinite, bounded = _landau_minimum(B, Sigma, width, quartic)
-    for name, good, rule in (
-        ("Sigma", semidefinite, "positive semidefinite"),
-        ("B", bounded, "zero where Sigma is singular"),
-    ):
-        looked_at = as_concrete(good)
-        if looked_at is not None and not looked_at and bool(jnp.isfinite(quartic)):
-            raise ValueError(f"{name} must be {rule}")
+    least, *good = _landau_minimum(B, Sigma, width, quartic)
+    _require_rules({"Sigma": "positive semidefinite", "B": "zero where Sigma is singular"}, good)
     return least
 
 
 @eqx.filter_jit
 def _landau_minimum(B, Sigma, width, quartic):
-    of, raw = spectrum(Sigma), jnp.linalg.eigvalsh(Sigma)
-    slack = Sigma.shape[0] * float(jnp.finfo(Sigma.dtype).eps)
+    root, _, null = _inverse_root(Sigma)
+    raw, slack = jnp.linalg.eigvalsh(Sigma), _slack(Sigma)
     semidefinite = raw[0] >= -slack * jnp.max(jnp.abs(raw))
-    seen = of.values > 0
-    null = jnp.where(seen[None], 0, of.vectors)
     bounded = jnp.linalg.norm(B @ null) <= slack**0.5 * jnp.linalg.norm(B)
-    root = of.vectors * jnp.where(seen, 1 / jnp.sqrt(jnp.where(seen, of.values, 1)), 0)[None]
     values, vectors = jnp.linalg.eigh(root.T @ B @ root)
-    values, vectors = values[::-1], vectors[:, ::-1]
-    kept = jnp.maximum(values, 0)[:width]
-    rows = jnp.sqrt(kept / (2 * quartic))[:, None] * (root @ vectors)[:, :width].T
-    W = jnp.pad(rows, ((0, max(width - len(rows), 0)), (0, 0)))
+    values, vectors = values[::-1][:width], vectors[:, ::-1][:, :width]
+    kept = jnp.maximum(values, 0)
+    W = _rows(kept / (2 * quartic), root @ vectors, width)
     least = LandauMinimum(-jnp.sum(kept**2) / (4 * quartic), W)
     good = nan_unless(semidefinite & bounded, jnp.ones_like(quartic))
     return nan_unless_finite((B, Sigma, quartic, good), least), semidefinite, bounded
+
+
+def _inverse_root(Sigma):
+    """A root of the inverse of a covariance on what is seen of its space, what is seen, and what is not.
+
+    The columns of the root are orthogonal in Sigma. A factor that is the identity carries derivatives, which
+    those of eigenvectors would not where eigenvalues are equal.
+    """
+    values, vectors = spectrum(Sigma)
+    seen = values > 0
+    root = vectors * jnp.where(seen, 1 / jnp.sqrt(jnp.where(seen, values, 1)), 0)[None]
+    one = root.T @ Sigma @ root + _only(~seen, Sigma)
+    factor = jnp.linalg.cholesky(one)
+    root = jax.scipy.linalg.solve_triangular(factor, root.T, lower=True).T
+    return root, seen, jnp.where(seen[None], 0, vectors)
+
+
+def _only(which, like):
+    return jnp.diag(which.astype(like.dtype))
+
+
+def _slack(Sigma):
+    return len(Sigma) * float(jnp.finfo(Sigma.dtype).eps)
+
+
+def _rows(eigenvalues, vectors, width):
+    """The encoder with these vectors in its rows, each as long as the root of its number, and zeros below."""
+    alive = eigenvalues > 0  # the root has no derivative at zero
+    scale = jnp.where(alive, jnp.sqrt(jnp.where(alive, eigenvalues, 1)), 0)
+    return jnp.pad(scale[:, None] * vectors.T, ((0, max(width - len(scale), 0)), (0, 0)))
+
+
+def _require_rules(rules, good):
+    """Refuse what is not good by the names of the arguments, where that can be looked at."""
+    for (name, rule), holds in zip(rules.items(), good, strict=True):
+        looked_at = as_concrete(holds)
+        if looked_at is not None and not looked_at:
+            raise ValueError(f"{name} must be {rule}")

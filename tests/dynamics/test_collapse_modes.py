@@ -12,6 +12,7 @@ from scipy.optimize import minimize_scalar
 
 from dynamics.collapse import (
     hessian_index,
+    infonce_encoder,
     infonce_loss,
     infonce_minimum,
     landau_loss,
@@ -187,6 +188,67 @@ def test_infonce_limits():
     assert float(infonce_minimum([1.0], 0.9999, 2.0)[0]) / 1e-4 == pytest.approx(1 / 6, rel=1e-3)
     lanes = jax.vmap(lambda c: infonce_minimum(jnp.array([1.0]), c, 2.0)[0])(jnp.array([0.5, -0.5, jnp.nan]))
     assert np.isfinite(lanes).tolist() == [True, False, False]
+
+
+COUPLED = jnp.array([[0.3, 0.1, 0, 0], [0.1, 0.2, 0, 0.05], [0, 0, 0.1, 0], [0, 0.05, 0, 0.2]])
+
+
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_infonce_encoder_is_the_best_of_64_starts(width):
+    least = infonce_encoder(A, COUPLED, width, 2.5)
+    found = lowest(of_infonce, [(width, 4)], (A, COUPLED, jnp.array(2.5)))
+    assert least.loss - 1e-12 <= found <= least.loss + 1e-6
+    assert float(infonce_loss(least.W, A, COUPLED, 2.5)) == pytest.approx(float(least.loss), abs=1e-13)
+    assert least.W.shape == (width, 4)
+    rank = min(width, int(np.sum(np.linalg.eigvalsh(A - 1.5 * COUPLED) > 0)))
+    assert np.linalg.matrix_rank(least.W, tol=1e-9) == rank
+
+
+@pytest.mark.parametrize("width", [2, 4, 6])
+def test_where_covariances_commute_the_modes_are_those_of_the_closed_form(width):
+    least = infonce_encoder(A, 0.2 * jnp.eye(4), width, 2.0)
+    expected = np.array(infonce_minimum(jnp.diag(A), 0.2, 2.0))
+    expected[width:] = 0  # the largest variances go first
+    np.testing.assert_allclose(least.W.T @ least.W, np.diag(expected), atol=1e-13)
+
+
+def test_an_encoder_of_singular_data_sees_what_varies():
+    wide = [jnp.pad(M, ((0, 1), (0, 1))) for M in (A, COUPLED)]
+    least, inner = infonce_encoder(wide[0], wide[1], 3, 0.7), infonce_encoder(A, COUPLED, 3, 0.7)
+    assert float(least.loss) == pytest.approx(float(inner.loss), rel=1e-12)
+    np.testing.assert_allclose(least.W[:, 4], 0, atol=1e-15)
+    with pytest.raises(ValueError, match="C must be positive semidefinite, and positive where data vary"):
+        infonce_encoder(A, jnp.zeros((4, 4)), 2, 1.0)
+    with pytest.raises(ValueError, match="A must be positive semidefinite"):
+        infonce_encoder(A - jnp.eye(4), COUPLED + 2 * jnp.eye(4), 2, 1.0)
+    lanes = jax.vmap(lambda C: infonce_encoder(A, C, 2, 1.0).loss)(jnp.stack([COUPLED, 0 * COUPLED]))
+    assert np.isfinite(lanes).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_the_least_losses_have_their_derivatives(equal):
+    """They are those of the loss with its weights held, also where eigenvalues are equal."""
+    one = jnp.eye(2)
+    data, noise = (one, 0.2 * one) if equal else (A[:2, :2], COUPLED[:2, :2])
+    for least, loss, first, second in (
+        (
+            partial(infonce_encoder, width=2, attraction=1.5),
+            partial(infonce_loss, attraction=1.5),
+            data,
+            noise,
+        ),
+        (
+            partial(landau_minimum, width=2, quartic=0.75),
+            partial(landau_loss, quartic=0.75),
+            data - noise,
+            data + noise,
+        ),
+    ):
+        found = jax.grad(lambda *of, f=least: f(*of).loss, argnums=(0, 1))(first, second)
+        expected = jax.grad(loss, argnums=(1, 2))(least(first, second).W, first, second)
+        for derivative, right in zip(found, expected, strict=True):
+            np.testing.assert_allclose(derivative, right, atol=1e-12)
+            assert np.any(np.abs(right) > 1e-3)
 
 
 def of_landau(params, args):
