@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import equinox as eqx
 import jax
@@ -17,10 +17,14 @@ from dynamics.arguments import (
     as_concrete,
     as_real,
     brief,
+    cast,
     nan_unless,
+    one_hot,
     require_arrays,
+    require_indices,
     require_number,
     require_same_shape,
+    require_shape,
     require_shapes,
 )
 from dynamics.flow import ArrayLike
@@ -275,3 +279,106 @@ def _gram_error(P: Any) -> Any:
     gram = numpy.swapaxes(P, -1, -2) @ P
     identity = numpy.broadcast_to(numpy.eye(P.shape[-1], dtype=P.dtype), gram.shape)
     return numpy.max(numpy.abs(gram - identity), axis=(-2, -1), keepdims=True)
+
+
+class NeuralCollapse(NamedTuple):
+    """How far features, class means and classifier are from neural collapse: all zero where it is complete.
+
+    Attributes:
+        nc1: spread within classes over that between them, tr(S_W pinv(S_B)) / K.
+        nc1_trace: the same as a quotient of traces, tr S_W / tr S_B.
+        nc2: distance of the class means' Gram matrix from that of a simplex, both of norm one.
+        nc3: distance of the classifier's weights from the class means, both of norm one.
+        nc4: share of samples for which the classifier and the nearest class mean differ.
+    """
+
+    nc1: Array
+    nc1_trace: Array
+    nc2: Array
+    nc3: Array
+    nc4: Array
+
+
+# Of the largest eigenvalue of S_B: directions in which class means differ less are none. With features that
+# have collapsed they hold rounding alone, which the pseudo-inverse would blow up.
+_BETWEEN = 1e-6
+
+
+def neural_collapse(
+    features: ArrayLike, labels: ArrayLike, weights: ArrayLike, bias: ArrayLike | None = None
+) -> NeuralCollapse:
+    r"""Measures of neural collapse of the last layer's features h and of the classifier W h + b.
+
+    With the class means mu_k, their mean mu, M the rows mu_k - mu, S_B = M^T M / K and S_W the mean of
+    (h - mu_k) (h - mu_k)^T:
+
+        nc1 = tr(S_W pinv(S_B)) / K,   nc1_trace = tr S_W / tr S_B
+        nc2 = |M M^T / |M M^T| - (I - 1 1^T / K) / (K - 1)^{1/2}|
+        nc3 = |W / |W| - M / |M||,     nc4 = P(argmax W h + b is not the class of the nearest mean)
+
+    Source: papyan2020, properties NC1 to NC4; tirer2022 (the quotient of traces).
+
+    Args:
+        features: h, (N, d).
+        labels: the classes, integers from 0 to K - 1, (N,); each of them occurs.
+        weights: W, (K, d), with K >= 2.
+        bias: b, (K,); it enters nc4 alone.
+
+    Returns:
+        A `NeuralCollapse` of numbers; NaN where all class means are equal, so that there is nothing to divide
+        by, nc3 also where W is zero, and everything where a traced argument is bad or a class has no sample.
+
+    Raises:
+        ValueError: the shapes do not fit, a label is out of range, or a class has no sample.
+
+    Example:
+        >>> h = [[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]
+        >>> [round(float(measure), 6) for measure in neural_collapse(h, [0, 0, 1], [[2.0, 0.0], [-2.0, 0.0]])]
+        [0.0, 0.0, 0.0, 0.0, 0.0]
+    """
+    features, weights = require_arrays(features=features, weights=weights)
+    require_shapes(features=(features, "N d"), weights=(weights, "K d"))
+    classes = weights.shape[0]
+    if classes < 2:
+        raise ValueError(f"weights must have a row for each of at least two classes, got {classes}")
+    labels = require_indices("labels", labels, classes)
+    require_shape("labels", labels, features.shape[:1])
+    (bias,) = require_arrays(bias=jnp.zeros(classes, weights.dtype) if bias is None else bias)
+    require_shape("bias", bias, (classes,))
+    looked_at = as_concrete(labels)
+    if looked_at is not None and np.unique(looked_at).size < classes:
+        raise ValueError(f"labels must name each of the {classes} classes, got {np.unique(looked_at).size}")
+    return _neural_collapse(features, labels, weights, cast(bias, weights.dtype))
+
+
+@eqx.filter_jit
+def _neural_collapse(features, labels, weights, bias):
+    members = one_hot(labels, weights.shape[0], features.dtype)
+    h, _ = _scaled(features, (0, 1))
+    sizes = jnp.sum(members, axis=0)[:, None]
+    means = members.T @ h / sizes  # NaN where a class has no sample
+    M = means - jnp.mean(means, axis=0, keepdims=True)
+    within = h - members @ means
+    _, values, directions = jnp.linalg.svd(M, full_matrices=False)
+    # S_B has the eigenvalues values^2 / K; so the K of nc1 cancels.
+    seen = values**2 > _BETWEEN * values[0] ** 2
+    spread = jnp.mean((within @ directions.T) ** 2, axis=0)
+    nc1 = jnp.sum(jnp.where(seen, spread / jnp.where(seen, values**2, 1), 0))
+    nc1_trace = jnp.mean(jnp.sum(within**2, axis=1)) / jnp.mean(jnp.sum(M**2, axis=1))
+    K = weights.shape[0]
+    simplex = (jnp.eye(K, dtype=M.dtype) - 1 / K) / (K - 1) ** 0.5
+    nc2 = jnp.linalg.norm(_unit(M @ M.T) - simplex)
+    nc3 = jnp.linalg.norm(_unit(weights) - _unit(M))
+    # |h - mu_k|^2 - |h - mu|^2, which has the same order over k.
+    centered = h - jnp.mean(means, axis=0, keepdims=True)
+    squares = jnp.sum(M**2, axis=1)[None] - 2 * centered @ M.T
+    chosen = jnp.argmax(features @ weights.T + bias[None], axis=1)
+    nc4 = jnp.mean((chosen != jnp.argmin(squares, axis=1)).astype(M.dtype))
+    apart = (values[0] > 0) & jnp.all(jnp.isfinite(weights)) & jnp.all(jnp.isfinite(bias))
+    return NeuralCollapse(*(nan_unless(apart, measure) for measure in (nc1, nc1_trace, nc2, nc3, nc4)))
+
+
+def _unit(A: Array) -> Array:
+    """A matrix over its norm."""
+    A, _ = _scaled(A, (0, 1))
+    return A / jnp.linalg.norm(A)

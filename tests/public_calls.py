@@ -71,6 +71,11 @@ def call(through: Callable[..., Any] | None = None, *, host: bool = False, **arg
     return Call(arguments, through, host)
 
 
+# What x y is, with its probabilities.
+LAW = {
+    "values": Real(np.array([1.0, -1.0])),
+    "probabilities": Real(np.array([0.6, 0.4]), (np.array([0.6, 0.6]), np.array([1.4, -0.4]))),
+}
 # A solver that is quick to trace.
 SOLVE = {"solver": diffrax.Heun(), "throw": False}
 
@@ -317,6 +322,12 @@ CALLS: dict[str, Call] = {
         Q=Real(np.array([[0.0], [1.0]]), (np.array([[0.0], [2.0]]),), BATCH),
     ),
     "dynamics.spectra.norm": call(x=Real(np.array([0.6, 0.4]), fine="deeper shorter")),
+    "dynamics.spectra.neural_collapse": call(
+        features=Real(np.array([[2.0, 1.0], [0.5, 1.0], [0.1, -1.0]])),
+        labels=Index(np.array([0, 1, 1]), 2),
+        weights=Real(np.array([[0.5, 0.3], [0.1, -0.4]])),
+        bias=Real(np.array([0.1, 0.2]), fine="none"),
+    ),
     # dynamics.galore
     "dynamics.galore.gradient_iterates": call(**LINEAR, learning_rate=RATE, steps=STEPS),
     "dynamics.galore.gradient_operator": call(B=Real(PAIR), C=Real(PAIR)),
@@ -633,6 +644,12 @@ CALLS: dict[str, Call] = {
         params=Real(VECTOR.value, fine=f"{ANY} none"),
         scales=Real(0.4, fine=ANY),
     ),
+    "dynamics.collapse.features_minimum": call(classes=2, per_class=3, gamma_w=RATE, gamma_h=RATE, bias=True),
+    "dynamics.collapse.sgd_lyapunov": call(learning_rate=RATE, **LAW, batch_size=2),
+    "dynamics.collapse.sampled_sgd_lyapunov": call(
+        learning_rate=RATE, **LAW, batch_size=2, key=jax.random.key(0), samples=10
+    ),
+    "dynamics.collapse.sgd_collapse_windows": call(host=True, **LAW, batch_size=2, largest=POSITIVE),
     "dynamics.collapse.transition_order": call(
         order_parameter=lambda gamma: max(1.0 - gamma, 0.0),
         gamma_c=Real(1.0, (0.0, -1.0), "infinite"),

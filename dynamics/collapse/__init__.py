@@ -3,6 +3,7 @@
 from dynamics.collapse.critical import critical_gamma as critical_gamma
 from dynamics.collapse.critical import metastable_gamma as metastable_gamma
 from dynamics.collapse.critical import transition_order as transition_order
+from dynamics.collapse.features import features_minimum as features_minimum
 from dynamics.collapse.landscape import hessian_index as hessian_index
 from dynamics.collapse.landscape import rescaled_loss as rescaled_loss
 from dynamics.collapse.minima import DeepMinimum as DeepMinimum
@@ -28,6 +29,10 @@ from dynamics.collapse.selfsupervised import infonce_loss as infonce_loss
 from dynamics.collapse.selfsupervised import infonce_minimum as infonce_minimum
 from dynamics.collapse.selfsupervised import landau_loss as landau_loss
 from dynamics.collapse.selfsupervised import landau_minimum as landau_minimum
+from dynamics.collapse.sgd import SampledExponent as SampledExponent
+from dynamics.collapse.sgd import sampled_sgd_lyapunov as sampled_sgd_lyapunov
+from dynamics.collapse.sgd import sgd_collapse_windows as sgd_collapse_windows
+from dynamics.collapse.sgd import sgd_lyapunov as sgd_lyapunov
 from dynamics.collapse.taylor import taylor_coefficients as taylor_coefficients
 from dynamics.collapse.vae import VaeMinimum as VaeMinimum
 from dynamics.collapse.vae import VaeWeights as VaeWeights

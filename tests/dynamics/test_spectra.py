@@ -16,6 +16,7 @@ from dynamics.spectra import (
     captured_energy,
     effective_rank,
     entropy,
+    neural_collapse,
     norm,
     numerical_rank,
     principal_angles,
@@ -223,3 +224,64 @@ def test_axes_of_a_norm_may_be_any_integers_and_other_axes_empty():
             ValueError, match=r"^x must have axis .*, which is not empty, got shape \(0, 3\)$"
         ):
             norm(np.ones((0, 3)), axis)
+
+
+def classes_of(random, K=4, per_class=7, d=6):
+    labels = random.permutation(np.repeat(np.arange(K), per_class))
+    return random.normal(size=(K * per_class, d)), labels, random.normal(size=(K, d)), random.normal(size=K)
+
+
+def reference_collapse(h, labels, W, b):
+    """The four measures as they are written, in NumPy."""
+    K = len(W)
+    means = np.stack([h[labels == k].mean(axis=0) for k in range(K)])
+    M = means - means.mean(axis=0)
+    within = h - means[labels]
+    S_W, S_B = within.T @ within / len(h), M.T @ M / K
+    gram, simplex = M @ M.T, (np.eye(K) - 1 / K) / np.sqrt(K - 1)
+    nearest = np.argmin(np.linalg.norm(h[:, None] - means, axis=2), axis=1)
+    return (
+        np.trace(S_W @ np.linalg.pinv(S_B, rcond=1e-6)) / K,
+        np.trace(S_W) / np.trace(S_B),
+        np.linalg.norm(gram / np.linalg.norm(gram) - simplex),
+        np.linalg.norm(W / np.linalg.norm(W) - M / np.linalg.norm(M)),
+        np.mean(np.argmax(h @ W.T + b, axis=1) != nearest),
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_neural_collapse_is_what_is_written(seed):
+    random = np.random.default_rng(seed)
+    for d in (2, 3, 6):  # fewer directions than classes, as many as they span, more
+        h, labels, W, b = classes_of(random, d=d)
+        found = neural_collapse(h, labels, W, b)
+        assert found == pytest.approx(reference_collapse(h, labels, W, b), rel=1e-10, abs=1e-12)
+        scaled = neural_collapse(1e-200 * h, labels, W)
+        assert scaled == pytest.approx(reference_collapse(h, labels, W, 0), rel=1e-10, abs=1e-12)
+
+
+def test_neural_collapse_vanishes_where_it_is_complete():
+    random = np.random.default_rng(0)
+    labels = random.permutation(np.repeat(np.arange(4), 5))
+    directions = 3 * np.linalg.qr(random.normal(size=(7, 7)))[0][:4]
+    simplex = directions - directions.mean(axis=0)
+    found = neural_collapse(simplex[labels] + 0.7, labels, 2 * simplex)
+    assert found == pytest.approx((0, 0, 0, 0, 0), abs=1e-12)
+    # Collapsed features whose means form no simplex, and a classifier of its own.
+    means = random.normal(size=(4, 7))
+    found = neural_collapse(means[labels], labels, random.normal(size=(4, 7)))
+    assert found[:2] == pytest.approx((0, 0), abs=1e-12)
+    assert min(found[2:4]) > 0.1
+
+
+def test_neural_collapse_of_many_networks_and_of_nothing():
+    random = np.random.default_rng(1)
+    h, labels, W, b = classes_of(random)
+    many = jax.vmap(neural_collapse, (0, None, 0, 0))(
+        np.stack([h, 2 * h]), labels, np.stack([W, W]), np.stack([b, 2 * b])
+    )
+    assert np.asarray(many)[:, 0] == pytest.approx(np.asarray(many)[:, 1], abs=1e-12)
+    assert np.all(np.isnan(neural_collapse(np.ones((4, 2)), [0, 0, 1, 1], W[:2, :2])))
+    with pytest.raises(ValueError, match="labels must name each of the 4 classes, got 3"):
+        neural_collapse(h, np.where(labels == 2, 1, labels), W)
+    assert np.all(np.isnan(jax.jit(neural_collapse)(h, np.where(labels == 2, 1, labels), W)))
