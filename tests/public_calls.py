@@ -72,7 +72,7 @@ def call(through: Callable[..., Any] | None = None, *, host: bool = False, **arg
 
 
 # What x y is, with its probabilities.
-LAW = {
+LAW: dict[str, Any] = {
     "values": Real(np.array([1.0, -1.0])),
     "probabilities": Real(np.array([0.6, 0.4]), (np.array([0.6, 0.6]), np.array([1.4, -0.4]))),
 }
