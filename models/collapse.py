@@ -96,9 +96,11 @@ def linear_layers(matrices: Sequence[ArrayLike]) -> list[nnx.Linear]:
 
 
 def _linear(W: Array) -> nnx.Linear:
-    layer = nnx.Linear(W.shape[1], W.shape[0], use_bias=False, param_dtype=W.dtype, rngs=nnx.Rngs(0))
-    layer.kernel[...] = W.T
-    return layer
+    def kernel(key, shape, dtype):
+        return W.T.astype(dtype)
+
+    sizes = W.shape[1], W.shape[0]
+    return nnx.Linear(*sizes, use_bias=False, param_dtype=W.dtype, kernel_init=kernel, rngs=nnx.Rngs(0))
 
 
 def weights(params: PyTree) -> list[Array]:
