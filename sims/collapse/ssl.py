@@ -56,7 +56,7 @@ from sims.claims import (
     stated,
 )
 from sims.compare import SOLVE, convergence_order, largest, named_groups, require_ok
-from sims.ranges import Count, Positive, Range, check_ranges
+from sims.ranges import Positive, Range, check_ranges
 from sims.results import Context, Saved
 
 INFONCE, MINIMA = "ziyin2022talk, slide on InfoNCE", "ziyin2022talk, slide on its minima"
@@ -78,6 +78,7 @@ LARGE_BATCH, LARGE_DRAWS = 1000, 20
 RAY = np.linspace(-2.7, 2.7, 54)  # without zero, where embeddings have no direction
 DEAD = 1e-3  # roots of eigenvalues below are zero
 RATE, MOMENTUM = 0.1, 0.9
+CLOSE = 0.04  # to a threshold a mode takes longer to collapse than training lasts
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,15 @@ class Config:
     """Steps of descent with momentum, each on a batch of its own."""
     starts: Annotated[int, Range(at_least=64)] = 64
     """Random starts of the descent that closed forms are compared with."""
-    draws: Count = 600
+    draws: Annotated[int, Range(at_least=100)] = 600
     """Batches of 32 over which series are averaged."""
 
     def __post_init__(self):
         check_ranges(self)
         if LIGHT not in self.strengths or max(self.strengths) < VARIANCES[0]:
             raise ValueError(f"strengths must hold {LIGHT} and one above 1.5, got {self.strengths}")
+        if np.min(np.abs(np.subtract.outer(self.strengths, VARIANCES))) < CLOSE:
+            raise ValueError(f"strengths must be {CLOSE} or more from {VARIANCES}, got {self.strengths}")
 
 
 _STANDARD = replace(
