@@ -105,9 +105,10 @@ def linear_vae_loss(
         require_positive(name, eta, Z.dtype) ** 2
         for name, eta in (("eta_dec", eta_dec), ("eta_enc", eta_enc))
     )
-    S = scale @ scale.T if scale.ndim == 2 else jnp.diag(scale**2)
-    error = jnp.sum((U @ V.T - Z) ** 2) + jnp.trace(U @ S @ U.T) + beta * dec / enc * jnp.sum(V**2)
-    prior = jnp.trace(S) / enc - len(S) - (jnp.linalg.slogdet(S)[1] - len(S) * jnp.log(enc))
+    noise = U @ scale if scale.ndim == 2 else U * scale[None]
+    error = jnp.sum((U @ V.T - Z) ** 2) + jnp.sum(noise**2) + beta * dec / enc * jnp.sum(V**2)
+    log_det = 2 * (jnp.linalg.slogdet(scale)[1] if scale.ndim == 2 else jnp.sum(jnp.log(jnp.abs(scale))))
+    prior = jnp.sum(scale**2) / enc - len(scale) - (log_det - len(scale) * jnp.log(enc))
     # Without a prior a latent may have no noise at all.
     return error / (2 * dec) + jnp.where(beta > 0, beta / 2 * jnp.where(beta > 0, prior, 0), 0)
 
