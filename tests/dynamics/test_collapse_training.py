@@ -123,7 +123,7 @@ def test_features_minimum_is_that_of_the_model(gammas, bias):
     end = minimize(lambda flat: tuple(map(np.asarray, loss(flat))), start, jac=True, tol=1e-12)
     W, H, _ = split(end.x)
     found = np.linalg.svd(W @ H, compute_uv=False)[:K]
-    assert found == pytest.approx(np.asarray(features_minimum(K, n, *gammas, bias)), abs=1e-4)
+    assert found == pytest.approx(np.asarray(features_minimum(K, n, *gammas, bias=bias)), abs=1e-4)
 
 
 def test_features_collapse_where_weight_decay_says():
