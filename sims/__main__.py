@@ -1,4 +1,4 @@
-"""The command line: `python -m sims list | run | verify | draw | judge`."""
+"""The command line: `python -m sims list | run | verify | draw | judge | where`."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ Theories of training dynamics beside the networks they describe.
   verify [NAME...] [options]  run simulations and check their claims; exits with 1 when one fails
   draw NAME... [options]    draw figures again from saved results
   judge NAME... [options]   judge claims again from saved results; exits with 1 when one fails
+  where --kind KIND --data FILE [options]  which modes of data of your own collapse, and at what strength
 
 NAME is a name from `list`, a theory (all of its simulations), a pattern such as 'joma.*', `all`, or the path
 of a file with a simulation of your own. `python -m sims COMMAND --help` shows the options of a command,
 `python -m sims run NAME --help` also those of a simulation; `python -m sims --version` shows the version.
 Exit codes: 0, done; 1, a claim fails; 2, a mistake or an error, told in one line; 130, interrupted.
 """
-COMMANDS = ("list", "run", "verify", "draw", "judge")
+COMMANDS = ("list", "run", "verify", "draw", "judge", "where")
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,8 @@ def _dispatch(command: str, rest: list[str]) -> int:
         raise UsageError(f"unknown command {command!r}; {hint}")
     if command == "list":
         return _list(rest)
+    if command == "where":
+        return _where(rest)
     names, flags = _names_and_flags(rest, ViewOptions if command in ("draw", "judge") else Options)
     wants_help = "-h" in flags or "--help" in flags
     if not names and command != "verify" and not wants_help:
@@ -193,6 +196,17 @@ def _list(rest: list[str]) -> int:
             print(theory)
         line = textwrap.fill(sims[name], 80, initial_indent=" " * width, subsequent_indent=" " * width)
         print(f"  {name:<{width - 2}}{line[width:]}", flush=True)
+    return 0
+
+
+def _where(rest: list[str]) -> int:
+    startup.prepare_environment()
+    from sims import where
+
+    options = tyro.cli(where.WhereOptions, args=rest, prog="python -m sims where")
+    startup.configure_jax(x64=True)
+    with usage():
+        where.report(options)
     return 0
 
 

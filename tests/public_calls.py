@@ -644,6 +644,13 @@ CALLS: dict[str, Call] = {
         params=Real(VECTOR.value, fine=f"{ANY} none"),
         scales=Real(0.4, fine=ANY),
     ),
+    "dynamics.collapse.where": call(
+        host=True,
+        kind="ssl",
+        x=Real(np.array([[0.3, 1.0], [0.5, -0.2], [0.1, 0.4]]), fine="shorter"),
+        value=Real(0.2, (-0.2,)),
+        attraction=Real(2.0, (-1.0,)),
+    ),
     "dynamics.collapse.features_minimum": call(classes=2, per_class=3, gamma_w=RATE, gamma_h=RATE, bias=True),
     "dynamics.collapse.sgd_lyapunov": call(learning_rate=RATE, **LAW, batch_size=2),
     "dynamics.collapse.sampled_sgd_lyapunov": call(

@@ -40,3 +40,6 @@ from dynamics.collapse.vae import linear_vae_flow as linear_vae_flow
 from dynamics.collapse.vae import linear_vae_loss as linear_vae_loss
 from dynamics.collapse.vae import vae_minimum as vae_minimum
 from dynamics.collapse.vae import vae_modes as vae_modes
+from dynamics.collapse.where import Unit as Unit
+from dynamics.collapse.where import Where as Where
+from dynamics.collapse.where import where as where
