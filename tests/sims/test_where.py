@@ -83,19 +83,8 @@ def test_files_of_all_kinds_give_the_same(tmp_path, capsys):
     np.savetxt(tmp_path / "c.csv", X, delimiter=",", header="a,b,c", comments="", fmt="%.17g")
     answers = []
     for name in ("a.npy", "b.npz", "c.csv"):
-        code, told = run(
-            capsys,
-            "--kind",
-            "vae",
-            "--data",
-            tmp_path / name,
-            "--value",
-            1,
-            "--out",
-            tmp_path,
-            "--format",
-            "json",
-        )
+        options = ("--kind", "vae", "--value", 0.5, "--out", tmp_path, "--format", "json")
+        code, told = run(capsys, "--data", tmp_path / name, *options)
         assert code == 0
         answers.append(json.loads(told.out))
     assert answers[0] == answers[1] == answers[2]
