@@ -648,7 +648,7 @@ CALLS: dict[str, Call] = {
         host=True,
         kind="ssl",
         x=Real(np.array([[0.3, 1.0], [0.5, -0.2], [0.1, 0.4]]), fine="shorter"),
-        value=Real(0.2, (-0.2,)),
+        value=Real(0.2, (-0.2,), "none"),
         attraction=Real(2.0, (-1.0,)),
     ),
     "dynamics.collapse.features_minimum": call(classes=2, per_class=3, gamma_w=RATE, gamma_h=RATE, bias=True),
