@@ -46,11 +46,11 @@ def features_minimum(
     if not isinstance(bias, bool):
         raise ValueError(f"bias must be True or False, got {bias!r}")
     gamma_w, gamma_h = as_real("gamma_w", gamma_w), as_real("gamma_h", gamma_h)
-    gammas = [
+    rates = [
         require_number(name, gamma, gamma_w.dtype, at_least=0)
         for name, gamma in (("gamma_w", gamma_w), ("gamma_h", gamma_h))
     ]
-    return _values(classes, per_class, *gammas, bias)
+    return _values(classes, per_class, rates[0], rates[1], bias)
 
 
 @eqx.filter_jit

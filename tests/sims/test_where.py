@@ -1,6 +1,7 @@
 """One's own data in the phase diagram: thresholds, survivors, files, and what is wrong with them."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,7 +54,8 @@ def test_odd_data_have_an_answer_with_a_note():
     assert (len(few.thresholds), few.surviving) == (1, 1)
     assert "fewer rows (2) than columns (3)" in few.notes[0]
     assert few.units[0].kl == np.inf
-    for kind, target in ("vae", None), ("ssl", None), ("supervised", np.ones(4)[:, None]):
+    kinds: dict[Any, Any] = {"vae": None, "ssl": None, "supervised": np.ones((4, 1))}
+    for kind, target in kinds.items():
         nothing = where(kind, np.ones((4, 2)), target, value=0.5)
         assert (nothing.thresholds, nothing.surviving, nothing.distance) == ((), 0, None)
 
@@ -67,7 +69,7 @@ def test_odd_data_have_an_answer_with_a_note():
         ("vae", {"value": np.nan}, "value must be"),
     ],
 )
-def test_what_does_not_go_together_is_told(kind, arguments, wrong):
+def test_what_does_not_go_together_is_told(kind: Any, arguments, wrong):
     with pytest.raises(ValueError, match=wrong):
         where(kind, X, **arguments)
 
