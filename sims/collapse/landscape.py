@@ -57,6 +57,7 @@ from sims.results import Context, Saved
 NONLINEAR = "ziyin2022talk, slides on landscapes of nonlinear networks"
 AUTOENCODER = "ziyin2022talk, slide on the landscape of a trained autoencoder"
 WEAK, MEDIUM, STRONG = SHOWN = (0.2, 1.2, 2.5)  # variances of augmentation, and weights of the prior
+NEAR = 1.6  # below the strength at which all of zero becomes stable
 ENCODERS = ("linear", "ReLU", "conv.")
 ATTRACTION, PLAIN = 2.0, 1.0  # weights of the attraction; the slide has the second
 ALIVE = 1e-2  # variances of embeddings below are nothing to a loss whose distances are of order one
@@ -73,7 +74,7 @@ class Config:
     """Which strengths there are, how long networks are trained, and how fine landscapes are drawn."""
 
     between: tuple[Positive, ...] = ()
-    """Variances of augmentation besides 0.2, 1.2 and 2.5."""
+    """Variances of augmentation besides 0.2, 1.2, 1.6 and 2.5."""
     steps: Annotated[int, Range(at_least=100)] = 600
     """Steps of each training."""
     batch: Annotated[int, Range(at_least=16)] = 64
@@ -91,13 +92,13 @@ class Config:
     @property
     def strengths(self) -> tuple[float, ...]:
         """All variances of augmentation, ascending."""
-        return tuple(sorted({*SHOWN, *self.between}))
+        return tuple(sorted({*SHOWN, NEAR, *self.between}))
 
 
 PRESETS: dict[Preset, Config] = {
     "quick": Config(),
-    "standard": Config(between=(0.4, 0.6, 0.85, 1.6, 2.1), steps=2000, batch=128, grid=21),
-    "paper": Config((0.3, 0.4, 0.5, 0.6, 0.85, 1.0, 1.4, 1.6, 2.1, 2.3), 10_000, 256, 31),
+    "standard": Config(between=(0.4, 0.6, 0.85, 2.2), steps=1200, grid=21),
+    "paper": Config((0.3, 0.4, 0.5, 0.6, 0.85, 1.0, 1.4, 2.2), 10_000, 256, 31),
 }
 
 
@@ -209,7 +210,9 @@ def _of_encoder(name: str, config: Config, images: Array, key: Array) -> dict:
             raise RuntimeError(f"training of the {name} encoder: the numbers are not finite")
         return last, seen
 
-    weakest, at_weakest = trained(again, trained(first, random, WEAK)[0], WEAK)
+    # From small random weights an encoder of several layers starts slowly.
+    weakest = trained(again, trained(first, random, WEAK)[0], WEAK)[0]
+    weakest, at_weakest = trained(first, weakest, WEAK)
     stronger = config.strengths[1:]
     fresh = [at_weakest, *(trained(first, random, variance)[1] for variance in stronger)]
     warm = [at_weakest, *(trained(again, weakest, variance)[1] for variance in stronger)]
@@ -445,34 +448,50 @@ def _of_linear(saved: Saved) -> Claim:
 
 
 def _of_nonlinear(saved: Saved) -> Claim:
-    shown = np.isin(saved["strength"], SHOWN)
-    second, cold, warm = (
-        np.asarray(saved[f"encoder/{name}"])[1:, shown] for name in ("second", "cold", "warm")
+    strength, loss = saved["strength"], np.asarray(saved["encoder/loss"])[1:]
+    shown, medium, near = (
+        np.isin(strength, SHOWN),
+        *(np.flatnonzero(strength == at)[0] for at in (MEDIUM, NEAR)),
     )
-    of_cold, of_warm = np.moveaxis(np.asarray(saved["encoder/loss"])[1:, :, shown][:, :, 1], 1, 0)
+    unstable = np.sum(np.asarray(saved["encoder/second"])[1:] < 0, axis=-1)
+    cold, warm = (_left(np.asarray(saved[f"encoder/{name}"])[1:]) for name in ("cold", "warm"))
     return qualified(
         "nonlinear",
         "ReLU and convolutional encoders show the same: the curvature at zero tells what is lost",
         NONLINEAR,
-        condition="training goes on from the weights whose landscape it is; random ones collapse earlier",
+        condition="training goes on from the weights whose landscape it is, and, with several hidden layers, "
+        "strengths are far from that of collapse",
         inside=[
             every(
                 "weak, medium, strong augmentation: two, one, no unstable direction",
-                np.sum(second < 0, axis=-1) == [2, 1, 0],
+                unstable[:, shown] == [2, 1, 0],
             ),
-            every("and as many that are left", _left(warm) == [2, 1, 0]),
+            every("and as many that are left", warm[:, shown] == [2, 1, 0]),
+            every("ReLU, all strengths: as many left as are unstable", warm[0] == unstable[0]),
             at_most(
-                "medium: largest loss, that of zero being zero", np.max(of_warm), -1e-3, why="it is better"
+                "medium: largest loss, that of zero being zero",
+                np.max(loss[:, 1, medium]),
+                -1e-3,
+                why="it is better than collapse",
             ),
         ],
         outside=[
             at_most(
                 "medium, from random weights: most directions left",
-                np.max(_left(cold)[:, 1]),
+                np.max(cold[:, medium]),
                 0,
                 why="what random layers make of images is no match for the noise",
             ),
-            at_most("its loss: largest", largest(of_cold), 1e-3, why="it is that of zero"),
+            at_most("its loss: largest", largest(loss[:, 0, medium]), 1e-3, why="it is that of zero"),
+            at_least(
+                f"variance {NEAR:g}, convolutional: unstable directions", unstable[1, near], 1, why="of two"
+            ),
+            at_most(
+                "and those that are left",
+                warm[1, near],
+                0,
+                why="all three layers shrink, and what hidden ones see changes",
+            ),
         ],
     )
 
