@@ -213,14 +213,15 @@ def _drawn(key: Array, size: int, variance: Array | float) -> Views:
 
 
 @partial(jax.jit, static_argnames=("batch", "steps"))
-def _trained(batch: int, steps: int, lanes: tuple[Array, Array], keys: Array):
+def _trained(batch: int, steps: int, lanes: tuple[Array, Array, Array], keys: Array):
     """Encoders along training on the loss of drawn batches, in every lane."""
     predict, params = as_function(Encoder([jnp.zeros((MODES, MODES))]))
-    optimizer = optax.sgd(optax.cosine_decay_schedule(RATE, steps), momentum=MOMENTUM)
 
-    def one(variance, attraction, key):
+    def one(variance, attraction, rate, key):
         loss = on_views(Partial(infonce, attraction=attraction), predict)
         start, draws = jax.random.split(key)
+        decay = optax.cosine_decay_schedule(1.0, steps)
+        optimizer = optax.sgd(lambda step: rate * decay(step), momentum=MOMENTUM)
         return train(
             loss,
             jax.tree.map(lambda leaf: 0.3 * normal(start, leaf.shape), params),
@@ -442,7 +443,9 @@ def _training(config: Config, modes: dict, keys: Array) -> dict:
 def _roots(batch: int, steps: int, variances: np.ndarray, attractions: np.ndarray, key: Array) -> np.ndarray:
     """Roots of the eigenvalues of W W^T along training, (lane, time, mode)."""
     keys = jax.random.split(key, len(variances))
-    paths = jax.device_get(_trained(batch, steps, (variances, attractions), keys))
+    # Without augmentation weights grow exponentially.
+    rates = np.where(variances > 0, RATE, RATE / 10)
+    paths = jax.device_get(_trained(batch, steps, (variances, attractions, rates), keys))
     require_ok("training", paths)
     return np.linalg.svd(paths.ys, compute_uv=False)
 
@@ -656,7 +659,7 @@ def _thresholds(saved: Saved) -> Iterator[Claim]:
         ),
         every("tenths of training in which the least root of an encoder grows", grows),
         at_least(
-            "the least root in the end", free["trained"][-1, -1], 100, why="with augmentation it is 1.3"
+            "the least root in the end", free["trained"][-1, -1], 10, why="with weak augmentation it is 1.3"
         ),
     )
 
@@ -714,18 +717,21 @@ def _encoders_trained(config: Config, saved: Saved) -> Iterator[Claim]:
         equals("modes at the weakest", rank[0], MODES, why="counts are exact"),
         equals("modes at the strongest", rank[-1], 0, why="counts are exact"),
     )
-    found = np.concatenate([two[above], one.ravel()])
-    relative = found / np.concatenate([expected["two"][above], np.ravel(expected["one"])]) - 1
+    total = VARIANCES[None] + strengths[:, None]
+    logs = [
+        np.log1p(total * np.square(found)) - np.log1p(total * np.square(expected[name]))
+        for name, found in (("two", two), ("one", one))
+    ]
     yield stated(
         "trained",
         "Encoders that descend on batches of drawn pairs end at the minimum of the exact loss, up to an "
         "error of order one over the batch",
         f"{MINIMA} (the exact form is derived here)",
         at_most(
-            "roots of eigenvalues: relative error, most",
-            largest(relative),
-            8 / config.batch + 0.04,
-            why="the batch, with a factor of 7 at the weakest augmentation; draws",
+            "log(1 + T), T the variance of a mode of the embeddings, less that of theory: most",
+            largest(logs),
+            12 / config.batch + 0.02,
+            why="the loss sees T so; the batch, with a factor of 11 at the weakest augmentation, and draws",
         ),
         at_most(
             f"the slide's loss, sigma^2 = {LIGHT:g}: exponent of the error in the batch",
