@@ -107,10 +107,13 @@ def linear_vae_loss(
     )
     noise = U @ scale if scale.ndim == 2 else U * scale[None]
     error = jnp.sum((U @ V.T - Z) ** 2) + jnp.sum(noise**2) + beta * dec / enc * jnp.sum(V**2)
-    log_det = 2 * (jnp.linalg.slogdet(scale)[1] if scale.ndim == 2 else jnp.sum(jnp.log(jnp.abs(scale))))
-    prior = jnp.sum(scale**2) / enc - len(scale) - (log_det - len(scale) * jnp.log(enc))
     # Without a prior a latent may have no noise at all.
-    return error / (2 * dec) + jnp.where(beta > 0, beta / 2 * jnp.where(beta > 0, prior, 0), 0)
+    kept = jnp.where(
+        beta > 0, scale, jnp.eye(len(scale), dtype=scale.dtype) if scale.ndim == 2 else jnp.ones_like(scale)
+    )
+    log_det = 2 * (jnp.linalg.slogdet(kept)[1] if scale.ndim == 2 else jnp.sum(jnp.log(jnp.abs(kept))))
+    prior = jnp.sum(kept**2) / enc - len(scale) - (log_det - len(scale) * jnp.log(enc))
+    return error / (2 * dec) + beta / 2 * prior
 
 
 def linear_vae_flow(

@@ -64,7 +64,7 @@ class Config:
     both sides of all."""
     starts: Count = 2
     """Random starts of the search for the minimum on the images."""
-    search: Annotated[int, Range(at_least=1000)] = 4000
+    search: Annotated[int, Range(at_least=1000)] = 3000
     """Steps of descent with momentum from each."""
     hidden: Count = 32
     """Hidden units of the amortized encoder."""
@@ -87,7 +87,7 @@ class Config:
 
 PRESETS: dict[Preset, Config] = {
     "quick": Config(),
-    "standard": replace(Config(), starts=64, steps=20_000),
+    "standard": replace(Config(), starts=64, steps=12_000),
     "paper": replace(
         Config(), starts=64, search=6000, steps=50_000, linear_batch=512, amortized_batch=512, hidden=128
     ),
@@ -140,11 +140,12 @@ def _searched(latents: int, steps: int, lanes: tuple[Form, Array]) -> dict[str, 
         U, V = jnp.split(
             0.1 * normal(jax.random.wrap_key_data(start), (sum(Z.shape), latents), Z.dtype), [Z.shape[0]]
         )
-        # The largest curvature is about one of these. Momentum bears four times its inverse, and overshoots.
+        # The largest curvature is about this. Momentum bears four times its inverse, but overshoots at first.
         curvature = (enc**2 + jnp.linalg.norm(Z, 2) ** 2 / enc**2) / dec**2 + beta * (1 + 1 / enc**2)
+        rate = optax.linear_schedule(0.3 / curvature, 2.5 / curvature, steps // 3)
         weights = VaeWeights(U, V, jnp.full(latents, 2 * jnp.log(enc)))
         (U, V, logs), path = train(
-            loss, weights, optax.sgd(0.5 / curvature, momentum=0.99), steps=steps, every=steps, observe=loss
+            loss, weights, optax.sgd(rate, momentum=0.985), steps=steps, every=steps, observe=loss
         )
         order = jnp.argsort(-jnp.sum(U**2, axis=0))
         sizes = {"lam": jnp.linalg.norm(U, axis=0)[order], "theta": jnp.linalg.norm(V, axis=0)[order]}

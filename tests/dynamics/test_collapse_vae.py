@@ -118,3 +118,15 @@ def test_repeated_modes_and_constant_inputs_in_the_flow():
     np.testing.assert_allclose(path.ys.W[-1][2], first.W[2], atol=1e-12)
     # Which of the latents stay alive, the start decides.
     np.testing.assert_allclose(np.sort(np.linalg.norm(path.ys.U[-1], axis=0))[:2], 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [np.zeros(2), np.zeros((2, 2)), np.array([0.5, 0.0])])
+def test_without_a_prior_latents_need_no_noise(scale):
+    """The loss and its gradient are those of the map alone; with a prior such a loss is infinite."""
+    first = start(2)
+    V = ROOT @ first.W
+    loss, gradient = jax.value_and_grad(linear_vae_loss, 2)(first.U, V, scale, Z, 0.0, DEC, ENC)
+    noise = np.sum((first.U * scale) ** 2) if scale.ndim == 1 else 0
+    assert float(loss) == pytest.approx((np.sum((first.U @ V.T - Z) ** 2) + noise) / (2 * DEC**2))
+    assert np.all(np.isfinite(gradient))
+    assert float(linear_vae_loss(first.U, V, scale, Z, 0.1, DEC, ENC)) == np.inf
