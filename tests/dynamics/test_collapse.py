@@ -203,6 +203,25 @@ def test_collapse_is_complete_from_the_critical_gamma_on(case, widths):
     assert norm[1] == 0
 
 
+@pytest.mark.parametrize("widths", [(2,), (2, 2)])
+def test_a_phase_diagram_is_one_call_with_the_critical_gammas_for_boundary(widths):
+    noises, shares = jnp.array([0.0, 0.3, 1.0, 3.0]), jnp.array([0.3, 0.9, 0.999, 1.001, 1.5])
+    traced = []
+
+    @jax.jit
+    def diagram(noises, shares):
+        def at(noise, share):
+            traced.append(0)
+            gamma = share * critical_gamma(SPREAD, noise, widths)
+            return jnp.sum(deep_minimum(SPREAD, [gamma] * (len(widths) + 1), noise, widths).norms)
+
+        return jax.vmap(jax.vmap(at, (None, 0)), (0, None))(noises, shares)
+
+    assert np.array_equal(diagram(noises, shares) > 0, np.tile(shares < 1, (4, 1)))
+    diagram(noises + 0.1, shares)
+    assert len(traced) == 1
+
+
 def test_several_minima_are_told_apart():
     # The whole landscape in one variable, on a grid that is finer than any search.
     z, gammas = np.linspace(-12, 6, 400_001), np.linspace(0.2, 0.45, 26)
