@@ -50,6 +50,8 @@ ZETA, BETA = np.array([2.0, 1.5, 1.2, 0.5]), 1.0
 VARIANCES, AUGMENTATION, ATTRACTION = np.array([1.5, 1.0, 0.6, 0.3]), 0.5, 2.0
 UNEVEN = np.diag([0.5, 0.1, 0.3, 0.4]) + 0.1 * (np.eye(4, k=1) + np.eye(4, k=-1))
 QUARTIC, REACH = 0.75, 0.6  # the latter: how far ways from saddles go
+SADDLES = ("contrastive, second mode", "one active unit", "autoencoder, second mode")
+FEW = "of 24 starts or more"
 
 
 @dataclass(frozen=True)
@@ -180,14 +182,14 @@ def _along(mask: np.ndarray, like: np.ndarray) -> np.ndarray:
     return mask.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _saddles() -> dict[str, tuple[Model, list[np.ndarray], float]]:
-    """Three saddles, each with its model, its weights and its least curvature in closed form."""
+def _saddles() -> list[tuple[Model, list[np.ndarray], float]]:
+    """The three `SADDLES`, each with its model, its weights and its least curvature in closed form."""
     a, s, q = VARIANCES[:2], AUGMENTATION, QUARTIC
     B, Sigma, ratio = np.diag(a - s), np.diag(a + s), (a - s) / (a + s)
     least = collapse.landau_minimum(B, Sigma, 1, q)
     row = np.array([[0.0, np.sqrt(ratio[1] / (2 * q * (a + s)[1]))]])
     quartic = Model(_quartic, ((1, 2),), (B, Sigma, q), least.loss, 1)
-    found = {"second mode, encoder": (quartic, [row], -2 * (a + s)[0] * (ratio[0] - ratio[1]))}
+    found = [(quartic, [row], -2 * (a + s)[0] * (ratio[0] - ratio[1]))]
 
     (units,), gammas = WIDTHS[1], np.full(2, GAMMA)
     one = jax.device_get(collapse.two_layer_minimum(SCALAR, GAMMA, GAMMA, NOISE, 1))
@@ -195,7 +197,7 @@ def _saddles() -> dict[str, tuple[Model, list[np.ndarray], float]]:
     rest = SCALAR.c - SCALAR.A @ one.W.T @ one.U
     least = collapse.two_layer_minimum(SCALAR, GAMMA, GAMMA, NOISE, units).loss
     model = Model(_network, _shapes((3, units, 1)), (SCALAR, NOISE, gammas), least, 1)
-    found["one active unit"] = (model, weights, 2 * (GAMMA - np.linalg.norm(rest)))
+    found.append((model, weights, 2 * (GAMMA - np.linalg.norm(rest))))
 
     zeta, of_second = ZETA[:2], collapse.vae_minimum(ZETA[1:2, None], 1, BETA, 1.0, 1.0)
     lam, theta, sigma2 = (np.asarray(part) for part in of_second[:3])
@@ -204,8 +206,7 @@ def _saddles() -> dict[str, tuple[Model, list[np.ndarray], float]]:
     least = collapse.vae_minimum(np.diag(zeta), 1, BETA, 1.0, 1.0).loss
     model = Model(_autoencoder, ((2, 1), (2, 1), (1,)), (np.diag(zeta), BETA), least, 1, 1)
     weights.append(np.log(sigma2) / 2)
-    found["second mode, autoencoder"] = (model, weights, np.linalg.eigvalsh(block)[0])
-    return found
+    return [*found, (model, weights, np.linalg.eigvalsh(block)[0])]
 
 
 @partial(jax.jit, static_argnames=("loss", "shapes"))
@@ -262,7 +263,7 @@ def run(config: Config, context: Context) -> dict:
     for index, (name, model) in enumerate(models.items()):
         context.progress(name, (1 + index) / (2 + len(models)))
         found.append(_search(config, context.seed, model))
-    saddles = [_looks(config, *saddle) for saddle in _saddles().values()]
+    saddles = [_looks(config, *saddle) for saddle in _saddles()]
     dims = dict.fromkeys(saddles[0], "saddle") | {"way": "saddle along"}
     return {
         "model": ("model", np.array(list(models))),
@@ -340,9 +341,6 @@ def _deep(saved: Saved, loss: np.ndarray, rank: np.ndarray, deep: np.ndarray) ->
     )
 
 
-FEW = "of 24 starts or more"
-
-
 def _equal_ranks(saved: Saved, excess: np.ndarray, strict: np.ndarray) -> Claim:
     saddle = saved["saddle"]
     lower = saddle["full"] - saddle["rank"]
@@ -391,9 +389,6 @@ def figure(config: Config, saved: Saved) -> Figure:
         ways, title, "distance along it", "change of the loss", legend, ylim=(1.2 * low, -3 * low)
     )
     return drawn
-
-
-SADDLES = ("contrastive, second mode", "one active unit", "autoencoder, second mode")
 
 
 def _by_model(

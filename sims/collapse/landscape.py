@@ -57,6 +57,7 @@ from sims.results import Context, Saved
 NONLINEAR = "ziyin2022talk, slides on landscapes of nonlinear networks"
 AUTOENCODER = "ziyin2022talk, slide on the landscape of a trained autoencoder"
 WEAK, MEDIUM, STRONG = SHOWN = (0.2, 1.2, 2.5)  # variances of augmentation, and weights of the prior
+MIXED = "modes are mixed, or variances are those of another beta"
 NEAR = 1.6  # below the strength at which all of zero becomes stable
 ENCODERS = ("linear", "ReLU", "conv.")
 ATTRACTION, PLAIN = 2.0, 1.0  # weights of the attraction; the slide has the second
@@ -565,9 +566,6 @@ def _of_latents(saved: Saved) -> Claim:
             at_least("the second over it", frozen / eigenvalue[0], 1.1, why=MIXED),
         ],
     )
-
-
-MIXED = "modes are mixed, or variances are those of another beta"
 
 
 def _landscape_of_theory(saved: Saved) -> tuple[np.ndarray, np.ndarray]:
