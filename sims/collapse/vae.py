@@ -57,8 +57,8 @@ class Config:
 
     data: Literal["digits", "mnist"] = "digits"
     """Images: digits that come with scikit-learn, or MNIST from --data-dir."""
-    latents: Annotated[int, Range(at_least=8)] = 12
-    """Latents of the networks."""
+    latents: Annotated[int, Range(at_least=8, at_most=32)] = 12
+    """Latents of the networks; with many of them small modes want a longer search."""
     betas: tuple[Positive, ...] = ()
     """Weights of the prior; ten where there are none: between the thresholds that are furthest apart, and on
     both sides of all."""
