@@ -175,11 +175,17 @@ def _others(n: int) -> Array:
 
 
 def _half_squared_distances(f: Array, g: Array) -> Array:
+    # A shift that all share changes no distance, but its square would take the digits that they have.
+    mean = jnp.mean(g, axis=0, keepdims=True)
+    f, g = f - mean, g - mean
     return (jnp.sum(f**2, axis=1)[:, None] + jnp.sum(g**2, axis=1)[None]) / 2 - f @ g.T
 
 
 def _unit(f: Array) -> Array:
     """Rows of norm one; zero, with its derivatives, where a row is zero."""
+    # Numbers of order one have squares that neither vanish nor overflow; what they are divided by cancels.
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(f), axis=1, keepdims=True))
+    f = f / jnp.where(largest > 0, largest, 1)
     squares = jnp.sum(f**2, axis=1, keepdims=True)
     return jnp.where(squares > 0, f / jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
 

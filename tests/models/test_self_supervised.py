@@ -130,6 +130,23 @@ def test_large_embeddings_do_not_overflow():
         assert np.all(np.isfinite(jax.grad(loss)(f, g))), name
 
 
+@pytest.mark.parametrize("name", ["distance", "weighted", "with the positive", "triplet"])
+def test_a_common_shift_takes_no_digits_of_distances(name):
+    loss, (f, g) = LOSSES[name], (np.round(np.asarray(view) * 256) / 256 for view in PAIR)
+    # These numbers are multiples of 1/256, which single precision holds beside 1e4 as well.
+    shifted = [jnp.asarray(view + 1e4, jnp.float32) for view in (f, g)]
+    assert float(loss(*shifted)) == pytest.approx(float(loss(f, g)), abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-24, 1e20])
+def test_the_cosine_forgets_any_size_in_single_precision(size):
+    f, g = (jnp.asarray(size * np.asarray(view), jnp.float32) for view in PAIR)
+    value, gradient = jax.value_and_grad(LOSSES["cosine"])(f, g)
+    expected, slopes = jax.value_and_grad(LOSSES["cosine"])(*PAIR)
+    assert float(value) == pytest.approx(float(expected), abs=1e-6)
+    np.testing.assert_allclose(size * np.asarray(gradient, float), slopes, atol=1e-6)
+
+
 def test_encoders_have_their_layers():
     first, second = random_weights(jax.random.key(2), (3, 5, 2), 0.7)
     x = np.asarray(PAIR.first)
