@@ -63,6 +63,7 @@ INFONCE, MINIMA = "ziyin2022talk, slide on InfoNCE", "ziyin2022talk, slide on it
 VARIANCES = np.array([1.5, 1.0, 0.6, 0.3])
 A, MODES = np.diag(VARIANCES), len(VARIANCES)
 LIGHT = 0.2  # variance of an isotropic augmentation that leaves all modes
+STRONG = 1.7  # of one that leaves none, with attraction 2
 TILTED = np.array([[0.9, 0.4, 0.1, 0.0], [0.4, 1.2, 0.2, 0.1], [0.1, 0.2, 0.2, 0.1], [0.0, 0.1, 0.1, 0.5]])
 WIDTHS = (1, 2, 4)
 CASES = {  # covariance of the augmentation, attraction and width where InfoNCE is minimized
@@ -259,6 +260,7 @@ FAMILY: dict[str, Callable[..., Array]] = {
     "spectral contrastive": lambda first, second, attraction=1.0: spectral_contrastive(first, second),
     "soft triplet": soft_triplet,
 }
+DISTANCES = ("InfoNCE", "soft triplet")  # those that see the augmentation
 POSITIVE = partial(infonce, positive=True)
 COSINE = partial(infonce, similarity="cosine", temperature=0.5)
 ATTRACTIONS = (1.0, 2.0)
@@ -285,11 +287,11 @@ def _series(loss: Callable, order: int, predict, params, batches: Views):
     return jnp.mean(found, axis=0), jnp.std(found, axis=0) / len(found) ** 0.5
 
 
-def _expected(params, size: int) -> np.ndarray:
+def _expected(params, size: int, variance: float) -> np.ndarray:
     """Second and fourth coefficients of the family for a linear encoder: (loss, attraction, 2)."""
     first, second = (np.asarray(matrix) for matrix in weights(params))
     W = second @ np.maximum(first, 0)  # its columns are the images of unit vectors
-    data, noise = W @ A @ W.T, LIGHT * W @ W.T
+    data, noise = W @ A @ W.T, variance * W @ W.T
     T, kept = data + noise, (size - 2) / (size - 1)  # what is left of a variance over size - 1 others
     square, rows = np.trace(T @ T), []
     for attraction in ATTRACTIONS:
@@ -333,9 +335,12 @@ def _drawn_series(config: Config, rng: np.random.Generator, keys: Array) -> dict
     """Series of the losses, and those of InfoNCE whose denominator has the positive, over the batch."""
     predict, (linear, relu) = _encoders(rng)
     both = jax.tree.map(lambda *leaves: np.stack(leaves), linear, relu)
-    views = jax.device_get(_drawn(keys[0], SERIES_BATCH * config.draws, LIGHT))
+    views, strong = (
+        jax.device_get(_drawn(key, SERIES_BATCH * config.draws, variance))
+        for key, variance in ((keys[0], LIGHT), (jax.random.fold_in(keys[0], 1), STRONG))
+    )
 
-    def batches(size):
+    def batches(size, views=views):
         return Views(*(view.reshape(-1, size, MODES) for view in views))
 
     def side_by_side(found):
@@ -344,13 +349,22 @@ def _drawn_series(config: Config, rng: np.random.Generator, keys: Array) -> dict
     mean, error = side_by_side(
         [_series(loss, ORDER, predict, both, batches(SERIES_BATCH)) for loss in FAMILY.values()]
     )
+    above, around = side_by_side(
+        [_series(FAMILY[name], ORDER, predict, both, batches(SERIES_BATCH, strong)) for name in DISTANCES]
+    )
+    rows = [list(FAMILY).index(name) for name in DISTANCES]
     finite, errors = side_by_side([_series(POSITIVE, 2, predict, both, batches(size)) for size in FINITE])
     first = jax.tree.map(lambda view: view[0], batches(SERIES_BATCH))
     along = np.asarray(_along_ray(predict, linear, first, keys[1]))
     return {
         "mean": ("loss encoder attraction order", mean),
         "error": ("loss encoder attraction order", error),
-        "expected": ("loss attraction even", _expected(linear, SERIES_BATCH)),
+        "expected": ("loss attraction even", _expected(linear, SERIES_BATCH, LIGHT)),
+        "strong": {
+            "mean": ("distances encoder attraction order", above),
+            "error": ("distances encoder attraction order", around),
+            "expected": ("distances attraction even", _expected(linear, SERIES_BATCH, STRONG)[rows]),
+        },
         "inside": _inside(linear, views),
         "finite": ("finite", np.asarray(FINITE)),
         "second": ("finite", finite[:, 0, 0, 2]),
@@ -433,7 +447,7 @@ def _training(config: Config, modes: dict, keys: Array) -> dict:
         "expected": _by_name(modes["trained"], "trained_at"),
         "trained": _by_name({"two": large[:count, -1], "one": large[count : 2 * count, -1]}, "trained_at"),
         "size": ("size", np.array([config.batch // 2, config.batch])),
-        "size_gap": ("size", np.array([np.mean(gap) for gap in gaps])),
+        "size_gap": ("size", np.array([abs(np.mean(gap)) for gap in gaps])),
         "free": {
             **{name: ("mode", modes["free"][name][0]) for name in ("quartic", "one")},
             "trained": ("step mode", large[-1]),
@@ -532,6 +546,8 @@ def _family(saved: Saved) -> Iterator[Claim]:
     along = np.asarray(part["along"])
     spread = np.ptp(along, axis=1)
     even = mean[..., [2, 4]], error[..., [2, 4]]
+    # With attraction 2, the second in order.
+    above, around = (np.asarray(saved[f"series/strong/{name}"])[:, :, 1, 2] for name in ("mean", "error"))
     yield stated(
         "rotation",
         "Rotating all embeddings changes no contrastive loss",
@@ -543,7 +559,8 @@ def _family(saved: Saved) -> Iterator[Claim]:
         "Odd orders vanish, the second is below zero and the fourth above: so it is for almost all "
         "contrastive losses",
         INFONCE,
-        condition="embeddings are not normalized",
+        condition="embeddings are not normalized and augmentation is weak: tr(W B W^T) > 0, "
+        "B = A - (attraction - 1) C for losses of distances and A for others",
         inside=[
             at_most(
                 "InfoNCE of distances or inner products, spectral contrastive, soft triplet: odd orders",
@@ -566,6 +583,17 @@ def _family(saved: Saved) -> Iterator[Claim]:
         ],
         outside=[
             at_most("InfoNCE of cosines: change along a ray", spread[-1], 1e-13, why="size is forgotten"),
+            every(
+                f"InfoNCE of distances and soft triplet, sigma^2 = {STRONG:g}, attraction 2: second orders "
+                f"of either encoder above zero by {Z:g} standard errors",
+                above > Z * around,
+            ),
+            at_most(
+                "linear encoder: standard errors between these and -tr(W B W^T), or half of it, most",
+                _errors(above[:, 0], around[:, 0], np.asarray(saved["series/strong/expected"])[:, 1, 0]),
+                Z,
+                why=DRAWS,
+            ),
         ],
     )
 
@@ -710,13 +738,23 @@ def _encoders_trained(config: Config, saved: Saved) -> Iterator[Claim]:
         ],
     )
     rank = alive[np.argsort(strengths)].sum(axis=1)
-    yield stated(
+    exact = "counts are exact"
+    yield qualified(
         "rank",
-        "Stronger augmentation leaves a linear map of lower rank (attraction 2)",
+        "Stronger augmentation leaves a linear map of lower rank",
         "ziyin2022talk, slides on dimensional collapse",
-        every("strengths where no mode comes back", np.diff(rank) <= 0),
-        equals("modes at the weakest", rank[0], MODES, why="counts are exact"),
-        equals("modes at the strongest", rank[-1], 0, why="counts are exact"),
+        condition="the weight of the attraction is above 1, such as 2",
+        inside=[
+            every("attraction 2: strengths where no mode comes back", np.diff(rank) <= 0),
+            equals("modes at the weakest", rank[0], MODES, why=exact),
+            equals("modes at the strongest", rank[-1], 0, why=exact),
+        ],
+        outside=[
+            every(
+                f"attraction 1: strengths up to {strengths[strongest]:g} where all modes are alive",
+                np.all(one > DEAD, axis=1),
+            ),
+        ],
     )
     total = VARIANCES[None] + strengths[:, None]
     logs = [
