@@ -90,8 +90,9 @@ class LinearVae(nnx.Module):
 class AmortizedVae(nnx.Module):
     """An autoencoder whose encoder has a hidden layer of ReLU, and a log variance for each input and latent.
 
-    With a linear decoder it has the least loss of the linear one: among all laws of latents the best is
-    normal, its mean is linear in x and its covariance does not depend on x.
+    With a linear decoder it has the least loss of the linear one for y = x, or where E[y|x] is linear in x:
+    among all laws of latents the best is normal, its mean is linear in E[y|x] and its covariance does not
+    depend on x.
 
     Args:
         key: PRNG key of the first weights.
@@ -155,13 +156,23 @@ def _decoded(decoder: nnx.Linear, noise: Any, mean: Array, log_variance: Array) 
 def vae_weights(params: PyTree) -> VaeWeights:
     """The weights in the parameters of a `LinearVae`, leading axes kept: what a theory looks at.
 
+    Raises:
+        ValueError: the parameters have other names than those of a `LinearVae`.
+
     Example:
         >>> from models.functional import as_function
         >>> start = VaeWeights([[3.0], [1.0]], [[2.0]], [0.0])
         >>> [part.shape for part in vae_weights(as_function(LinearVae(start))[1])]
         [(2, 1), (1, 1), (1,)]
     """
-    decoder, encoder, log_variance = jax.tree.leaves(params)
+    leaves = {
+        "/".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    names = ("decoder/kernel", "encoder/kernel", "log_variance")
+    if set(leaves) != set(names):
+        raise ValueError(f"params must be those of a LinearVae, {', '.join(names)}, got {sorted(leaves)}")
+    decoder, encoder, log_variance = (leaves[name] for name in names)
     return VaeWeights(jnp.swapaxes(decoder, -1, -2), encoder, log_variance)
 
 

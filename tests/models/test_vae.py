@@ -15,6 +15,7 @@ from dynamics.collapse import (
     vae_modes,
 )
 from models.functional import as_function
+from models.self_supervised import Encoder
 from models.training import Descent, train
 from models.vae import (
     AmortizedVae,
@@ -166,6 +167,11 @@ def test_what_does_not_fit_is_refused():
         predict(params, VaeInputs(X, np.ones((30, 1))))
     with pytest.raises(ValueError, match=r"targets must have shape \(30, 3\)"):
         negative_elbo(params, (predict, VaeInputs(X), Y[:, :2], NUMBERS))
+    # Three matrices of another network are no weights of an autoencoder, whatever their shapes.
+    other = as_function(Encoder([np.ones((2, 4)), np.ones((2, 2)), np.ones((3, 2))]))[1]
+    assert len(jax.tree.leaves(other)) == 3
+    with pytest.raises(ValueError, match="params must be those of a LinearVae, decoder/kernel, enc"):
+        vae_weights(other)
     bad = np.where(np.arange(4) == 1, np.nan, X)
     with pytest.raises(ValueError, match="x must be finite"):
         vae_batch(jax.random.key(0), bad, Y, 3, 2)
