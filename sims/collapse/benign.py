@@ -307,7 +307,7 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
     )
     yield stated(
         "one-loss",
-        "Collapse depends neither on the start nor on the dynamics: all local minima are global ones",
+        "Collapse does not depend on the start: all local minima are global ones",
         SLIDES,
         at_most("spread of the loss over starts", np.max(np.ptp(loss[shallow], axis=1)), 1e-9, why=newton),
         at_most(
@@ -315,7 +315,7 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         ),
     )
     yield _deep(saved, loss, rank, ~shallow)
-    yield _equal_ranks(saved, part["rank"][:, 1] - full[:, None], strict)
+    yield _equal_ranks(saved, part["rank"][:, 1] - full[:, None], strict, shallow)
 
 
 def _deep(saved: Saved, loss: np.ndarray, rank: np.ndarray, deep: np.ndarray) -> Claim:
@@ -341,10 +341,10 @@ def _deep(saved: Saved, loss: np.ndarray, rank: np.ndarray, deep: np.ndarray) ->
     )
 
 
-def _equal_ranks(saved: Saved, excess: np.ndarray, strict: np.ndarray) -> Claim:
+def _equal_ranks(saved: Saved, excess: np.ndarray, strict: np.ndarray, shallow: np.ndarray) -> Claim:
     saddle = saved["saddle"]
     lower = saddle["full"] - saddle["rank"]
-    among = np.sum(np.any(strict & (excess == 0), axis=1))
+    among = np.sum(np.any(strict & (excess == 0), axis=1)[shallow])
     gap = largest(saddle["curvature"] - saddle["predicted"])
     down = np.min(saddle["way"], axis=1) - saddle["way"][:, saddle["way"].shape[1] // 2]
     return corrected(
@@ -356,7 +356,12 @@ def _equal_ranks(saved: Saved, excess: np.ndarray, strict: np.ndarray) -> Claim:
         ],
         mended=[
             every("saddles that are found: rank at most that of the minima", excess[strict] <= 0),
-            at_least("models in which one of equal rank is found", among, 3, why="three are written down"),
+            at_least(
+                "models of one hidden layer or none in which one of equal rank is found",
+                among,
+                3,
+                why="three are written down",
+            ),
             at_most("those three: largest gradient", largest(saddle["gradient"]), 1e-12, why=ROUNDING),
             every("directions that lead down", saddle["index"] >= 1),
             at_most("least curvatures, less their closed forms", gap, 1e-12, why=ROUNDING),

@@ -49,7 +49,7 @@ from models.self_supervised import (
 from models.training import map_lanes, train
 from models.vae import LinearVae, VaeInputs, negative_elbo, vae_batch
 from sims import plotting
-from sims.claims import Claim, Preset, at_least, at_most, corrected, equals, every, qualified, stated
+from sims.claims import Check, Claim, Preset, at_least, at_most, equals, every, qualified, stated
 from sims.compare import largest
 from sims.ranges import Count, Positive, Range, check_ranges
 from sims.results import Context, Saved
@@ -219,18 +219,21 @@ def _of_encoder(name: str, config: Config, images: Array, key: Array) -> dict:
     warm = [at_weakest, *(trained(again, weakest, variance)[1] for variance in stronger)]
     _, plain = trained(first, random, STRONG, PLAIN)
 
-    turned = _turned(predict, weakest, images, views)
+    turned, start = (_turned(predict, params, images, views) for params in (weakest, random))
     variances = jnp.array([*config.strengths, STRONG])
     attractions = jnp.array([ATTRACTION] * len(config.strengths) + [PLAIN])
     rows = jnp.tile(jnp.eye(2), (variances.size, 1))
     lanes = (jnp.repeat(variances, 2), jnp.repeat(attractions, 2), rows)
     second = _second_differences(predict, turned, images, views, lanes).reshape(-1, 2)
+    middle = (jnp.full(2, MEDIUM), jnp.full(2, ATTRACTION), jnp.eye(2))
+    second_at_start = _second_differences(predict, start, images, views, middle)
     line, grid = _landscapes(predict, turned, images, views, jnp.array(SHOWN), *_along(config))
     return {
         "cold": jnp.stack([seen["spread"] for seen in fresh]),
         "warm": jnp.stack([seen["spread"] for seen in warm]),
         "loss": jnp.stack([jnp.stack([seen["loss"] for seen in part]) for part in (fresh, warm)]),
         "second": second[:-1],
+        "start": second_at_start,
         "line": line,
         "map": grid,
         "plain": {"spread": plain["spread"], "second": second[-1]},
@@ -396,6 +399,7 @@ def run(config: Config, context: Context) -> dict:
             "cold": ("encoder strength row", stacked["cold"]),
             "warm": ("encoder strength row", stacked["warm"]),
             "second": ("encoder strength row", stacked["second"]),
+            "start": ("encoder row", stacked["start"]),
             "loss": ("encoder start strength", stacked["loss"]),
             "line": ("encoder shown along", stacked["line"]),
             "map": ("encoder shown radius other", stacked["map"]),
@@ -458,7 +462,8 @@ def _of_nonlinear(saved: Saved) -> Claim:
     cold, warm = (_left(np.asarray(saved[f"encoder/{name}"])[1:]) for name in ("cold", "warm"))
     return qualified(
         "nonlinear",
-        "ReLU and convolutional encoders show the same: the curvature at zero tells what is lost",
+        "ReLU and convolutional encoders show the same: the curvature at zero along trained weights tells "
+        "what is lost",
         NONLINEAR,
         condition="training goes on from the weights whose landscape it is, and, with several hidden layers, "
         "strengths are far from that of collapse",
@@ -481,7 +486,11 @@ def _of_nonlinear(saved: Saved) -> Claim:
                 "medium, from random weights: most directions left",
                 np.max(cold[:, medium]),
                 0,
-                why="what random layers make of images is no match for the noise",
+                why="zero is stable along random weights",
+            ),
+            every(
+                "medium, random weights: stable directions, two of each encoder",
+                np.asarray(saved["encoder/start"])[1:] > 0,
             ),
             at_most("its loss: largest", largest(loss[:, 0, medium]), 1e-3, why="it is that of zero"),
             at_least(
@@ -500,21 +509,26 @@ def _of_nonlinear(saved: Saved) -> Claim:
 def _of_weights(saved: Saved) -> Claim:
     plain, end = saved["encoder/plain"], np.asarray(saved["encoder/second"])[:, -1]
     stable = np.where(np.isfinite(plain["second"]).all(axis=1), np.sum(plain["second"] > 0, axis=1), np.nan)
-    return corrected(
+    return qualified(
         "attraction",
-        "Strong augmentation makes zero stable for the loss as it is printed (only for an attraction that "
-        "weighs more than one)",
+        "Strong augmentation makes zero stable, and encoders collapse",
         f"{NONLINEAR} (their loss is that of the slide on InfoNCE)",
-        printed=[
-            at_least("weight 1: most stable directions of an encoder", np.max(stable), 1, why="as printed")
-        ],
-        mended=[
+        condition="the attraction weighs more than one",
+        inside=[
             every("weight 2: directions of encoders that are stable", end > 0),
             at_most(
                 "and what is left: largest variance of embeddings",
                 largest(np.asarray(saved["encoder/warm"])[:, -1]),
                 ALIVE,
                 why="distances are of order one where there is no collapse",
+            ),
+        ],
+        outside=[
+            at_most(
+                "weight 1: most stable directions of an encoder",
+                np.max(stable),
+                0,
+                why="the curvature is -2 a, with a the variance between images",
             ),
             at_least(
                 "weight 1, from random weights: least variance of embeddings",
@@ -538,9 +552,6 @@ def _of_latents(saved: Saved) -> Claim:
     weight, trained = (eigenvalue - WEAK) / eigenvalue, "weights are those of training on drawn latents"
     by_one = np.sum(eigenvalue - WEAK) / np.sum(weight)
     held = np.sum((2 - WEAK / eigenvalue) * (eigenvalue - WEAK)) / np.sum(weight)
-    lines = np.asarray(part["lines"])
-    change, (as_trained, best) = lines - lines[..., [lines.shape[-1] // 2]], _landscape_of_theory(saved)
-    gap = np.max(np.abs(change - np.stack([as_trained, best], axis=1))) / np.ptp(change[0])
     return qualified(
         "autoencoder",
         "Rescaling the weights of a trained autoencoder shows where it collapses",
@@ -555,7 +566,7 @@ def _of_latents(saved: Saved) -> Claim:
                 "beta with as many latents left as are unstable",
                 _left(np.asarray(part["spread"])) == unstable,
             ),
-            at_most("lines of the loss: gap to theory, over the range at weak beta", gap, 0.03, why=trained),
+            *_line_checks(saved, trained),
         ],
         outside=[
             equals("all weights by one number: beta, over theory", of_all / by_one, 1, 0.03, why=trained),
@@ -565,6 +576,37 @@ def _of_latents(saved: Saved) -> Claim:
             ),
             at_least("the second over it", frozen / eigenvalue[0], 1.1, why=MIXED),
         ],
+    )
+
+
+def _line_checks(saved: Saved, trained: str) -> Iterator[Check]:
+    """That each line of an autoencoder's loss is that of theory, by its own range and its own well."""
+    lines, along = np.asarray(saved["autoencoder/lines"]), np.asarray(saved["along"])
+    change = lines - lines[..., [lines.shape[-1] // 2]]
+    theory = np.stack(_landscape_of_theory(saved), axis=1)
+    within = np.abs(along) < 1 + 1e-9
+    gap = np.max(np.abs(change - theory)[..., within], axis=-1) / np.ptp(theory[..., within], axis=-1)
+    yield at_most(
+        "each line of the loss: gap to theory for |a| <= 1, over its range there",
+        largest(gap),
+        0.03,
+        why=trained,
+    )
+    # At weak and medium beta there are wells, whatever the variances are.
+    depth, expected = (-np.min(values[:2], axis=-1) for values in (change, theory))
+    yield equals(
+        "weak and medium beta: depth of each well over theory, the one furthest off",
+        (depth / expected).flat[np.argmax(np.abs(depth / expected - 1))],
+        1,
+        0.03,
+        why=trained,
+    )
+    place, expected = (np.abs(along[np.argmin(values[:2], axis=-1)]) for values in (change, theory))
+    yield at_most(
+        "and its place less theory's, in steps of the grid",
+        largest(place - expected) / (along[1] - along[0]),
+        1 + 1e-9,
+        why="a well is flat at its bottom",
     )
 
 
