@@ -72,7 +72,9 @@ CASES = {  # covariance of the augmentation, attraction and width where InfoNCE 
     "tilted": (TILTED, 2.0, 4),
     "tilted, two rows": (TILTED, 2.0, 2),
 }
-NEAR = 10.0 ** -np.arange(1, 6)  # of the second mode's variance over that of the augmentation
+NEAR = 10.0 ** -np.arange(1, 4.5, 0.5)  # of the second mode's variance over that of the augmentation
+REACHED = slice(1, 4)  # of these, where descent comes to rest
+RATES = 0.008, 0.04  # of descent, and where a mode is close to its threshold and slow
 ORDER, SERIES_BATCH = 4, 32
 FINITE = (2, 4, 16)  # examples of batches with the positive in the denominator
 LARGE_BATCH, LARGE_DRAWS = 1000, 20
@@ -135,7 +137,13 @@ def _modes(variance: Array) -> dict[str, Array]:
         name: jnp.sqrt(collapse.infonce_minimum(VARIANCES, variance, attraction))
         for name, attraction in (("two", 2.0), ("one", 1.0))
     }
-    return {"quartic": jnp.linalg.norm(quartic, axis=1), **exact}
+    # The series of the slide's loss, which has attraction 1.
+    series = collapse.landau_minimum(A, A + C, MODES, 0.75).W
+    return {
+        "quartic": jnp.linalg.norm(quartic, axis=1),
+        "series": jnp.linalg.norm(series, axis=1),
+        **exact,
+    }
 
 
 @partial(jax.jit, static_argnames="loss")
@@ -144,22 +152,27 @@ def _descended(loss: Callable, lanes: tuple, starts: Array):
 
     Rows that start at zero stay there, so that one program serves encoders of several widths.
     """
-    optimizer = optax.sgd(0.008, momentum=0.95)
 
     def descended(lane, start):
-        *covariances, number, used = lane
+        *covariances, number, used, rate = lane
         of = Partial(lambda data, W: loss(W, *data), (*covariances, number))
+        optimizer = optax.sgd(rate, momentum=0.95)
         W, _ = train(of, used[:, None] * start, optimizer, steps=1500, every=1500)
         return of(W), W
 
     return jax.vmap(jax.vmap(descended, (None, 0)), (0, None))(lanes, starts)
 
 
-def _lanes(cases) -> tuple[np.ndarray, ...]:
-    """Matrices, numbers and the rows in use of several cases, side by side."""
-    *matrices, numbers, widths = zip(*cases, strict=True)
+def _lanes(cases, close) -> tuple[np.ndarray, ...]:
+    """Matrices, numbers, sizes of the rows in use and rates of cases, and of those close to a threshold.
+
+    The large rate asks for starts that are small.
+    """
+    *matrices, numbers, widths = zip(*cases, *close, strict=True)
     used = np.arange(MODES)[None] < np.asarray(widths)[:, None]
-    return *(np.stack(each) for each in matrices), np.asarray(numbers), used.astype(float)
+    counts = len(cases), len(close)
+    rates, sizes = np.repeat(RATES, counts), np.repeat([1.0, 0.5], counts)
+    return *(np.stack(each) for each in matrices), np.asarray(numbers), sizes[:, None] * used, rates
 
 
 def _against(dim: str, least: list, found: tuple) -> dict:
@@ -181,17 +194,25 @@ def _minima(config: Config, rng: np.random.Generator) -> dict:
     forms = [collapse.landau_minimum(B, S, width, q) for B, S, q, width in quartic]
     exact = [(A, C, attraction, width) for C, attraction, width in CASES.values()]
     encoders = [collapse.infonce_encoder(A, C, width, number) for _, C, number, width in exact]
-    losses = (collapse.landau_loss, collapse.infonce_loss)
-    ends = [
-        jax.device_get(_descended(loss, _lanes(cases), starts))
-        for loss, cases in zip(losses, (quartic, exact), strict=True)
-    ]
+    near = [c * np.eye(MODES) for c in VARIANCES[1] * (1 - NEAR[REACHED])]
+    sides = {
+        "quartic": (collapse.landau_loss, quartic, [(A - C, A + C, 1.0, MODES) for C in near]),
+        "two": (collapse.infonce_loss, exact, [(A, C, 2.0, MODES) for C in near]),
+    }
+    ends, roots = [], {}
+    for name, (loss, cases, close) in sides.items():
+        found = jax.device_get(_descended(loss, _lanes(cases, close), starts))
+        ends.append([each[: len(cases)] for each in found])
+        # The second mode, as the augmentation is isotropic and the first varies more.
+        second = np.linalg.svd(found[1][len(cases) :], compute_uv=False)[..., 1]
+        roots[name] = ("reached start", second)
     path = jax.device_get(_flowed(0.25 * starts[0], B, Sigma))
     require_ok("flow", path)
     end = np.asarray(forms[-1].W).T @ np.asarray(forms[-1].W)
     return {
         "quartic": _against("width", forms, ends[0]),
         "exact": _against("case", encoders, ends[1]),
+        "near": roots,
         "flow": ("time", np.abs(np.swapaxes(path.ys, -1, -2) @ path.ys - end).max(axis=(-2, -1))),
     }
 
@@ -643,22 +664,38 @@ def _closed_forms(saved: Saved) -> Iterator[Claim]:
 
 
 def _thresholds(saved: Saved) -> Iterator[Claim]:
-    distance, near = np.asarray(saved["distance"]), saved["near"]
-    order = {name: convergence_order(distance[1:], near[name][1:]).slope for name in ("quartic", "two")}
-    scale = {name: near[name][-1] / distance[-1] ** 0.5 for name in order}
+    distance = np.asarray(saved["distance"])[REACHED]
+    near = {name: np.asarray(saved[f"minima/near/{name}"]) for name in ("quartic", "two")}
+    order = {name: convergence_order(distance, roots.mean(axis=1)).slope for name, roots in near.items()}
+    scale = {name: roots[-1].mean() / distance[-1] ** 0.5 for name, roots in near.items()}
+    gaps = [roots / np.asarray(saved["near"][name])[REACHED, None] - 1 for name, roots in near.items()]
     at = list(saved["trained_at"]).index(LIGHT)
     far = (VARIANCES[1] - LIGHT) ** 0.5
-    half, close = "the next order is a hundredth at most", "the next order is as small as the distance"
+    half, close = "the next order is half of the distance", "the next order is the distance at most"
     yield qualified(
         "square-root",
         "The root of an eigenvalue of W W^T is proportional to (a - sigma^2)^(1/2)",
         MINIMA,
         condition="close to the threshold, for B = A - C",
         inside=[
-            slope("quartic form, a = 1: exponent", order["quartic"], 0.5, 0.01, why=half),
-            slope("exact loss with attraction 2: exponent", order["two"], 0.5, 0.01, why=half),
-            equals("quartic form: factor, 1 / 8^(1/2)", scale["quartic"], 8**-0.5, 1e-4, why=close),
-            equals("exact loss: factor, 1 / 6^(1/2)", scale["two"], 6**-0.5, 1e-4, why=close),
+            slope("descent on the quartic form, a = 1: exponent", order["quartic"], 0.5, 0.01, why=half),
+            slope("on the exact loss with attraction 2: exponent", order["two"], 0.5, 0.01, why=half),
+            equals(
+                f"quartic form, a - sigma^2 = {distance[-1]:.2g}: factor over 1 / 8^(1/2)",
+                scale["quartic"] * 8**0.5,
+                1.0,
+                distance[-1],
+                why=close,
+            ),
+            equals(
+                "exact loss: factor over 1 / 6^(1/2)", scale["two"] * 6**0.5, 1.0, distance[-1], why=close
+            ),
+            at_most(
+                f"{near['two'].shape[1]} starts each: root over the closed form, less one, most",
+                largest(gaps),
+                1e-4,
+                why="descent has all but come to rest",
+            ),
         ],
         outside=[
             at_least(
@@ -802,8 +839,10 @@ def figure(config: Config, saved: Saved) -> Figure:
     ray.set_ylim(-1.2, 2.4)
     plotting.finish(ray, "Losses along W → aW", "a", "(loss − that at 0) / depth", "upper center")
     distance, near = np.asarray(saved["distance"]), saved["near"]
-    for index, (name, label) in enumerate({"quartic": "quartic form", "two": "exact, attraction 2"}.items()):
-        root.loglog(distance, near[name], "os"[index], color=f"C{index}", label=label)
+    for index, (name, label) in enumerate({"quartic": "quartic form", "two": "exact loss"}.items()):
+        ends = np.asarray(saved[f"minima/near/{name}"]).mean(axis=1)
+        root.loglog(distance, near[name], color=f"C{index}", linewidth=1.2)
+        root.plot(distance[REACHED], ends, "os"[index], color=f"C{index}", label=f"descended, {label}")
         factor = 8**-0.5 if name == "quartic" else 6**-0.5
         root.plot(distance, factor * distance**0.5, **plotting.THEORY)
     root.plot([], [], label="√(a − σ²) / √8, / √6", **plotting.THEORY)
@@ -830,6 +869,8 @@ def _modes_panel(ax: Axes, saved: Saved, name: str, title: str) -> None:
     for index, variance in enumerate(VARIANCES):
         color = f"C{index}"
         ax.plot(strength, values[:, index], color=color, label=f"a = {variance:g}")
+        if name != "two":
+            ax.plot(strength, saved["theory/series"][:, index], "--", color=color, linewidth=0.9)
         if name == "quartic":
             below = strength[strength <= variance]
             ax.plot(below, np.sqrt((variance - below) / 8) / variance, **plotting.PRINTED)
@@ -839,5 +880,7 @@ def _modes_panel(ax: Axes, saved: Saved, name: str, title: str) -> None:
         ax.plot([], [], label="√(a − σ²) / (√8 a)", **plotting.PRINTED)
     else:
         ax.plot([], [], "o", color="0.3", ms=5, label="trained")
+    if name != "two":
+        ax.plot([], [], "--", color="0.3", linewidth=0.9, label="B = A, factor 3/4")
     plotting.finish(ax, title, "σ², variance of the augmentation", "√λ, λ of WWᵀ", "upper right")
     ax.set_ylim(-0.04, None)
