@@ -465,7 +465,9 @@ def _training(config: Config, modes: dict, keys: Array) -> dict:
     gaps = [ends / modes["trained"]["one"][at] - 1 for ends in (small[:, -1], large[count + at, -1])]
     return {
         "trained_at": ("trained_at", strengths),
-        "expected": _by_name(modes["trained"], "trained_at"),
+        "expected": _by_name(
+            {name: modes["trained"][name] for name in ("quartic", "two", "one")}, "trained_at"
+        ),
         "trained": _by_name({"two": large[:count, -1], "one": large[count : 2 * count, -1]}, "trained_at"),
         "size": ("size", np.array([config.batch // 2, config.batch])),
         "size_gap": ("size", np.array([abs(np.mean(gap)) for gap in gaps])),
