@@ -27,7 +27,7 @@ from models.data.images import digits, mnist
 from models.draws import normal
 from models.functional import as_function
 from models.training import train
-from models.vae import AmortizedVae, LinearVae, VaeInputs, active_units, negative_elbo, vae_batch
+from models.vae import AmortizedVae, LinearVae, VaeInputs, active_units, negative_elbo, vae_batch, vae_weights
 from sims import plotting
 from sims.claims import ROUNDING, Claim, Preset, at_least, at_most, corrected, equals, every, stated
 from sims.compare import largest, named_groups
@@ -46,6 +46,7 @@ NEAR, NEAR_STARTS = (0.99, 1.01), 1  # of a threshold, where the closed-form los
 SHOWN, SAMPLES = 5, 16  # weights beta with digits, and digits of each
 # Correlated inputs and targets, of which no mode is a singular value of E[y x^T]; four latents.
 LATENTS, DEC, ENC, STARTS = 4, 0.8, 1.7, 64
+EXAMPLES, NETWORKS = 12, 4  # examples of these data, and networks trained on them at each beta
 ZETA, SPREAD = (1.6, 1.2, 0.9, 0.6, 0.3), (2.0, 1.5, 1.0, 0.6, 0.4, 0.2)  # modes, and what inputs vary by
 REPEATED = np.pad(np.diag([2.0, 2.0, 1.5, 1.0, 0.5]), ((0, 0), (0, 1)))
 STEP = 0.05  # of log beta beside a threshold
@@ -237,13 +238,63 @@ def _networks(config: Config, key: Array, x: np.ndarray, betas: np.ndarray) -> t
     return found, decoders["linear"]
 
 
-def _correlated() -> tuple[np.ndarray, np.ndarray]:
-    """Z = E[y x^T] A^{-1/2} of inputs that go together, (5, 6), and the singular values of E[y x^T]."""
+def _correlated() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Z = E[y x^T] A^{-1/2}, (5, 6), and inputs (12, 6) that go together and targets (12, 5) that have it.
+
+    Both are centered, and a part of the targets is in no linear map of the inputs.
+    """
     rng = np.random.default_rng(0)
     F, G, axes = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (5, 6, 6))
     Z = F * np.array(ZETA) @ G[:, :5].T
     root = (axes * np.array(SPREAD)) @ axes.T
-    return Z, np.linalg.svd(Z @ root, compute_uv=False)
+    white = rng.normal(size=(EXAMPLES, EXAMPLES - 1))
+    white = np.linalg.qr(white - white.mean(axis=0))[0] * EXAMPLES**0.5
+    return Z, white[:, :6] @ root, white[:, :6] @ Z.T + 0.3 * white[:, 6:]
+
+
+@partial(jax.jit, static_argnums=0)
+def _descended(steps: int, x: Array, y: Array, lanes: tuple[Array, Array]) -> dict[str, Array]:
+    """Singular values of the decoders of networks trained on (x, y) for each beta, from each start.
+
+    Noise on 2 k points has the mean and the covariance of a normal law, and the loss is quadratic in it: so
+    this is its mean over drawn latents.
+    """
+    points = jnp.concatenate([jnp.eye(LATENTS), -jnp.eye(LATENTS)]) * LATENTS**0.5
+    inputs = VaeInputs(jnp.repeat(x, len(points), axis=0), jnp.tile(points, (len(x), 1)))
+    targets = jnp.repeat(y, len(points), axis=0)
+    sizes = ((y.shape[1], LATENTS), (x.shape[1], LATENTS))
+    spread, gain = jnp.linalg.norm(x, 2) ** 2 / len(x), jnp.linalg.norm(y, 2) ** 2 / len(y) / ENC**2
+
+    def one(lane):
+        beta, start = lane
+        keys = jax.random.split(jax.random.wrap_key_data(start))
+        U, W = (0.1 * normal(key, size, x.dtype) for key, size in zip(keys, sizes, strict=True))
+        network = LinearVae(VaeWeights(U, W, jnp.full(LATENTS, 2 * jnp.log(ENC), x.dtype)))
+        predict, params = as_function(network)
+        # As for the loss in closed form, but for the spread of inputs, which the encoder's curvature has.
+        curvature = (ENC**2 + spread * gain) / DEC**2 + beta * (1 + spread / ENC**2)
+        rate = optax.linear_schedule(0.3 / curvature, 2.5 / curvature, steps // 3)
+        _, path = train(
+            lambda params: negative_elbo(params, (predict, inputs, targets, (beta, DEC, ENC))),
+            params,
+            optax.sgd(rate, momentum=0.985),
+            steps=steps,
+            every=steps,
+            observe=lambda params: jnp.linalg.svd(vae_weights(params).U, compute_uv=False),
+        )
+        return {"decoder": path.ys[-1], "ok": path.ok}
+
+    return jax.vmap(one)(lanes)
+
+
+def _of_network(steps: int, x: np.ndarray, y: np.ndarray, betas: np.ndarray, key: Array) -> np.ndarray:
+    """Singular values of decoders (beta, start, latent)."""
+    keys = jax.random.key_data(jax.random.split(key, NETWORKS))
+    lanes = (np.repeat(betas, NETWORKS), np.tile(keys, (len(betas), 1)))
+    ends = jax.device_get(_descended(steps, x, y, lanes))
+    if not np.all(ends["ok"]):
+        raise RuntimeError("networks on correlated data: the numbers are not finite")
+    return ends["decoder"].reshape(len(betas), NETWORKS, LATENTS)
 
 
 def _beside(thresholds: np.ndarray) -> np.ndarray:
@@ -259,8 +310,8 @@ def _between(thresholds: np.ndarray) -> np.ndarray:
 
 def _small(steps: int, key: Array) -> tuple[np.ndarray, dict]:
     """Weights beta, and what the closed-form loss of correlated data and of repeated modes has there."""
-    Z, of_product = _correlated()
-    zeta = np.linalg.svd(Z, compute_uv=False)
+    Z, x, y = _correlated()
+    zeta, of_product = np.asarray(collapse.vae_modes(x, y)), np.linalg.svd(y.T @ x / len(x), compute_uv=False)
     betas = _between(zeta[:LATENTS] ** 2 / DEC**2)[1:]
     beside = _beside(zeta[:LATENTS] ** 2 / DEC**2)
     distinct = np.unique(np.diag(REPEATED))[::-1]
@@ -271,8 +322,14 @@ def _small(steps: int, key: Array) -> tuple[np.ndarray, dict]:
         "repeated": ([Form(REPEATED, beta) for beta in counted], 8),
     }
     found = _search(LATENTS, steps, groups, key)
-    printed = np.pad(np.diag(of_product), ((0, 0), (0, 1)))
-    closed = {"least": groups["searched"][0], "printed": [Form(printed, beta, DEC, ENC) for beta in betas]}
+    decoder = _of_network(steps, x, y, betas, jax.random.fold_in(key, 1))
+    closed = {
+        "least": groups["searched"][0],
+        **{
+            name: [Form(np.pad(np.diag(values), ((0, 0), (0, 1))), beta, DEC, ENC) for beta in betas]
+            for name, values in (("printed", of_product), ("whitened", zeta))
+        },
+    }
     least = _closed(LATENTS, closed)
     # The divergence from the prior at the best start, whose slope in log beta jumps by a half.
     best = found["beside"]["loss"].argmin(axis=1)[:, None, None]
@@ -295,7 +352,9 @@ def _small(steps: int, key: Array) -> tuple[np.ndarray, dict]:
                 for part in ("lam", "theta", "sigma2")
             },
         },
+        "decoder": ("small_beta start_4 unit", decoder),
         "printed": ("small_beta unit", least["printed"].lam),
+        "whitened": ("small_beta unit", least["whitened"].lam),
         "threshold": ("critical", zeta[:LATENTS] ** 2 / DEC**2),
         "beside": {
             "beta": ("critical side", beside),
@@ -457,7 +516,7 @@ def _images_claim(config: Config, saved: Saved) -> Claim:
 def _corrections(saved: Saved) -> Iterator[Claim]:
     """What is printed and fails: the values that decide, a rotation that is free, the number of collapses."""
     part = saved["small"]
-    lam, exact = (np.asarray(part[name]) for name in ("searched/lam", "printed"))
+    decoder = np.asarray(part["decoder"])
     rest = "descent has come to rest"
     yield corrected(
         "whitening",
@@ -466,16 +525,17 @@ def _corrections(saved: Saved) -> Iterator[Claim]:
         f"{THEOREM} (zeta_i on the slide before)",
         printed=[
             at_most(
-                "lambda of the singular values of E[y x^T], less the decoder's columns",
-                largest(lam - exact[:, None]),
+                "networks trained on correlated x and y: singular values of the decoder, less lambda of "
+                "those of E[y x^T]",
+                largest(decoder - np.asarray(part["printed"])[:, None]),
                 1e-6,
                 why=rest,
             )
         ],
         mended=[
             at_most(
-                "lambda of those of E[y x^T] A^{-1/2}, less these",
-                largest(lam - np.asarray(part["least/lam"])[:, None]),
+                "the same, less lambda of those of E[y x^T] A^{-1/2}",
+                largest(decoder - np.asarray(part["whitened"])[:, None]),
                 1e-6,
                 why=rest,
             ),
