@@ -644,6 +644,9 @@ CALLS: dict[str, Call] = {
         params=Real(VECTOR.value, fine=f"{ANY} none"),
         scales=Real(0.4, fine=ANY),
     ),
+    "dynamics.collapse.rescaled_curvature": call(
+        loss=lambda p: jnp.sum(p**2), params=Real(VECTOR.value, fine=f"{ANY} none"), step=POSITIVE
+    ),
     "dynamics.collapse.where": call(
         host=True,
         kind="ssl",

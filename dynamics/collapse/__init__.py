@@ -5,6 +5,7 @@ from dynamics.collapse.critical import metastable_gamma as metastable_gamma
 from dynamics.collapse.critical import transition_order as transition_order
 from dynamics.collapse.features import features_minimum as features_minimum
 from dynamics.collapse.landscape import hessian_index as hessian_index
+from dynamics.collapse.landscape import rescaled_curvature as rescaled_curvature
 from dynamics.collapse.landscape import rescaled_loss as rescaled_loss
 from dynamics.collapse.minima import DeepMinimum as DeepMinimum
 from dynamics.collapse.minima import Ridge as Ridge

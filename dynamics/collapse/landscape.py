@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from dynamics.arguments import ArrayLike, as_real, nan_unless, require_finite, require_number
+from dynamics.arguments import (
+    ArrayLike,
+    as_real,
+    nan_unless,
+    require_finite,
+    require_number,
+    require_positive,
+)
 
 
 def hessian_index(
@@ -30,7 +37,8 @@ def hessian_index(
         The number of such eigenvalues.
 
     Raises:
-        ValueError: the parameters are no finite numbers, or `rtol` is out of range and can be looked at.
+        ValueError: the parameters are no finite numbers, `rtol` is out of range and can be looked at, or the
+            loss is no number.
 
     Example:
         >>> float(hessian_index(lambda p: p["x"] ** 2 - p["y"] ** 2, {"x": 0.0, "y": 0.0}))
@@ -43,6 +51,7 @@ def hessian_index(
     if rtol is None:
         rtol = 1e-8 if jnp.finfo(flat.dtype).bits == 64 else 1e-4
     rtol = require_number("rtol", rtol, flat.dtype, at_least=0)
+    require_scalar(loss, params)
     hessian = jax.hessian(lambda flat: loss(unravel(flat)))(flat)
     values = jnp.linalg.eigvalsh(hessian)
     count = jnp.sum(values < -rtol * jnp.max(jnp.abs(values))).astype(flat.dtype)
@@ -62,7 +71,7 @@ def rescaled_loss(loss: Callable[[Any], Array], params: PyTree, scales: ArrayLik
         The loss at each, of the shape of `scales`.
 
     Raises:
-        ValueError: a number is not finite and can be looked at.
+        ValueError: a number is not finite and can be looked at, or the loss is no number.
 
     Example:
         >>> rescaled_loss(lambda w: (w - 2.0) ** 2, 1.0, [0.0, 2.0]).tolist()
@@ -70,8 +79,49 @@ def rescaled_loss(loss: Callable[[Any], Array], params: PyTree, scales: ArrayLik
     """
     params = jax.tree.map(lambda leaf: require_finite("params", as_real("params", leaf)), params)
     scales = require_finite("scales", as_real("scales", scales))
+    require_scalar(loss, params)
 
     def at(scale):
         return loss(jax.tree.map(lambda leaf: scale.astype(leaf.dtype) * leaf, params))
 
     return jax.vmap(at)(scales.reshape(-1)).reshape(scales.shape)
+
+
+def rescaled_curvature(
+    loss: Callable[[Any], Array], params: PyTree, step: ArrayLike = 0.02
+) -> Float[Array, ""]:
+    r"""Curvature of the loss at zero along a rescaling of all weights, a -> loss(a params).
+
+        (loss(h params) - 2 loss(0) + loss(-h params)) / h^2
+
+    Where it is negative the loss falls on the way from collapse to these weights. Differences see what
+    derivatives do not, such as the kink of a ReLU network with several layers at zero.
+
+    Source: ziyin2022talk, slides on landscapes of nonlinear networks.
+
+    Args:
+        loss: scalar function of the parameters.
+        params: a pytree of floating arrays, as for `rescaled_loss`.
+        step: h, a positive number.
+
+    Returns:
+        The curvature.
+
+    Raises:
+        ValueError: a number is not finite or `step` is not positive, and can be looked at, or the loss is no
+            number.
+
+    Example:
+        >>> round(float(rescaled_curvature(lambda w: w**4 - 3 * w**2, 1.0)), 3)
+        -5.999
+    """
+    step = require_positive("step", step, jnp.result_type(float))
+    above, at, below = rescaled_loss(loss, params, step * jnp.arange(1.0, -2.0, -1.0))
+    return (above - 2 * at + below) / step.astype(at.dtype) ** 2
+
+
+def require_scalar(loss: Callable[[Any], Any], params: PyTree) -> None:
+    """Refuse a loss that is no number."""
+    shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(loss, params))]
+    if shapes != [()]:
+        raise ValueError(f"loss must return a number, got {', '.join(map(str, shapes)) or 'nothing'}")

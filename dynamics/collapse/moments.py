@@ -82,16 +82,16 @@ def require_moments(moments: Any, *, outputs: bool = False) -> Moments:
     known = as_concrete(A)
     numpy = jnp if known is None else np
     values, vectors = numpy.linalg.eigh(jax.lax.stop_gradient(A) if known is None else known)
-    slack = _slack(A)
+    rounding = slack(A)
     largest = numpy.max(numpy.abs(values))
-    semidefinite, null = values[0] >= -slack * largest, values <= slack * largest
+    semidefinite, null = values[0] >= -rounding * largest, values <= rounding * largest
     if known is not None and not semidefinite:
         raise ValueError(f"A must be positive semidefinite, got {values[0]}")
 
     numpy = jnp if is_traced(A, c) else np
     parts = vectors.T @ _columns(c if numpy is jnp else np.asarray(c))
     outside = numpy.where(null[:, None], parts, 0)
-    in_range = numpy.linalg.norm(outside) <= slack**0.5 * numpy.linalg.norm(parts)
+    in_range = numpy.linalg.norm(outside) <= rounding**0.5 * numpy.linalg.norm(parts)
     if numpy is jnp:
         left = c - (vectors @ outside).reshape(c.shape)
         good = nan_unless(semidefinite & in_range, y2)
@@ -110,7 +110,7 @@ def require_widths(widths: Any) -> tuple[int, ...]:
     return tuple(require_sizes(**{f"widths[{index}]": width for index, width in enumerate(widths)}))
 
 
-def _slack(A: Any) -> float:
+def slack(A: Any) -> float:
     """What an eigenvalue can be off by, as a share of the largest."""
     return A.shape[0] * float(jnp.finfo(A.dtype).eps)
 
@@ -133,7 +133,7 @@ class Spectrum(NamedTuple):
 def spectrum(A: Float[Array, "d d"]) -> Spectrum:
     """The `Spectrum` of a positive semidefinite matrix."""
     values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(A))
-    return Spectrum(jnp.where(values > _slack(A) * values[-1], values, 0), vectors)
+    return Spectrum(jnp.where(values > slack(A) * values[-1], values, 0), vectors)
 
 
 def resolvent(shift: Array, scale: Array, A: Float[Array, "d d"], c: Array, of: Spectrum) -> Array:

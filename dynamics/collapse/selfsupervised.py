@@ -7,6 +7,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from dynamics.arguments import (
@@ -24,7 +25,7 @@ from dynamics.arguments import (
     require_symmetric,
     require_vector,
 )
-from dynamics.collapse.moments import nan_unless_finite, spectrum
+from dynamics.collapse.moments import nan_unless_finite, slack, spectrum
 
 
 class LandauMinimum(NamedTuple):
@@ -64,8 +65,8 @@ def infonce_loss(W: ArrayLike, A: ArrayLike, C: ArrayLike, attraction: ArrayLike
 
     Args:
         W: encoder, (k, d).
-        A: covariance of the data, (d, d).
-        C: covariance of the augmentation, (d, d).
+        A: covariance of the data, (d, d), positive semidefinite.
+        C: covariance of the augmentation, (d, d), positive semidefinite.
         attraction: weight of the first term, a number >= 0.
 
     Returns:
@@ -80,11 +81,23 @@ def infonce_loss(W: ArrayLike, A: ArrayLike, C: ArrayLike, attraction: ArrayLike
     """
     W, A, C = require_arrays(W=W, A=A, C=C)
     require_shapes(W=(W, "k d"), A=(A, "d d"), C=(C, "d d"))
-    A, C = require_symmetric("A", A), require_symmetric("C", C)
+    A, C = _require_covariance("A", A), _require_covariance("C", C)
     attraction = require_number("attraction", attraction, W.dtype, at_least=0)
     T, one = W @ (A + C) @ W.T, jnp.eye(W.shape[0], dtype=W.dtype)
     repulsion = jnp.linalg.slogdet(one + T)[1] + jnp.trace(jnp.linalg.solve(one + T, T))
     return attraction * jnp.trace(W @ C @ W.T) - repulsion / 2
+
+
+def _require_covariance(name, M):
+    """A symmetric matrix without negative eigenvalues; of a traced one the diagonal is looked at alone."""
+    M = require_symmetric(name, M)
+    values = as_concrete(M)
+    if values is None:
+        return nan_unless(jnp.all(jnp.diag(M) >= 0), M)
+    eigenvalues = np.linalg.eigvalsh(values)
+    if eigenvalues[0] < -slack(M) * np.max(np.abs(eigenvalues)):
+        raise ValueError(f"{name} must be positive semidefinite, got an eigenvalue of {eigenvalues[0]:.3g}")
+    return M
 
 
 def infonce_minimum(
@@ -132,18 +145,21 @@ def _require_variances(name, values):
 def _infonce_minimum(a, c, attraction):
     total = a + c
     seen = total > 0
-    rho = attraction * c / jnp.where(seen, total, 1)
-    eigenvalues = jnp.where(seen, _sizes(rho) / jnp.where(seen, total, 1), 0)
-    return nan_unless(jnp.isfinite(rho) & jnp.isfinite(total), eigenvalues)
+    size = jnp.where(seen, total, 1)
+    sizes = _sizes(attraction * (c / size), a / size - (attraction - 1) * (c / size))
+    return nan_unless(jnp.isfinite(attraction) & jnp.isfinite(total), jnp.where(seen, sizes / size, 0))
 
 
-def _sizes(rho):
-    """The eigenvalues t = 1 / q - 1 of T at the minimum: 0 where rho >= 1, infinity where rho = 0."""
-    alive, held = rho < 1, rho > 0
-    safe = jnp.where(alive & held, rho, 0.5)
+def _sizes(rho, margin):
+    """The eigenvalues t = 1 / q - 1 of T at the minimum: 0 where rho >= 1, infinity where rho = 0.
+
+    The margin is 1 - rho, which whoever knows more than rho has without a difference of numbers close to one.
+    """
+    alive, held = margin > 0, rho > 0
+    safe, margin = jnp.where(alive & held, rho, 0.5), jnp.where(alive & held, margin, 0.5)
     root = jnp.sqrt(1 + 8 * safe)
-    # 1 - q and q without differences of numbers that are nearly equal.
-    inverse = (4 * (1 - safe) / (3 + root)) * (1 + root) / (4 * safe)
+    # Likewise 1 - q and q.
+    inverse = (4 * margin / (3 + root)) * (1 + root) / (4 * safe)
     return jnp.where(alive, jnp.where(held, inverse, jnp.inf), 0)
 
 
@@ -191,13 +207,14 @@ def infonce_encoder(A: ArrayLike, C: ArrayLike, width: int, attraction: ArrayLik
 @eqx.filter_jit
 def _infonce_encoder(A, C, width, attraction):
     root, seen, _ = _inverse_root(A + C)
-    slack, largest = _slack(A), jnp.linalg.eigvalsh(A + C)[-1]
-    semidefinite = [jnp.linalg.eigvalsh(M)[0] >= -slack * largest for M in (A, C)]
+    rounding, largest = slack(A), jnp.linalg.eigvalsh(A + C)[-1]
+    semidefinite = [jnp.linalg.eigvalsh(M)[0] >= -rounding * largest for M in (A, C)]
     # A direction without any variance is none that an encoder could take.
-    rho, vectors = jnp.linalg.eigh(attraction * root.T @ C @ root + 2 * _only(~seen, A))
+    whitened = attraction * root.T @ C @ root
+    rho, vectors = jnp.linalg.eigh(whitened + 2 * _only(~seen, A))
     rho, vectors = rho[:width], vectors[:, :width]
-    held = rho[0] > slack * attraction
-    t = _sizes(jnp.where(held, rho, 1))
+    held = rho[0] > rounding * jnp.linalg.norm(whitened)
+    t = _sizes(jnp.where(held, rho, 1), jnp.where(held, 1 - rho, 0))
     loss = jnp.sum(rho * t - jnp.log1p(t) / 2 - t / (1 + t) / 2)
     least = InfonceMinimum(loss, _rows(t, root @ vectors, width))
     good = semidefinite[0], semidefinite[1] & held
@@ -218,7 +235,7 @@ def landau_loss(W: ArrayLike, B: ArrayLike, Sigma: ArrayLike, quartic: ArrayLike
     """
     W, B, Sigma = require_arrays(W=W, B=B, Sigma=Sigma)
     require_shapes(W=(W, "k d"), B=(B, "d d"), Sigma=(Sigma, "d d"))
-    B, Sigma = require_symmetric("B", B), require_symmetric("Sigma", Sigma)
+    B, Sigma = require_symmetric("B", B), _require_covariance("Sigma", Sigma)
     quartic = require_positive("quartic", quartic, W.dtype)
     return -jnp.trace(W @ B @ W.T) + quartic * jnp.sum((W @ Sigma @ W.T) ** 2)
 
@@ -265,9 +282,9 @@ def landau_minimum(B: ArrayLike, Sigma: ArrayLike, width: int, quartic: ArrayLik
 @eqx.filter_jit
 def _landau_minimum(B, Sigma, width, quartic):
     root, _, null = _inverse_root(Sigma)
-    raw, slack = jnp.linalg.eigvalsh(Sigma), _slack(Sigma)
-    semidefinite = raw[0] >= -slack * jnp.max(jnp.abs(raw))
-    bounded = jnp.linalg.norm(B @ null) <= slack**0.5 * jnp.linalg.norm(B)
+    raw, rounding = jnp.linalg.eigvalsh(Sigma), slack(Sigma)
+    semidefinite = raw[0] >= -rounding * jnp.max(jnp.abs(raw))
+    bounded = jnp.linalg.norm(B @ null) <= rounding**0.5 * jnp.linalg.norm(B)
     values, vectors = jnp.linalg.eigh(root.T @ B @ root)
     values, vectors = values[::-1][:width], vectors[:, ::-1][:, :width]
     kept = jnp.maximum(values, 0)
@@ -294,10 +311,6 @@ def _inverse_root(Sigma):
 
 def _only(which, like):
     return jnp.diag(which.astype(like.dtype))
-
-
-def _slack(Sigma):
-    return len(Sigma) * float(jnp.finfo(Sigma.dtype).eps)
 
 
 def _rows(eigenvalues, vectors, width):

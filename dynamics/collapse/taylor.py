@@ -16,6 +16,7 @@ from dynamics.arguments import (
     require_integer,
     require_number,
 )
+from dynamics.collapse.landscape import require_scalar
 
 
 def taylor_coefficients(
@@ -42,7 +43,8 @@ def taylor_coefficients(
         c_0, ..., c_order.
 
     Raises:
-        ValueError: the parameters are no finite numbers, there are none, or an argument is out of range.
+        ValueError: the parameters are no finite numbers, there are none, an argument is out of range, or the
+            loss is no number.
 
     Example:
         >>> taylor_coefficients(lambda w: jnp.sum(w**4 - 3 * w**2) + 5, jnp.array([1.0, -1.0]), 4).tolist()
@@ -54,6 +56,7 @@ def taylor_coefficients(
         raise ValueError("params must hold numbers, and no array that is empty")
     order = require_integer("order", order, at_least=0)
     at = require_number("at", at, jnp.result_type(*leaves))
+    require_scalar(loss, params)
 
     def along(a):
         return (loss(jax.tree.map(lambda leaf: a.astype(leaf.dtype) * leaf, params)),)

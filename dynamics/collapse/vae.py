@@ -258,32 +258,37 @@ def vae_minimum(
 def _minimum(Z, latents, beta, eta_dec, eta_enc, fixed):
     every = jnp.linalg.svd(Z, compute_uv=False)
     zeta = jnp.pad(every, (0, max(latents - every.size, 0)))[:latents]
-    threshold = beta * eta_dec**2
-    active = (zeta**2 > threshold) & (zeta > 0)
-    least = (_of_fixed if fixed else _of_learned)(every, zeta, active, threshold, eta_dec, eta_enc)
+    # Without a prior all modes are active, but for those that are rounding.
+    seen = zeta > max(Z.shape) * float(jnp.finfo(Z.dtype).eps) * every[0]
+    ratio = jnp.where(seen, zeta, 1) / eta_dec
+    active = seen & (jnp.sqrt(beta) < ratio)
+    least = (_of_fixed if fixed else _of_learned)(jnp.where(active, ratio, 1), active, beta, eta_dec, eta_enc)
+    least = least._replace(loss=(jnp.sum((every / eta_dec) ** 2) + least.loss) / 2)
     return nan_unless_finite((Z, beta, eta_dec, eta_enc), least)
 
 
-def _of_learned(every, zeta, active, threshold, eta_dec, eta_enc):
-    size = jnp.where(active, zeta, 1)
-    root = jnp.where(active, jnp.sqrt(jnp.where(active, zeta**2 - threshold, 1)), 0)
-    sigma2 = jnp.where(active, threshold * (eta_enc / size) ** 2, eta_enc**2)
+def _of_learned(ratio, active, beta, eta_dec, eta_enc):
+    """The minimum by the ratios of zeta to eta_dec; its loss is twice that less that of zero."""
+    share = jnp.where(active, beta / ratio**2, 0)  # of the mode that the prior takes
+    root = jnp.where(active, jnp.sqrt(jnp.where(active, 1 - share, 1)), 0)
+    sigma2 = jnp.where(active, share, 1) * eta_enc**2
     # beta log(1 / beta) vanishes at beta = 0.
-    kept = threshold * (1 + jnp.log(size**2)) - xlogy(threshold, threshold) - zeta**2
-    loss = (jnp.sum(every**2) + jnp.sum(jnp.where(active, kept, 0))) / (2 * eta_dec**2)
-    return VaeMinimum(root / eta_enc, eta_enc / size * root, sigma2, loss)
+    gained = beta * (1 + 2 * jnp.log(ratio)) - xlogy(beta, beta) - ratio**2
+    lam = ratio * (eta_dec / eta_enc) * root
+    return VaeMinimum(lam, eta_enc * root, sigma2, jnp.sum(jnp.where(active, gained, 0)))
 
 
-def _of_fixed(every, zeta, active, threshold, eta_dec, eta_enc):
-    positive = threshold > 0
-    shrunk = jnp.where(positive, jnp.sqrt(jnp.where(positive, threshold, 1)), 0)
-    product = jnp.where(active, zeta - shrunk, 0)
-    decoder = jnp.where(active, jnp.sqrt(jnp.where(active & positive, product * shrunk, 1)) / eta_enc, 0)
+def _of_fixed(ratio, active, beta, eta_dec, eta_enc):
+    """The same for a covariance that stays that of the prior."""
+    positive = beta > 0
+    shrunk = jnp.where(positive, jnp.sqrt(jnp.where(positive, beta, 1)), 0)
+    product = jnp.where(active, ratio - shrunk, 0)
+    decoder = jnp.sqrt(jnp.where(active & positive, product * shrunk, 1)) * (eta_dec / eta_enc)
     # Without a prior the decoder is as small, and the encoder as large, as one likes.
-    lam = jnp.where(positive, decoder, 0)
-    theta = jnp.where(active, jnp.where(positive, product / jnp.where(lam > 0, lam, 1), jnp.inf), 0)
-    loss = (jnp.sum(every**2) - jnp.sum(product**2)) / (2 * eta_dec**2)
-    return VaeMinimum(lam, theta, jnp.full_like(zeta, eta_enc**2), loss)
+    lam = jnp.where(active & positive, decoder, 0)
+    encoder = product * eta_dec / jnp.where(lam > 0, lam, 1)
+    theta = jnp.where(active, jnp.where(positive, encoder, jnp.inf), 0)
+    return VaeMinimum(lam, theta, jnp.full_like(ratio, 1) * eta_enc**2, -jnp.sum(product**2))
 
 
 def vae_modes(x: ArrayLike, y: ArrayLike | None = None) -> Float[Array, " modes"]:
@@ -317,10 +322,16 @@ def vae_modes(x: ArrayLike, y: ArrayLike | None = None) -> Float[Array, " modes"
 
 @eqx.filter_jit
 def _modes(x, y):
-    centered, targets = (part - jnp.mean(part, axis=0, keepdims=True) for part in (x, y))
+    centered, targets = map(_centered, (x, y))
     left, values, _ = jnp.linalg.svd(centered, full_matrices=False)
     noise = max(1e-10, max(x.shape) * float(jnp.finfo(x.dtype).eps) ** 2)
-    seen = values**2 > noise * values[0] ** 2
+    seen = values > noise**0.5 * values[0]
     whitened = jnp.where(seen[None], left, 0)
     zeta = jnp.linalg.svd(targets.T @ whitened, compute_uv=False) / x.shape[0] ** 0.5
     return jnp.pad(zeta, (0, min(x.shape[1], y.shape[1]) - zeta.size))
+
+
+def _centered(x):
+    # The mean of a constant is not that constant, to rounding.
+    varies = jnp.max(x, axis=0, keepdims=True) > jnp.min(x, axis=0, keepdims=True)
+    return jnp.where(varies, x - jnp.mean(x, axis=0, keepdims=True), 0)

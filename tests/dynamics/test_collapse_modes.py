@@ -18,7 +18,9 @@ from dynamics.collapse import (
     landau_loss,
     landau_minimum,
     linear_vae_loss,
+    rescaled_curvature,
     rescaled_loss,
+    taylor_coefficients,
     vae_minimum,
     vae_modes,
 )
@@ -46,6 +48,52 @@ def test_vae_minimum_is_the_best_of_64_starts(latents, beta):
     assert float(linear_vae_loss(U, V, np.sqrt(least.sigma2), Z, beta, DEC, ENC)) == pytest.approx(
         float(least.loss), abs=1e-13
     )
+
+
+def test_a_full_covariance_has_the_same_least_loss_from_64_starts():
+    def loss(params, beta):
+        U, V, raw = params
+        scale = jnp.tril(raw, -1) + jnp.diag(jnp.exp(jnp.diag(raw)))
+        return linear_vae_loss(U, V, scale, Z, beta, DEC, ENC)
+
+    least = vae_minimum(Z, 2, 0.5, DEC, ENC, covariance="full").loss
+    assert least - 1e-12 <= lowest(loss, [(2, 2), (3, 2), (2, 2)], jnp.array(0.5)) <= least + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_modes_of_a_singular_signal_are_no_rounding(dtype):
+    rng = np.random.default_rng(0)
+    one = jnp.asarray(np.outer(rng.normal(size=4), rng.normal(size=5)), dtype)  # of rank one
+    for covariance, theta in ("diagonal", 1.5), ("fixed", np.inf):
+        least = vae_minimum(one, 3, 0.0, 1.0, 1.5, covariance=covariance)
+        assert least.theta.tolist() == [theta, 0.0, 0.0]
+        assert least.lam.tolist()[1:] == [0.0, 0.0]
+        assert least.sigma2.tolist()[1:] == [2.25, 2.25]
+    assert vae_minimum(one, 3, 0.0, 1.0, 1.5).sigma2[0] == 0
+
+
+@pytest.mark.parametrize("unit", [1e-23, 1e20])
+def test_units_of_the_signal_do_not_matter(unit):
+    with jax.numpy_dtype_promotion("standard"):
+        for covariance in ("diagonal", "fixed"):
+            plain = vae_minimum(jnp.eye(2, dtype=jnp.float32), 2, 0.25, 1.0, 1.0, covariance=covariance)
+            scaled = vae_minimum(
+                unit * jnp.eye(2, dtype=jnp.float32), 2, 0.25, unit, 1.0, covariance=covariance
+            )
+            assert scaled.lam / unit == pytest.approx(np.asarray(plain.lam), rel=1e-6)
+            assert scaled.theta == pytest.approx(np.asarray(plain.theta), rel=1e-6)
+            assert scaled.loss == pytest.approx(float(plain.loss), rel=1e-6)
+        x = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+        assert vae_modes(np.float32(unit) * x) / unit == pytest.approx(np.asarray(vae_modes(x)), rel=1e-5)
+
+
+@pytest.mark.parametrize("constant", [1e5, 0.1])
+def test_constant_columns_have_no_mode_in_32_bit(constant):
+    x = np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32) * np.float32(0.01)
+    x[:, 2] = constant
+    modes = vae_modes(x)
+    assert modes[3] == 0
+    assert modes[:3] == pytest.approx(np.asarray(vae_modes(np.delete(x, 2, axis=1))), rel=1e-5)
 
 
 def test_vae_loss_is_the_mean_over_latents_and_data():
@@ -180,6 +228,50 @@ def test_a_mode_of_infonce_is_at_its_minimum(a, c, attraction):
         assert loss(np.log(float(eigenvalue) * (a + c))) <= loss(best) + 1e-12
 
 
+def test_infonce_close_to_the_threshold_and_far_above():
+    tiny = infonce_minimum(jnp.array([1e-6, 1e-10], jnp.float32), jnp.float32(1.0), 1.0)
+    assert tiny == pytest.approx([2e-6 / 3, 2e-10 / 3], rel=1e-5)  # 2 (1 - rho) / (3 (a + c))
+    assert infonce_minimum([1.0], 1e10, 1e300).tolist() == [0.0]
+    # At small augmentation the encoder is large, and known.
+    least = infonce_encoder(jnp.eye(2, dtype=jnp.float32), 1e-7 * jnp.eye(2, dtype=jnp.float32), 2, 1.0)
+    expected = infonce_minimum(jnp.ones(2, jnp.float32), jnp.float32(1e-7), 1.0)
+    assert jnp.sum(least.W**2, axis=0) == pytest.approx(np.asarray(expected), rel=1e-5)
+
+
+def test_losses_refuse_what_is_no_covariance():
+    one = [[1.0]]
+    for loss, args, name in (
+        (infonce_loss, (one, one, [[-3.0]], 1.0), "C"),
+        (infonce_loss, (one, [[-1.0]], one, 1.0), "A"),
+        (landau_loss, (one, one, [[-1.0]], 1.0), "Sigma"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be positive semidefinite"):
+            loss(*args)
+        assert jnp.isnan(jax.jit(loss)(*map(jnp.asarray, args)))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda loss: hessian_index(loss, jnp.zeros(2)),
+        lambda loss: rescaled_loss(loss, jnp.ones(2), 1.0),
+        lambda loss: rescaled_curvature(loss, jnp.ones(2)),
+        lambda loss: taylor_coefficients(loss, jnp.ones(2), 2),
+    ],
+)
+def test_a_loss_is_a_number(call):
+    with pytest.raises(ValueError, match=r"loss must return a number, got \(2,\)"):
+        call(lambda w: w**2)
+
+
+def test_curvature_of_a_rescaling_is_a_second_difference():
+    curvature = rescaled_curvature(
+        lambda w: jnp.sum(3 * w["a"] ** 2 - w["b"] ** 4), {"a": 2.0, "b": 1.0}, 0.1
+    )
+    assert float(curvature) == pytest.approx(24 - 0.02, abs=1e-10)
+    assert float(rescaled_curvature(lambda w: jnp.abs(w), 1.0, 0.1)) == pytest.approx(20)
+
+
 def test_infonce_limits():
     got = infonce_minimum([1.0, 0.0, 0.0], [0.0, 0.0, 0.5], 1.0)
     assert got.tolist() == [np.inf, 0.0, 0.0]
@@ -249,10 +341,6 @@ def test_the_least_losses_have_their_derivatives(equal):
         for derivative, right in zip(found, expected, strict=True):
             np.testing.assert_allclose(derivative, right, atol=1e-12)
             assert np.any(np.abs(right) > 1e-3)
-
-
-def of_landau(params, args):
-    return landau_loss(params[0], *args)
 
 
 def random_form(seed, d=4):
