@@ -172,12 +172,9 @@ def _second_differences(predict, params, images, key, lanes):
         variance, attraction, direction = lane
         views = two_views(key, many, variance)
         loss = _contrast(predict, attraction)
-        at = collapse.rescaled_loss(
-            lambda scales: loss(scale_embedding(params, scales), views),
-            direction,
-            jnp.array([-STEP, 0.0, STEP]),
+        return collapse.rescaled_curvature(
+            lambda scales: loss(scale_embedding(params, scales), views), direction, STEP
         )
-        return (at[0] - 2 * at[1] + at[2]) / STEP**2
 
     return map_lanes(along, lanes, at_once=1)
 
@@ -289,8 +286,7 @@ def _autoencoder_landscapes(predict, params, x, noise, betas, along):
             return negative_elbo(rescaled, (predict, inputs, inputs.x, (beta, 1.0, 1.0)))
 
         def second(best, direction):
-            at = collapse.rescaled_loss(partial(loss, best), direction, jnp.array([-STEP, 0.0, STEP]))
-            return (at[0] - 2 * at[1] + at[2]) / STEP**2
+            return collapse.rescaled_curvature(partial(loss, best), direction, STEP)
 
         lines = [collapse.rescaled_loss(partial(loss, best), directions[0], along) for best in (False, True)]
         best = jnp.stack([second(True, direction) for direction in directions])
@@ -360,21 +356,21 @@ def _of_supervised(config: Config, images: np.ndarray, signs: np.ndarray, key: A
     if not np.all(ok):
         raise RuntimeError("training of the supervised network: the numbers are not finite")
     along = _along(config)[0]
-    points = np.append(along, [-STEP, 0, STEP])
 
     @jax.jit
     def landscape(gamma):
         def loss(params):
             return collapse.stochastic_linear_loss(params, moments, DROPOUT, jnp.stack([gamma, gamma]))
 
-        return collapse.rescaled_loss(loss, [W[0] for W in ends], points)
+        weakest = [W[0] for W in ends]
+        line = collapse.rescaled_loss(loss, weakest, along)
+        return line, collapse.rescaled_curvature(loss, weakest, STEP)
 
-    lines = np.stack([landscape(gamma) for gamma in gammas])
-    below, at, above = lines[:, -3:].T
+    lines, second = map(np.stack, zip(*map(landscape, gammas), strict=True))
     return {
         "norm": ("share", sum(jnp.sum(W**2, axis=(1, 2)) for W in ends)),
-        "second": ("share", (below - 2 * at + above) / STEP**2),
-        "lines": ("share along", lines[:, :-3]),
+        "second": ("share", second),
+        "lines": ("share along", lines),
     }
 
 
