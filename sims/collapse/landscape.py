@@ -1,4 +1,4 @@
-"""Landscapes of trained networks along a rescaling of weights: does the curvature at zero tell collapse?
+"""Landscapes of trained networks along a rescaling of weights: what the curvature at zero tells of collapse.
 
 Networks are trained on images of digits, zeros and ones, in the phase in which they do not collapse, and
 their last layer, W -> a W, or its two rows, by r_1 and r_2, are rescaled. For an encoder f under InfoNCE
