@@ -240,7 +240,10 @@ def test_only_a_program_that_raises_calls_the_host(solver, throw):
         ({"y0": np.zeros((0, 3))}, r"^y0 must hold at least one number, got none$"),
         ({"y0": (1.0, np.array([0.0, np.inf]))}, r"^y0 must be finite, got NaN or infinity$"),
         ({"rtol": -1e-6}, r"^rtol must be a finite number >= 0 and <= 1, got -1e-06$"),
-        ({"rtol": [1e-6, 1e-6]}, r"^rtol must be a finite number >= 0 and <= 1, got \[1e-06, 1e-06\]; jax.vmap"),
+        (
+            {"rtol": [1e-6, 1e-6]},
+            r"^rtol must be a finite number >= 0 and <= 1, got \[1e-06, 1e-06\]; jax.vmap",
+        ),
         ({"rtol": 1e30}, r"^rtol must be a finite number >= 0 and <= 1, got 1e\+30$"),
         ({"atol": 1e30}, r"^atol must be at most 1, or the largest number of y0 .*, got 1e\+30$"),
         ({"atol": np.nan}, r"^atol must be a finite number >= 0, got nan$"),
