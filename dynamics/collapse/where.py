@@ -72,12 +72,10 @@ def where(
     r"""Where data stand in the phase diagram of a linear model: thresholds of collapse, and what survives.
 
     - "vae": a linear variational autoencoder with decoder noise and prior of variance one. Mode i collapses
-    at
-      beta = zeta_i^2, see `vae_modes`; without a target these are the eigenvalues of the covariance.
+      at beta = zeta_i^2, see `vae_modes`; without a target these are the eigenvalues of the covariance.
     - "supervised": a two-layer linear network with L2 regularization gamma of both layers, on E |f - y|^2.
-    All
-      modes are gone at the largest singular value of E[y x^T]; the other ones are thresholds where inputs are
-      white, and what survives is computed from the exact minimum.
+      All modes are gone at the largest singular value of E[y x^T]; the other ones are thresholds where inputs
+      are white, and what survives is computed from the exact minimum.
     - "ssl": a linear encoder under the Gaussian InfoNCE loss with augmentations of one variance in all
       directions. Mode i collapses where that is a_i / (attraction - 1), a_i the eigenvalues of the
       covariance.
