@@ -90,7 +90,7 @@ def where(
         attraction: weight of the attraction in InfoNCE, >= 0; it is 1 in the usual loss.
 
     Returns:
-        A `Where`, of Python numbers. Thresholds below 1e-10 of the largest are left out.
+        A `Where`, of Python numbers, computed in 64-bit. Thresholds below 1e-10 of the largest are left out.
 
     Raises:
         ValueError: an argument is out of range, traced, or not for this kind.
@@ -110,8 +110,9 @@ def where(
         raise ValueError(f"attraction must be left out for kind {kind!r}, got {attraction:g}")
     if (kind == "supervised") != (y is not None) and kind != "vae":
         raise ValueError(f"target must {'be given' if y is None else 'be left out'} for kind {kind!r}")
-    with jax.ensure_compile_time_eval():
-        arrays = require_arrays(x=x, target=x if y is None else y)
+    # Which modes are rounding is told in 64-bit alone, whatever the caller's setting.
+    with jax.enable_x64(True), jax.ensure_compile_time_eval():
+        arrays = require_arrays(x=np.float64(x), target=np.float64(x if y is None else y))
         require_shapes(x=(arrays[0], "N d"), target=(arrays[1], "N k"))
         x, y = (part - part.mean(axis=0) for part in map(np.asarray, arrays))
         notes = _about(x)

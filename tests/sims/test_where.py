@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -27,6 +28,16 @@ def test_digits_have_the_thresholds_of_their_covariance():
     assert unit.kl == pytest.approx(-np.log(unit.sigma2) / 2)
     assert found.units[4].kl == 0
     assert "3 of 64 columns are constant" in found.notes[0]
+
+
+def test_modes_that_survive_are_those_of_64_bit_whatever_the_caller_has():
+    images, labels = (np.asarray(part, np.float32) for part in digits())
+    images, classes = images.reshape(1797, -1), np.eye(10, dtype=np.float32)[labels.astype(int)]
+    with jax.enable_x64(False):
+        counts = [where("supervised", images, classes, value=value).surviving for value in (0.05, 0.12, 0.2)]
+        small = where("vae", images, value=1e-5).surviving
+    assert counts == [9, 5, 2]
+    assert small == where("vae", images, value=1e-5).surviving
 
 
 def test_a_supervised_network_dies_at_its_threshold():
