@@ -155,12 +155,12 @@ def sgd_collapse_windows(
         >>> sgd_collapse_windows([2.0, -2.0], [0.6, 0.4], 1).round(4).tolist()
         [[0.0973, 0.3222]]
     """
-    given = {"values": values, "probabilities": probabilities, "largest": largest}
-    given = {name: require_concrete(name, value) for name, value in given.items()}
-    with jax.ensure_compile_time_eval():
+    with jax.enable_x64(True), jax.ensure_compile_time_eval():
+        given = {"values": values, "probabilities": probabilities, "largest": largest}
+        given = {name: np.float64(require_concrete(name, value)) for name, value in given.items()}
         law = _require(given["values"], given["probabilities"], 0.0)[:2]
         largest = float(require_positive("largest", given["largest"], np.float64))
-        values, probabilities = (np.asarray(part, np.float64) for part in law)
+        values, probabilities = map(np.asarray, law)
     counts, log_choices = _batches(values.size, batch_size)
     weights = np.exp(log_choices + np.sum(xlogy(counts, probabilities), axis=1))
     means, weights = (counts @ values / batch_size)[weights > 0], weights[weights > 0]

@@ -101,17 +101,17 @@ def where(
         >>> [round(beta, 6) for beta in found.thresholds], found.surviving, round(found.distance, 6)
         ([2.0, 0.5], 1, 1.0)
     """
-    require_choice("kind", kind, get_args(Kind))
-    x = require_concrete("x", x)
-    y = None if target is None else require_concrete("target", target)
-    value = None if value is None else _number("value", value)
-    attraction = _number("attraction", attraction)
-    if kind != "ssl" and attraction != 1:
-        raise ValueError(f"attraction must be left out for kind {kind!r}, got {attraction:g}")
-    if (kind == "supervised") != (y is not None) and kind != "vae":
-        raise ValueError(f"target must {'be given' if y is None else 'be left out'} for kind {kind!r}")
     # Which modes are rounding is told in 64-bit alone, whatever the caller's setting.
     with jax.enable_x64(True), jax.ensure_compile_time_eval():
+        require_choice("kind", kind, get_args(Kind))
+        x = require_concrete("x", x)
+        y = None if target is None else require_concrete("target", target)
+        value = None if value is None else _number("value", value)
+        attraction = _number("attraction", attraction)
+        if kind != "ssl" and attraction != 1:
+            raise ValueError(f"attraction must be left out for kind {kind!r}, got {attraction:g}")
+        if (kind == "supervised") != (y is not None) and kind != "vae":
+            raise ValueError(f"target must {'be given' if y is None else 'be left out'} for kind {kind!r}")
         arrays = require_arrays(x=np.float64(x), target=np.float64(x if y is None else y))
         require_shapes(x=(arrays[0], "N d"), target=(arrays[1], "N k"))
         x, y = (part - part.mean(axis=0) for part in map(np.asarray, arrays))

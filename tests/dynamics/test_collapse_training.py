@@ -89,6 +89,12 @@ def test_windows_end_where_an_exponent_is_zero(batch_size, windows):
         assert max(map(exponents, inside)) < 0 < min(map(exponents, outside))
 
 
+def test_windows_are_those_of_64_bit_whatever_the_caller_has():
+    with jax.enable_x64(False):
+        found = sgd_collapse_windows(*COIN, 2)
+    assert np.array_equal(found, sgd_collapse_windows(*COIN, 2))
+
+
 def test_laws_that_never_collapse_have_no_windows():
     for law in ([0.0], [1.0]), ([2.0], [1.0]), ([1.0, 0.0], [0.5, 0.5]):
         assert sgd_collapse_windows(*law, 3).shape == (0, 2)
