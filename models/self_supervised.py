@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -302,7 +302,8 @@ def scale_embedding(params: PyTree, scales: ArrayLike) -> PyTree:
         scales: a number, or one for each of the k rows, (k,).
 
     Raises:
-        ValueError: the scales do not fit, or are not finite and can be looked at.
+        ValueError: the parameters are those of another network, or the scales do not fit, or are not finite
+            and can be looked at.
 
     Example:
         >>> from models.functional import as_function
@@ -311,6 +312,8 @@ def scale_embedding(params: PyTree, scales: ArrayLike) -> PyTree:
         [[3.0, 1.0]]
     """
     leaves, structure = jax.tree.flatten(params)
+    if not isinstance(params, Mapping) or set(params) != {"layers"}:
+        raise ValueError(f"params must be those of an Encoder or a ConvEncoder, got {type(params).__name__}")
     *others, kernel = leaves
     scales = require_finite("scales", cast(as_real("scales", scales), kernel.dtype))
     if scales.shape not in ((), kernel.shape[-1:]):

@@ -871,7 +871,8 @@ CALLS: dict[str, Call] = {
         x=Real(np.array([[[1.0, 2.0], [0.5, -1.0]]]), fine="infinite infinite-one"),
     ),
     "models.self_supervised.scale_embedding": call(
-        lambda f, scales: f([np.ones((2, 2))], scales), scales=Real(np.array([0.5, 2.0]), fine="scalar")
+        lambda f, scales: f({"layers": [np.ones((2, 2))]}, scales),
+        scales=Real(np.array([0.5, 2.0]), fine="scalar"),
     ),
     "models.self_supervised.two_views": call(
         key=KEY, x=Real(np.array([[1.0, 2.0]])), augmentation=Real(SYMMETRIC.value, SYMMETRIC.bad, "scalar")

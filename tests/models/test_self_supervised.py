@@ -22,6 +22,7 @@ from models.self_supervised import (
     spectral_contrastive,
     two_views,
 )
+from models.vae import AmortizedVae
 
 A = np.diag([1.0, 0.5])
 C = np.array([[0.3, 0.1], [0.1, 0.2]])
@@ -183,6 +184,12 @@ def test_rescaling_the_last_layer_rescales_the_embedding(encoder):
     for scales in (0.5, [2.0, -1.0]):
         rescaled = predict(scale_embedding(params, scales), x)
         np.testing.assert_allclose(rescaled, predict(params, x) * np.reshape(scales, (1, -1)), rtol=1e-13)
+
+
+def test_the_embedding_of_another_network_is_not_rescaled():
+    _, params = as_function(AmortizedVae(jax.random.key(0), 2, 3, 1, 2))
+    with pytest.raises(ValueError, match="params must be those of an Encoder or a ConvEncoder"):
+        scale_embedding(params, 0.0)
 
 
 @pytest.mark.parametrize(("augmentation", "covariance"), [(0.3, 0.3 * np.eye(2)), (C, C)])
