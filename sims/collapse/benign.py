@@ -297,11 +297,11 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         "autoencoders, contrastive encoders",
         SLIDES,
         every("starts that end at the rank of the global minimum", rank[shallow] == full[shallow, None]),
-        at_most("largest gradient there", largest(part["gradient"][shallow, 0]), AT_REST, why=newton),
+        at_most("largest gradient there", largest(part["gradient"][shallow, 0]), 3e-15, why=newton),
         at_least(
             "least curvature over the largest",
             np.min(curvature[shallow]),
-            -1e-9,
+            -5e-15,
             why="rotations leave the loss as it is: zero to rounding",
         ),
     )
@@ -309,9 +309,9 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
         "one-loss",
         "Collapse does not depend on the start: all local minima are global ones",
         SLIDES,
-        at_most("spread of the loss over starts", np.max(np.ptp(loss[shallow], axis=1)), 1e-9, why=newton),
+        at_most("spread of the loss over starts", np.max(np.ptp(loss[shallow], axis=1)), 8e-15, why=newton),
         at_most(
-            "loss over the global minimum's", largest(loss[shallow] - least[shallow, None]), 1e-9, why=newton
+            "loss over the global minimum's", largest(loss[shallow] - least[shallow, None]), 4e-15, why=newton
         ),
     )
     yield _deep(saved, loss, rank, ~shallow)
@@ -331,7 +331,7 @@ def _deep(saved: Saved, loss: np.ndarray, rank: np.ndarray, deep: np.ndarray) ->
         at_least(
             "D = 2 and 3: smallest share of starts at rank zero", zero.mean(axis=1).min(), 0.05, why=FEW
         ),
-        at_most("least curvature there, less 2 gamma", largest(at_zero), 1e-9, why=ROUNDING),
+        at_most("least curvature there, less 2 gamma", largest(at_zero), 3e-15, why=ROUNDING),
         at_least(
             "loss there, over the global minimum's", np.min(gap[zero]), 0.1, why="0.36 and more by theory"
         ),
@@ -362,9 +362,9 @@ def _equal_ranks(saved: Saved, excess: np.ndarray, strict: np.ndarray, shallow: 
                 3,
                 why="three are written down",
             ),
-            at_most("those three: largest gradient", largest(saddle["gradient"]), 1e-12, why=ROUNDING),
+            at_most("those three: largest gradient", largest(saddle["gradient"]), 2e-15, why=ROUNDING),
             every("directions that lead down", saddle["index"] >= 1),
-            at_most("least curvatures, less their closed forms", gap, 1e-12, why=ROUNDING),
+            at_most("least curvatures, less their closed forms", gap, 1.6e-15, why=ROUNDING),
             equals("that of the autoencoder", saddle["curvature"][2], -0.4704, 1e-4, why="printed digits"),
             every("ways down on which the loss falls", down < 0),
         ],
