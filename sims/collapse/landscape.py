@@ -556,7 +556,7 @@ def _of_latents(saved: Saved) -> Claim:
         inside=[
             *(
                 equals(
-                    f"{name} latent: beta at which zero is stable, over zeta^2", at, 1, 0.0025, why=trained
+                    f"{name} latent: beta at which zero is stable, over zeta^2", at, 1, 0.01, why=trained
                 )
                 for name, at in zip(("first", "second"), of_each / eigenvalue, strict=True)
             ),
