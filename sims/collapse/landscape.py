@@ -555,9 +555,7 @@ def _of_latents(saved: Saved) -> Claim:
         condition="each latent is rescaled by itself, with the variance that is best for it",
         inside=[
             *(
-                equals(
-                    f"{name} latent: beta at which zero is stable, over zeta^2", at, 1, 0.01, why=trained
-                )
+                equals(f"{name} latent: beta at which zero is stable, over zeta^2", at, 1, 0.01, why=trained)
                 for name, at in zip(("first", "second"), of_each / eigenvalue, strict=True)
             ),
             every(
