@@ -256,6 +256,10 @@ def test_neural_collapse_is_what_is_written(seed):
         h, labels, W, b = classes_of(random, d=d)
         found = neural_collapse(h, labels, W, b)
         assert found == pytest.approx(reference_collapse(h, labels, W, b), rel=1e-10, abs=1e-12)
+        h[:, 0] *= 1e-5  # class means differ too little there for a direction of theirs
+        assert neural_collapse(h, labels, W)[0] == pytest.approx(
+            reference_collapse(h, labels, W, b)[0], rel=1e-10
+        )
         scaled = neural_collapse(1e-200 * h, labels, W)
         assert scaled == pytest.approx(reference_collapse(h, labels, W, 0), rel=1e-10, abs=1e-12)
 
