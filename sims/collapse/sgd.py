@@ -587,7 +587,7 @@ def figure(config: Config, saved: Saved) -> Figure:
 
 
 def _density_panel(ax: Axes, starts: np.ndarray, ends: np.ndarray, title: str) -> None:
-    at = np.linspace(-1.8, 1.8, 121)
+    at = np.linspace(-2.3, 2.3, 121)
     one, other = np.meshgrid(at, at)
     target = (2 * POSITIVE - 1) * LARGE
     ax.contour(
@@ -597,14 +597,14 @@ def _density_panel(ax: Axes, starts: np.ndarray, ends: np.ndarray, title: str) -
         ax.plot(side, target / side, **plotting.THEORY, label="minima" if side[0] > 0 else None)
     ax.plot(*starts.T, ".", color="0.6", ms=3, label="start")
     ax.plot(*ends.T, "o", color="C0", alpha=0.5, ms=4, label="last step")
-    plotting.finish(ax, title, "weight w₁", "weight w₂", "upper left", xlim=(-1.8, 1.8), ylim=(-1.8, 1.8))
+    plotting.finish(ax, title, "weight w₁", "weight w₂", "upper left", xlim=(-1.8, 1.8), ylim=(-1.8, 2.3))
 
 
 def _loss_panel(ax: Axes, saved: Saved) -> None:
     rate, loss, diverged = (np.asarray(saved[f"curve/{name}"]) for name in ("rate", "loss", "diverged"))
     ax.plot(rate, loss, "o-", color="C0", label="chains that stay")
-    ax.axvline(SLIDE_RATE, label="diverges on the slide", **plotting.PRINTED)
-    ax.axvspan(rate[diverged > 0.01][0], rate[-1], color="C1", alpha=0.15, label="some diverge")
+    ax.axvline(SLIDE_RATE, label="slide: diverges", **plotting.PRINTED)
+    ax.axvspan(rate[diverged > 0.01][0], rate[-1], color="C1", alpha=0.15, label="ours: some do")
     edge = float(np.asarray(saved["window/ends"])[0, 0, 0]) * SIZE / LARGE
     ax.axvline(edge, label="theory: collapse", **plotting.THEORY)
     plotting.finish(ax, "Loss in equilibrium", "learning rate", "mean loss", "lower right")
@@ -614,12 +614,14 @@ def _collapse_panel(ax: Axes, saved: Saved) -> None:
     rate, collapsed = np.asarray(saved["rate"]), np.asarray(saved["map/collapsed"])
     order, ends = np.argsort(rate), np.asarray(saved["window/ends"])
     for index, batch in enumerate(TRAINED):
-        color, at = f"C{index}", BATCHES.index(batch)
+        at = BATCHES.index(batch)
+        color = f"C{at}"
         ax.plot(rate[order], collapsed[order, index], "o-", color=color, label=f"batch {batch}")
         for low, high in ends[at][np.isfinite(ends[at][:, 0])]:
             ax.axvspan(low, high, ymax=0.06 - 0.015 * index, color=color, alpha=0.5)
+    ax.text(0.55, 0.02, "below: windows", fontsize=8.5, ha="right", va="center")
     maximum = rate[: len(SHARES)], saved["maximum/collapsed"]
-    ax.plot(*maximum, "D", color="black", mfc="none", ms=6, label="maximum, 1-D")
+    ax.plot(*maximum, "D", color="black", mfc="none", ms=6, label="maximum, rate/2")
     plotting.finish(
         ax,
         "Chains that collapse",
@@ -627,16 +629,17 @@ def _collapse_panel(ax: Axes, saved: Saved) -> None:
         "fraction at zero",
         "upper right",
         ylim=(-0.1, 1.05),
-        xlim=(0.03, 0.5),
+        xlim=(0.03, 0.56),
     )
 
 
 def _exponent_panel(ax: Axes, saved: Saved) -> None:
-    part, rate = saved["exponent"], np.asarray(saved["rate"])
+    rate, grid, curve = (np.asarray(saved[path]) for path in ("rate", "exponent/grid", "exponent/curve"))
+    mean, error = (np.asarray(saved[f"exponent/{name}"])[0] for name in ("mean", "error"))
     for index, batch in enumerate(BATCHES):
-        mean, error = np.asarray(part["mean"])[0, :, index], np.asarray(part["error"])[0, :, index]
-        ax.errorbar(rate, mean, 4 * error, fmt="o", color=f"C{index}", label=f"batch {batch}")
-        ax.plot(part["grid"], np.asarray(part["curve"])[:, index], **plotting.THEORY)
+        label = f"batch {batch}"
+        ax.errorbar(rate, mean[:, index], 4 * error[:, index], fmt="o", color=f"C{index}", label=label)
+        ax.plot(grid, curve[:, index], **plotting.THEORY)
     ax.axhline(0, color="0.3", linewidth=0.8)
     plotting.finish(
         ax, "Exponent at zero", "learning rate", "E log|1 + 2ηz|", "lower left", ylim=(-0.45, 0.25)
@@ -650,6 +653,6 @@ def _square_panel(ax: Axes, saved: Saved) -> None:
     }
     ax.semilogy(part["step"], part["mean"], color="C1", label="mean of chains", **plotting.TRAINED)
     ax.semilogy(part["step"], np.exp(part["log_median"]), color="C0", label="median", **plotting.TRAINED)
-    ax.semilogy(part["step"], part["exact"], **plotting.THEORY, label="exact")
+    ax.semilogy(part["step"], part["exact"], **plotting.THEORY, label="theory")
     ax.semilogy(part["step"], np.exp(part["log_typical"]), **plotting.THEORY)
     plotting.finish(ax, "Mean and median", "step", "w² / w²(0)", "upper left")
