@@ -619,9 +619,9 @@ def _collapse_panel(ax: Axes, saved: Saved) -> None:
         ax.plot(rate[order], collapsed[order, index], "o-", color=color, label=f"batch {batch}")
         for low, high in ends[at][np.isfinite(ends[at][:, 0])]:
             ax.axvspan(low, high, ymax=0.06 - 0.015 * index, color=color, alpha=0.5)
-    ax.text(0.55, 0.02, "below: windows", fontsize=8.5, ha="right", va="center")
+    ax.text(0.57, 0.02, "below: windows", fontsize=8.5, ha="right", va="center")
     maximum = rate[: len(SHARES)], saved["maximum/collapsed"]
-    ax.plot(*maximum, "D", color="black", mfc="none", ms=6, label="maximum, rate/2")
+    ax.plot(*maximum, "D", color="black", mfc="none", ms=6, label="maximum")
     plotting.finish(
         ax,
         "Chains that collapse",
@@ -629,7 +629,7 @@ def _collapse_panel(ax: Axes, saved: Saved) -> None:
         "fraction at zero",
         "upper right",
         ylim=(-0.1, 1.05),
-        xlim=(0.03, 0.56),
+        xlim=(0.03, 0.58),
     )
 
 
