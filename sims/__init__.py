@@ -68,7 +68,7 @@ def run(
         jax.default_matmul_precision("highest"),
         bars.shown(chosen, quiet=not progress) as report,
     ):
-        context = results.Context(seed, preset, bars.require_data(data_dir), report)
+        context = results.Context(seed, preset, bars.require_data(data_dir), report, folder)
         saved = simulations.measure(chosen, config, context)
     if folder is not None:
         simulations.save_with_figure(saved, folder)

@@ -80,9 +80,11 @@ def execute(
         if config is not None:
             check_ranges(config)
     jobs = min(len(names), _default_jobs() if options.jobs is None else options.jobs)
+    ordered = sorted(names, key=simulations.reads_results)
     if jobs <= 1:
-        return [_execute_one(name, options, config, console) for name in names]
-    done = list(_in_workers(names, options, jobs))
+        done = [_execute_one(name, options, config, console) for name in ordered]
+    else:
+        done = list(_in_workers(ordered, options, jobs))
     return sorted(done, key=lambda saved: names.index(saved.record["file"] or saved.record["name"]))
 
 
@@ -90,7 +92,7 @@ def _execute_one(name: str, options: Options, config: Any, console: Console) -> 
     from sims import results
 
     with progress.shown(name, console) as report:
-        context = results.Context(options.seed, options.preset, options.data_dir, report)
+        context = results.Context(options.seed, options.preset, options.data_dir, report, options.out)
         if config is None:
             config = simulations.preset_config(simulations.load_simulation(name), options.preset)
         try:
@@ -127,7 +129,8 @@ def _in_workers(names: Sequence[str], options: Options, jobs: int) -> Iterator[S
     running: dict[Any, tuple[_Worker, str]] = {}
 
     def start_next(worker: _Worker) -> None:
-        if waiting:
+        # One that reads what others save comes after them, and waits for those that still run.
+        if waiting and not (running and simulations.reads_results(waiting[0])):
             running[worker.line] = worker, waiting.pop(0)
             worker.line.send((_work, running[worker.line][1], options))
 

@@ -38,12 +38,14 @@ class Context:
         preset: the preset that the configuration started from.
         data_dir: folder of real data sets, or None.
         progress: called as `progress(label, fraction_done)`.
+        results: folder in which other simulations save what they measure, or None.
     """
 
     seed: int = 0
     preset: Preset = "quick"
     data_dir: Path | None = None
     progress: Callable[[str, float], None] = _silent
+    results: Path | None = None
 
     def __post_init__(self):
         require_seed(self.seed)

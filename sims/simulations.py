@@ -6,7 +6,8 @@ A simulation is a module with a docstring, a `Config`, `PRESETS`, and
     claims(config, saved) -> Iterator     yields the claims, which read saved data only
     figure(config, saved) -> Figure       draws saved data only
 
-It lies in `sims/<theory>/<experiment>.py`, or in a file of the user's own.
+It lies in `sims/<theory>/<experiment>.py`, or in a file of the user's own. One that reads, from
+`context.results`, what others have saved names them in READS, and runs after them.
 """
 
 from __future__ import annotations
@@ -94,6 +95,17 @@ def load_simulation(name: str) -> ModuleType:
     if not module.PRESETS:
         raise ValueError(f"PRESETS of {name} must have a preset, such as quick")
     return module
+
+
+def reads_results(name: str) -> bool:
+    """Whether a simulation reads what others have saved, so that its module has READS; none is imported."""
+    own = name.endswith(".py")
+    file = Path(name) if own else Path(__file__).parent.joinpath(*name.split(".")).with_suffix(".py")
+    if not file.is_file():
+        return False
+    names = ast.parse(file.read_text(encoding="utf-8")).body
+    targets = (target for node in names if isinstance(node, ast.Assign) for target in node.targets)
+    return any(isinstance(target, ast.Name) and target.id == "READS" for target in targets)
 
 
 def preset_config(sim: ModuleType, preset: str) -> Any:

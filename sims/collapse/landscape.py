@@ -180,20 +180,21 @@ def _second_differences(predict, params, images, key, lanes):
 
 
 @jax.jit
-def _landscapes(predict, params, images, key, variances, along, grid):
-    """The loss along a rescaling of both rows, (strength, a), and of each by its own, (strength, r, r)."""
+def _landscapes(predict, params, images, key, lanes, along, grid):
+    """The loss along a rescaling of both rows, (lane, a), and of each by its own, (lane, r, r)."""
 
-    def of(variance):
+    def of(lane):
+        variance, attraction = lane
         views = two_views(key, images, variance)
 
         def loss(scales):
-            return _contrast(predict, ATTRACTION)(scale_embedding(params, scales), views)
+            return _contrast(predict, attraction)(scale_embedding(params, scales), views)
 
         line = collapse.rescaled_loss(loss, jnp.ones(2), along)
         pairs = jnp.stack(jnp.meshgrid(grid, grid, indexing="ij"), axis=-1)
         return line, jax.lax.map(jax.vmap(loss), pairs)
 
-    return jax.lax.map(of, variances)
+    return jax.lax.map(of, lanes)
 
 
 def _of_encoder(name: str, config: Config, images: Array, key: Array) -> dict:
@@ -224,16 +225,18 @@ def _of_encoder(name: str, config: Config, images: Array, key: Array) -> dict:
     second = _second_differences(predict, turned, images, views, lanes).reshape(-1, 2)
     middle = (jnp.full(2, MEDIUM), jnp.full(2, ATTRACTION), jnp.eye(2))
     second_at_start = _second_differences(predict, start, images, views, middle)
-    line, grid = _landscapes(predict, turned, images, views, jnp.array(SHOWN), *_along(config))
+    shown = (jnp.array([*SHOWN, STRONG]), jnp.array([ATTRACTION] * len(SHOWN) + [PLAIN]))
+    line, grid = _landscapes(predict, turned, images, views, shown, *_along(config))
     return {
         "cold": jnp.stack([seen["spread"] for seen in fresh]),
         "warm": jnp.stack([seen["spread"] for seen in warm]),
         "loss": jnp.stack([jnp.stack([seen["loss"] for seen in part]) for part in (fresh, warm)]),
         "second": second[:-1],
         "start": second_at_start,
-        "line": line,
-        "map": grid,
+        "line": line[:-1],
+        "map": grid[:-1],
         "plain": {"spread": plain["spread"], "second": second[-1]},
+        "plain_line": line[-1],
     }
 
 
@@ -388,6 +391,7 @@ def run(config: Config, context: Context) -> dict:
     flat = images.reshape(len(images), -1)
     return {
         "strength": ("strength", np.array(config.strengths)),
+        "share": ("share", np.array(SHARES)),
         "eigenvalue": ("row", np.linalg.eigvalsh(flat.T @ flat / len(flat))[::-1][:2]),
         "along": ("along", along),
         "radius": ("radius", radii),
@@ -400,6 +404,7 @@ def run(config: Config, context: Context) -> dict:
             "line": ("encoder shown along", stacked["line"]),
             "map": ("encoder shown radius other", stacked["map"]),
             "plain": ("encoder row", stacked["plain"]),
+            "plain_line": ("encoder along", stacked["plain_line"]),
         },
         "autoencoder": _of_autoencoder(config, images, latents),
         "supervised": _of_supervised(config, images, signs, outputs),
@@ -653,7 +658,22 @@ def figure(config: Config, saved: Saved) -> Figure:
         lines = np.asarray(saved["encoder/line"])[index]
         labels = [f"{variance:g}" for variance in SHOWN] if index == 0 else [""] * len(SHOWN)
         _lines(encoders, saved["along"], lines, labels, style)
-    legend, title = {"loc": "upper center", "title": "noise"}, "encoders; ReLU dashed, conv. dotted"
+    plain = np.asarray(saved["encoder/plain_line"])[0]
+    change, along = plain - plain[len(plain) // 2], np.asarray(saved["along"])
+    encoders.plot(along, change, color="C3")
+    lowest = np.argmin(change)
+    encoders.annotate(
+        f"{STRONG:g}, attraction {PLAIN:g}",
+        (abs(along[lowest]), change[lowest]),
+        (0, 0.9 * np.min(saved["encoder/line"] - saved["encoder/line"][..., [len(plain) // 2]])),
+        ha="center",
+        fontsize=8,
+        arrowprops={"arrowstyle": "-", "color": "C3"},
+    )
+    legend, title = (
+        {"loc": "upper center", "title": "noise", "fontsize": 8},
+        "encoders; ReLU dashed, conv. dotted",
+    )
     plotting.finish(encoders, title, "a, of the last layer", "change of the loss", legend)
     _lines(
         autoencoder, saved["along"], np.asarray(saved["autoencoder/lines"])[:, 1], [f"{b:g}" for b in SHOWN]

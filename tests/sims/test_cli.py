@@ -490,6 +490,23 @@ def test_simulations_of_ones_own_run_by_path_in_two_processes(own):
     assert list(json.loads(done.stdout)) == ["mine", "yours"]
 
 
+READS = """
+READS = ("mine", "yours")
+
+
+def run(config, context):
+    there = sorted(path.stem for path in context.results.glob("*.json"))
+    return {"path": ("time", np.arange(1, len(there) + 1)), "names": ("time", there)}
+"""
+
+
+def test_one_that_reads_what_others_save_runs_after_them(own):
+    (own / "first.py").write_text(OWN + READS, encoding="utf-8")
+    code, _, err = run_command("run", "first.py", "mine.py", "yours.py", "--jobs", "2", "--out", "a")
+    assert code == 0, err
+    assert load(own / "a", "first")["names"].tolist() == ["mine", "yours"]
+
+
 def test_views_of_ones_own(own, capsys):
     assert cli.main(["run", "mine.py", "--seed", "1"]) == 0
     capsys.readouterr()
