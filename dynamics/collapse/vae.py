@@ -320,15 +320,33 @@ def vae_modes(x: ArrayLike, y: ArrayLike | None = None) -> Float[Array, " modes"
     return nan_unless_finite((x, y), _modes(x, y))
 
 
-@eqx.filter_jit
+@jax.custom_jvp
+@jax.jit
 def _modes(x, y):
     centered, targets = map(_centered, (x, y))
     left, values, _ = jnp.linalg.svd(centered, full_matrices=False)
-    noise = max(1e-10, max(x.shape) * float(jnp.finfo(x.dtype).eps) ** 2)
-    seen = values > noise**0.5 * values[0]
-    whitened = jnp.where(seen[None], left, 0)
+    whitened = jnp.where((values > _noise(x) * values[0])[None], left, 0)
     zeta = jnp.linalg.svd(targets.T @ whitened, compute_uv=False) / x.shape[0] ** 0.5
     return jnp.pad(zeta, (0, min(x.shape[1], y.shape[1]) - zeta.size))
+
+
+@_modes.defjvp
+def _modes_jvp(at, along):
+    """Derivatives go by the projector on what the inputs span: those of single directions need not exist."""
+
+    def by_projector(x, y):
+        centered, targets = map(_centered, (x, y))
+        seen = centered @ (jnp.linalg.pinv(centered, rtol=_noise(x)) @ targets)
+        zeta = jnp.linalg.svd(seen, compute_uv=False) / x.shape[0] ** 0.5
+        count = min(x.shape[1], y.shape[1])
+        return jnp.pad(zeta, (0, max(count - zeta.size, 0)))[:count]
+
+    return _modes(*at), jax.jvp(by_projector, at, along)[1]
+
+
+def _noise(x):
+    """The least singular value of data that is more than rounding, over the largest."""
+    return max(1e-10, max(x.shape) * float(jnp.finfo(x.dtype).eps) ** 2) ** 0.5
 
 
 def _centered(x):

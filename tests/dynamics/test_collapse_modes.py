@@ -87,7 +87,22 @@ def test_units_of_the_signal_do_not_matter(unit):
         assert vae_modes(np.float32(unit) * x) / unit == pytest.approx(np.asarray(vae_modes(x)), rel=1e-5)
 
 
-@pytest.mark.parametrize("constant", [1e5, 0.1])
+@pytest.mark.parametrize("own", [True, False], ids=["autoencoder", "targets"])
+def test_modes_have_derivatives_beside_constant_columns(own):
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=(12, 5)), random.normal(size=(12, 3))
+    x[:, 1:3] = 7.0
+    step = random.normal(size=x.shape) * np.array([1.0, 0, 0, 1, 1])
+
+    def total(x):
+        return jnp.sum(jnp.arange(1.0, 4.0) * vae_modes(x, None if own else y)[:3])
+
+    slope = jnp.vdot(jax.grad(total)(x), step)
+    around = (total(x + 1e-6 * step) - total(x - 1e-6 * step)) / 2e-6
+    assert slope == pytest.approx(float(around), rel=1e-7)
+
+
+@pytest.mark.parametrize("constant", [1e5 / 3, 0.1])  # whose means are others, in 32-bit
 def test_constant_columns_have_no_mode_in_32_bit(constant):
     x = np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32) * np.float32(0.01)
     x[:, 2] = constant
