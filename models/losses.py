@@ -20,6 +20,8 @@ from dynamics.arguments import (
     require_indices,
     require_vector,
 )
+from dynamics.contrastive import contrastive_energy, contrastive_pairs
+from dynamics.contrastive.family import Name, Negatives, anchor_losses, require_hyper
 
 
 def squared_error(params: PyTree, data: Any) -> Array:
@@ -220,3 +222,69 @@ def _of_params(loss: Callable[[Any, Any], Array], data: Any, params: Any) -> Arr
 
 def _of_batch(loss: Callable[[Any, Any], Array], predict: Any, params: Any, batch: Any) -> Array:
     return loss(params, (predict, *batch))
+
+
+def contrastive_loss(
+    name: Name | str, f: ArrayLike, f_aug: ArrayLike, *, negatives: Negatives | str = "view", **hyper: Any
+) -> Float[Array, ""]:
+    r"""A contrastive loss of two views of a batch, sum_i phi(sum_j psi(u_ij)), summed over anchors.
+
+        u_ij = |f_i - f'_i|^2 / 2 - |f_i - f_j|^2 / 2
+
+    `dynamics.contrastive.pairwise_importance` has the table of phi and psi. Temperatures as small as 0.01 are
+    safe in 32-bit.
+
+    Source: tian2022contrastive, family of losses.
+
+    Args:
+        name: "infonce", "mine", "triplet", "soft_triplet", "n_plus_1_tuplet", "lifted", "coria" or "ji".
+        f: embeddings of one view of N >= 2 samples, (N, o).
+        f_aug: those of the other view, (N, o).
+        negatives: "view": the same view of the other samples, as the source has it; "both": both views are
+            anchors, with 2N - 2 negatives each, as common code has it.
+        **hyper: `temperature`, `epsilon` and `scale`, as far as the loss has them.
+
+    Returns:
+        The loss, a number.
+
+    Raises:
+        ValueError: the loss is unknown or has no such hyperparameter, the shapes do not fit, there is one
+            sample alone, or a number is out of range and can be looked at.
+
+    Example:
+        >>> round(float(contrastive_loss("infonce", [[0.0], [0.0]], [[0.0], [0.0]])), 4)  # log 2
+        0.6931
+    """
+    pairs = contrastive_pairs(f, f_aug, negatives=negatives)
+    checked = require_hyper(name, hyper, pairs.excess.dtype)
+    return jnp.sum(anchor_losses(name, pairs, checked))
+
+
+def alpha_cl_loss(
+    alpha: ArrayLike, f: ArrayLike, f_aug: ArrayLike, *, stop_gradient: bool = True
+) -> Float[Array, ""]:
+    r"""Minus half the contrastive energy, -(1/2) tr C_alpha[f, f]: what alpha-CL descends.
+
+    With the `dynamics.contrastive.pairwise_importance` of a loss it has that loss's gradient; the half is
+    here, and nowhere else. `dynamics.contrastive.min_player` gives other alpha.
+
+    Source: tian2022contrastive, alpha-CL.
+
+    Args:
+        alpha: importance of pairs, (N, N); its diagonal has no part.
+        f: embeddings of one view of N >= 2 samples, (N, o).
+        f_aug: those of the other view, (N, o).
+        stop_gradient: whether alpha is held; else its own dependence on f is differentiated too.
+
+    Returns:
+        The loss, a number.
+
+    Raises:
+        ValueError: the shapes do not fit, there is one sample alone, or numbers are not finite.
+
+    Example:
+        >>> float(alpha_cl_loss([[0.0, 1.0], [1.0, 0.0]], [[0.0], [2.0]], [[1.0], [2.0]]))
+        -3.5
+    """
+    alpha = jax.lax.stop_gradient(as_real("alpha", alpha)) if stop_gradient else alpha
+    return -contrastive_energy(alpha, f, f_aug) / 2

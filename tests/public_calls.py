@@ -102,6 +102,11 @@ def number(value: float, *bad: float) -> Real:
     return Real(value, bad)
 
 
+TWO_VIEWS: dict[str, Any] = {
+    "f": Real(np.array([[0.3, 1.0], [0.5, -0.2], [0.1, 0.4]])),
+    "f_aug": Real(np.array([[0.4, 0.9], [0.5, -0.1], [0.3, 0.4]])),
+}
+IMPORTANCE = Real(np.array([[0.0, 0.2, 0.3], [0.1, 0.0, 0.4], [0.5, 0.6, 0.0]]))
 POSITIVE, RATE = number(0.7, 0.0, -1.0), number(0.7, -1.0)
 TIMES = Real(np.array([0.0, 0.3]), (np.array([0.3, 0.0]), np.array([0.3, 0.3])), "shorter")
 HALF_HALF = Real(np.array([0.6, 0.4]), (np.array([0.6, 0.6]), np.array([1.4, -0.4])))
@@ -654,6 +659,19 @@ CALLS: dict[str, Call] = {
         value=Real(0.2, (-0.2,), "none"),
         attraction=Real(2.0, (-1.0,)),
     ),
+    "dynamics.contrastive.contrastive_pairs": call(**TWO_VIEWS),
+    "dynamics.contrastive.pairwise_importance": call(
+        **TWO_VIEWS, name="infonce", temperature=POSITIVE, epsilon=RATE
+    ),
+    "dynamics.contrastive.contrastive_covariance": call(
+        alpha=IMPORTANCE, x=TWO_VIEWS["f"], x_aug=TWO_VIEWS["f_aug"]
+    ),
+    "dynamics.contrastive.contrastive_energy": call(**TWO_VIEWS, alpha=IMPORTANCE),
+    "dynamics.contrastive.min_player": call(
+        **TWO_VIEWS, regularizer="inverse", temperature=POSITIVE, gamma=number(2.0, 1.0, 0.5)
+    ),
+    "models.losses.contrastive_loss": call(**TWO_VIEWS, name="soft_triplet", temperature=POSITIVE),
+    "models.losses.alpha_cl_loss": call(**TWO_VIEWS, alpha=IMPORTANCE),
     "dynamics.collapse.features_minimum": call(classes=2, per_class=3, gamma_w=RATE, gamma_h=RATE, bias=True),
     "dynamics.collapse.sgd_lyapunov": call(learning_rate=RATE, **LAW, batch_size=2),
     "dynamics.collapse.sampled_sgd_lyapunov": call(

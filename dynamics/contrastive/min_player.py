@@ -1,0 +1,160 @@
+"""The min player of contrastive learning: which importance of pairs makes a regularized energy least."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optimistix
+from jaxtyping import Array, Float
+
+from dynamics.arguments import (
+    ArrayLike,
+    as_real,
+    cast,
+    nan_unless,
+    require_choice,
+    require_every,
+    require_positive,
+)
+from dynamics.contrastive.family import half_squared_distances, require_views
+from dynamics.flow import all_finite
+
+Regularizer = Literal["entropy", "inverse", "square", "direct"]
+
+_DEFAULTS: Mapping[str, Mapping[str, float]] = {
+    "entropy": {"temperature": 0.5},
+    "inverse": {"temperature": 0.5, "gamma": 2.0},
+    "square": {"temperature": 0.5},
+    "direct": {"temperature": 0.5, "power": 4.0},
+}
+
+
+def min_player(
+    regularizer: Regularizer | str,
+    f: ArrayLike,
+    f_aug: ArrayLike,
+    *,
+    row_sums: ArrayLike = 1.0,
+    **hyper: Any,
+) -> Float[Array, "N N"]:
+    r"""The importance alpha >= 0 of pairs that minimizes E_alpha - sum_{i, j != i} r(alpha_ij), exactly.
+
+    | regularizer | r(a) | minimum, with d^2 = |f_i - f_j|^2 / 2 | hyperparameters |
+    |---|---|---|---|
+    | entropy | -2 t a log a | S_i exp(-d^2 / t) / sum_j exp(-d^2 / t) | temperature t = 0.5 |
+    | inverse | 2 t a^(1 - g) / (1 - g) | (t / (d^2 - mu_i))^(1 / g) | t, gamma g = 2, above 1 |
+    | square | -t a^2 / 2 | max(mu_i - 2 d^2, 0) / t | t |
+    | direct | none: it is set | exp(-d^p / t), each row over its sum | t, power p = 4, above 0 |
+
+    Every row sums to one (for entropy to `row_sums`), which fixes mu_i: a root of one variable for the
+    inverse regularizer, and a level of water over the sorted distances for the square one. The distance to
+    the other view has no part, since it is the same for a whole row. For the losses that are of psi = exp(x /
+    t), `pairwise_importance` is the entropy's minimum for its own row sums.
+
+    Source: tian2022contrastive, Theorem 2 and alpha-CL (minima are derived here).
+
+    Args:
+        regularizer: "entropy", "inverse", "square" or "direct".
+        f: embeddings of one view of N >= 2 samples, (N, o).
+        f_aug: those of the other view, (N, o).
+        row_sums: S, a number >= 0 or one for each row, (N,), for the entropy alone.
+        **hyper: `temperature`, `gamma` and `power`, as far as the regularizer has them.
+
+    Returns:
+        alpha, (N, N), with a diagonal of zero.
+
+    Raises:
+        ValueError: the regularizer is unknown or has no such hyperparameter, `row_sums` are given to another
+            than the entropy, the shapes do not fit, there is one sample alone, or a number is out of range
+            and can be looked at.
+
+    Example:
+        >>> min_player("square", [[0.0], [1.0], [3.0]], [[0.0], [1.0], [3.0]], temperature=1.0)[0].tolist()
+        [0.0, 1.0, 0.0]
+    """
+    f, f_aug = require_views(f=f, f_aug=f_aug)
+    require_choice("regularizer", regularizer, get_args(Regularizer))
+    own = _DEFAULTS[regularizer]
+    if strange := sorted(hyper.keys() - own.keys()):
+        raise ValueError(
+            f"{strange[0]} is no hyperparameter of {regularizer}, which takes {' and '.join(own)}"
+        )
+    values = {**own, **hyper}
+    checked = {key: require_positive(key, value, f.dtype) for key, value in values.items()}
+    if regularizer == "inverse":
+        gamma = checked["gamma"]
+        checked["gamma"] = require_every("gamma", gamma, lambda g: g > 1, "above 1")
+    sums = _require_sums(row_sums, f)
+    if regularizer != "entropy" and not _is_one(row_sums):
+        raise ValueError(f"row_sums must be 1 for {regularizer}, whose rows sum to one")
+    return nan_unless(all_finite((f, f_aug, sums, checked)), _player(regularizer, f, sums, checked))
+
+
+def _is_one(row_sums: Any) -> bool:
+    return isinstance(row_sums, (int, float)) and row_sums == 1
+
+
+def _require_sums(row_sums: ArrayLike, f: Array) -> Array:
+    sums = cast(as_real("row_sums", row_sums), f.dtype)
+    if sums.shape not in ((), (len(f),)):
+        raise ValueError(f"row_sums must be a number or of shape ({len(f)},), got shape {sums.shape}")
+    sums = require_every("row_sums", sums, lambda s: (s >= 0) & (s < jnp.inf), "finite and >= 0")
+    return jnp.broadcast_to(sums, (len(f),))
+
+
+@eqx.filter_jit
+def _player(regularizer, f, sums, hyper):
+    negative = ~jnp.eye(len(f), dtype=bool)
+    distances = half_squared_distances(f - jnp.mean(f, axis=0, keepdims=True))
+    # What a row shares has no part; infinite distances take no weight.
+    least = jnp.min(jnp.where(negative, distances, jnp.inf), axis=1, keepdims=True)
+    beyond = jnp.where(negative, distances - least, jnp.inf)
+    temperature = hyper["temperature"]
+    if regularizer == "entropy":
+        alpha = sums[:, None] * _softmax(-beyond / temperature)
+    elif regularizer == "direct":
+        base = jnp.where(negative & (distances > 0), distances, 1)
+        power = jnp.where(distances > 0, base ** (hyper["power"] / 2), 0)
+        alpha = _softmax(jnp.where(negative, -power / temperature, -jnp.inf))
+    elif regularizer == "square":
+        alpha = jax.vmap(_filled, (0, None))(beyond, temperature)
+    else:
+        alpha = jax.vmap(_inverse, (0, 0, None, None))(beyond, negative, temperature, hyper["gamma"])
+    return jnp.where(negative, alpha, 0)
+
+
+def _softmax(logits):
+    return jax.nn.softmax(logits, axis=1)
+
+
+def _filled(beyond, temperature):
+    """Water of volume one over a floor at 2 d^2, in units of the temperature: max(level - floor, 0)."""
+    floor = 2 * beyond / temperature
+    # The row's own entry is infinite, and stays dry.
+    ascending = jnp.sort(floor)
+    volumes = jnp.cumsum(jnp.where(jnp.isfinite(ascending), ascending, 0))
+    levels = (1 + volumes) / jnp.arange(1, floor.size + 1, dtype=floor.dtype)
+    wet = jnp.sum(ascending < levels)
+    level = levels[wet - 1]
+    return jnp.maximum(level - jnp.where(jnp.isfinite(floor), floor, jnp.inf), 0)
+
+
+def _inverse(beyond, negative, temperature, gamma):
+    """(t / (d^2 - mu))^(1/g) with a sum of one, by the logarithm of the gap between mu and the least d^2."""
+    beyond = jnp.where(negative, beyond, 0)
+
+    def log_alpha(log_gap):
+        return -jnp.log(beyond / temperature + jnp.exp(log_gap)) / gamma
+
+    def excess(log_gap, _):
+        return jax.nn.logsumexp(jnp.where(negative, log_alpha(log_gap), -jnp.inf))
+
+    # At a gap of t one entry alone is one; at t n^g none is above 1 / n. It is convex and falls in between.
+    start = jnp.zeros((), beyond.dtype)
+    solver = optimistix.Newton(rtol=1e-12, atol=1e-12)
+    root = optimistix.root_find(excess, solver, start, max_steps=200, throw=False)
+    return nan_unless(root.result == optimistix.RESULTS.successful, jnp.exp(log_alpha(root.value)))

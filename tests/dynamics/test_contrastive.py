@@ -1,0 +1,128 @@
+"""Contrastive learning: energies, importances and min players against double sums and brute force."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+
+from dynamics.contrastive import contrastive_covariance, contrastive_energy, min_player, pairwise_importance
+
+
+def views(seed, n=6, o=3, dtype: Any = np.float64):
+    random = np.random.default_rng(seed)
+    f = random.normal(size=(n, o))
+    return f.astype(dtype), (f + 0.4 * random.normal(size=(n, o))).astype(dtype)
+
+
+def test_energy_and_covariance_are_their_double_sums():
+    f, f_aug = views(1)
+    y, y_aug = views(2, o=2)
+    alpha = np.random.default_rng(3).uniform(size=(6, 6))
+    wanted, energy = np.zeros((3, 2)), 0.0
+    for i in range(6):
+        for j in range(6):
+            if i != j:
+                wanted += alpha[i, j] * np.outer(f[i] - f[j], y[i] - y[j])
+                wanted -= alpha[i, j] * np.outer(f[i] - f_aug[i], y[i] - y_aug[i])
+                energy += alpha[i, j] * (np.sum((f[i] - f[j]) ** 2) - np.sum((f[i] - f_aug[i]) ** 2))
+    shift = 1e6  # which all samples share
+    found = contrastive_covariance(alpha, f + shift, f_aug + shift, y, y_aug)
+    np.testing.assert_allclose(found, wanted, rtol=1e-8)
+    assert contrastive_energy(alpha, f, f_aug) == pytest.approx(energy, rel=1e-12)
+    assert jnp.trace(contrastive_covariance(alpha, f, f_aug)) == pytest.approx(energy, rel=1e-12)
+    with pytest.raises(ValueError, match="y and y_aug must be given together"):
+        contrastive_covariance(alpha, f, f_aug, y)
+
+
+def by_brute_force(objective, row_sums, n):
+    """The least of an objective over rows of given sums, by SciPy from logits."""
+
+    def rows(logits):
+        full = np.full((n, n), -np.inf)
+        full[~np.eye(n, dtype=bool)] = logits
+        weights = np.exp(full - full.max(axis=1, keepdims=True))
+        return row_sums[:, None] * weights / weights.sum(axis=1, keepdims=True)
+
+    found = minimize(
+        lambda z: objective(rows(z)), np.zeros(n * (n - 1)), tol=1e-12, options={"maxiter": 2000}
+    )
+    return rows(found.x)
+
+
+def off(alpha):
+    return alpha[~np.eye(len(alpha), dtype=bool)]
+
+
+REGULARIZERS = {
+    "entropy": ({}, lambda a, t: -2 * t * a * np.log(a)),
+    "inverse": ({"gamma": 3.0}, lambda a, t: 2 * t * a**-2 / -2),
+    "square": ({}, lambda a, t: -t * a**2 / 2),
+}
+
+
+@pytest.mark.parametrize("name", REGULARIZERS)
+def test_min_players_are_the_minima(name):
+    f, f_aug = views(4, n=4)
+    temperature, (hyper, regularizer) = 2.0, REGULARIZERS[name]
+    sums = np.array([0.3, 1.0, 1.7, 0.9]) if name == "entropy" else np.ones(4)
+    given = {"row_sums": sums} if name == "entropy" else {}
+    alpha = np.asarray(min_player(name, f, f_aug, temperature=temperature, **hyper, **given))
+
+    def objective(alpha):
+        distances = np.sum((f[:, None] - f[None]) ** 2, axis=-1)
+        return np.sum(alpha * distances) - np.sum(regularizer(off(alpha), temperature))
+
+    np.testing.assert_allclose(alpha.sum(axis=1), sums, rtol=1e-12)
+    assert np.all(np.diag(alpha) == 0)
+    np.testing.assert_allclose(alpha, by_brute_force(objective, sums, 4), atol=2e-5)
+
+
+def test_the_min_player_of_entropy_is_the_importance_of_losses_with_exponentials():
+    f, f_aug = views(5)
+    exponential = {
+        "infonce": {"temperature": 0.3, "epsilon": 0.7},
+        "mine": {},
+        "soft_triplet": {"temperature": 0.3, "epsilon": 0.2},
+        "n_plus_1_tuplet": {},
+        "lifted": {"epsilon": 0.4},
+    }
+    for name, hyper in exponential.items():
+        alpha = pairwise_importance(name, f, f_aug, **hyper)
+        temperature = hyper.get("temperature", 1.0)
+        found = min_player("entropy", f, f_aug, temperature=temperature, row_sums=alpha.sum(axis=1))
+        np.testing.assert_allclose(found, alpha, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("regularizer", ["entropy", "inverse", "square", "direct"])
+def test_extreme_and_equal_distances(regularizer):
+    f, f_aug = views(6, n=5)
+    for scale, temperature in ((1e3, 1e-2), (1.0, 1e4), (0.0, 1.0)):
+        alpha = min_player(regularizer, scale * f, f_aug, temperature=temperature)
+        np.testing.assert_allclose(alpha.sum(axis=1), np.ones(5), rtol=1e-9)
+        assert np.all(alpha >= 0)
+    np.testing.assert_allclose(off(np.asarray(alpha)), 0.25, rtol=1e-9)  # all features are equal
+
+
+def test_sparse_weights_of_the_square_regularizer_are_counted():
+    # Half squared distances 0.5, 4.5 and 12.5 of the first: levels 1 + t, dry from 2 (4.5 - 0.5) = 8 on.
+    f = np.array([[0.0], [1.0], [3.0], [5.0]])
+    alpha = min_player("square", f, f, temperature=10.0)
+    np.testing.assert_allclose(alpha[0], [0, 0.9, 0.1, 0], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda f: pairwise_importance("coria", f, f, epsilon=1.0), "which takes scale"),
+        (lambda f: min_player("inverse", f, f, gamma=1.0), "gamma must be above 1"),
+        (lambda f: min_player("square", f, f, row_sums=2.0), "row_sums must be 1 for square"),
+        (lambda f: min_player("entropy", f, f, row_sums=[1.0, 2.0]), r"a number or of shape \(3,\)"),
+        (lambda f: min_player("direct", f, f, gamma=2.0), "gamma is no hyperparameter of direct"),
+        (lambda f: contrastive_energy(np.ones((2, 3)), f, f), r"alpha must have shape \(3, 3\)"),
+    ],
+)
+def test_bad_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(np.arange(6.0).reshape(3, 2))
