@@ -32,6 +32,9 @@ DEEPER = (
     "In deeper models factors are global: zero is a minimum at all strengths, a barrier is between it and "
     "the other, and the transition is a jump"
 )
+SGD = (
+    "SGD makes a network collapse at large learning rates and small batches, where the mean loss has a saddle"
+)
 READS = (
     "collapse.two_layer",
     "collapse.vae",
@@ -42,6 +45,16 @@ READS = (
 )
 LANDSCAPE = ("one_hidden_layer", "linear_autoencoder", "contrastive_encoder")
 DEEP = ("two_hidden_layers", "three_hidden_layers")
+STABLE, JUMP, NOISE = "zero turns stable", "jump over a barrier", "noise of SGD"
+KINDS = {  # the simulation of each model, and why it collapses
+    "linear_autoencoder": ("vae", STABLE),
+    "contrastive_encoder": ("ssl", STABLE),
+    "one_hidden_layer": ("two_layer", STABLE),
+    "two_hidden_layers": ("depth", JUMP),
+    "three_hidden_layers": ("depth", JUMP),
+    "one_neuron_under_SGD": ("sgd", NOISE),
+}
+COLORS, LACKING_COLOR = {STABLE: "#9ecae1", JUMP: "#fdd0a2", NOISE: "#a1d99b"}, "0.9"
 LACKING = ("no folder", "missing", "damaged")
 NEAR = (0.75, 0.999)  # strengths between which exponents are fitted
 
@@ -140,6 +153,17 @@ def _barriers(saved: Saved) -> dict:
     }
 
 
+def _of_sgd(saved: Saved) -> dict:
+    """Fractions of chains at zero, by learning rate over that at which single samples make it attract."""
+    share = saved["share"]
+    fractions = saved["map/collapsed"][: share.size]
+    return {
+        "rate": ("rate", share),
+        "batch_1": ("rate", fractions[:, 0]),
+        "batch_16": ("rate", fractions[:, -1]),
+    }
+
+
 def run(config: Config, context: Context) -> dict:
     """What the saved results say of each model, and which are missing."""
     folder = Path(config.results) if config.results else context.results
@@ -159,6 +183,8 @@ def run(config: Config, context: Context) -> dict:
         found["origin"] = _origins(saved["landscape"])
     if "depth" in saved:
         found["barrier"] = _barriers(saved["depth"])
+    if "sgd" in saved:
+        found["noise"] = _of_sgd(saved["sgd"])
     return found
 
 
@@ -174,6 +200,13 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
     """The three columns of the slide, as far as there are results."""
     yield _of_the_origin(saved)
     yield _of_deeper_models(saved)
+    yield _of_noise(saved)
+    yield quoted(
+        "any-model",
+        "Collapse by SGD should occur in any model, says the slide, with a question mark",
+        SLIDE,
+        needs="exponents of models other than that of one neuron",
+    )
 
 
 def _of_the_origin(saved: Saved) -> Claim:
@@ -236,13 +269,30 @@ def _of_deeper_models(saved: Saved) -> Claim:
     )
 
 
+def _of_noise(saved: Saved) -> Claim:
+    if needs := _needs(saved, "sgd"):
+        return quoted("sgd", SGD, SLIDE, needs=needs)
+    rate, single, many = (saved[f"noise/{name}"] for name in ("rate", "batch_1", "batch_16"))
+    why = "the spread over chains, and passages close to zero"
+    return stated(
+        "sgd",
+        SGD,
+        SLIDE,
+        at_least(
+            "single samples, above their threshold: least fraction", single[rate > 1.1].min(), 0.9, why=why
+        ),
+        at_most("half of it: fraction", single[rate <= 0.5].max(), 0.05, why=why),
+        at_most("batches of 16, at all those rates: largest fraction", many.max(), 0.05, why=why),
+    )
+
+
 def figure(config: Config, saved: Saved) -> Figure:
     """The square of the order parameter by kind of collapse, and which results there are."""
     drawn, ((origin, deep), (sgd, table)) = plotting.new_figure(2, 2, width=4.6)
     _curves(origin, saved, LANDSCAPE, "zero turns stable")
     _curves(deep, saved, DEEP, "more layers: a jump")
-    _leave_empty(sgd, "SGD")
-    _states(table, saved)
+    _fractions(sgd, saved)
+    _kinds(table, saved)
     return drawn
 
 
@@ -254,7 +304,7 @@ def _curves(ax: Axes, saved: Saved, models: tuple[str, ...], title: str) -> None
     for model in there:
         label = f"{model.replace('_', ' ')}: {saved[f'{model}/exponent']:.2f}"
         ax.plot(saved[f"{model}/share"], saved[f"{model}/size"], label=label)
-    ax.axvline(1, color="grey", lw=0.8)
+    ax.axvline(1, ymax=0.65, color="grey", lw=0.8)
     legend = {"loc": "upper right", "title": "exponent at collapse"}
     labels = "strength over that of collapse", "squared order parameter"
     plotting.finish(ax, title, *labels, legend, xlim=(0, 1.4), ylim=(0, 1.3))
@@ -266,12 +316,31 @@ def _leave_empty(ax: Axes, title: str) -> None:
     ax.text(0.5, 0.5, f"{title}:\nno results to draw", ha="center", va="center", transform=ax.transAxes)
 
 
-def _states(ax: Axes, saved: Saved) -> None:
-    """Which results were read, and how large their runs were."""
-    names, states = list(saved["simulation"]), list(saved["state"])
-    ax.imshow([[state not in LACKING] for state in states], cmap="RdYlGn", vmin=-1, vmax=2, aspect="auto")
-    for row, state in enumerate(states):
-        ax.text(0, row, state, ha="center", va="center")
-    ax.set_yticks(range(len(names)), names)
-    plotting.finish(ax, "what was read", "state of the result", "simulation", xticks=[])
+def _fractions(ax: Axes, saved: Saved) -> None:
+    """How many chains of SGD end at zero, by learning rate and batch."""
+    title = "SGD: large rates, small batches"
+    if "noise/rate" not in saved.arrays:
+        return _leave_empty(ax, title)
+    for batch in (1, 16):
+        ax.plot(saved["noise/rate"], saved[f"noise/batch_{batch}"], "o-", label=f"batches of {batch}")
+    ax.axvline(1, color="grey", lw=0.8)
+    labels = "learning rate over that of collapse", "fraction of chains at zero"
+    plotting.finish(ax, title, *labels, "center right", ylim=(-0.05, 1.05))
+
+
+def _kinds(ax: Axes, saved: Saved) -> None:
+    """The slide's table, by model, with the results that it was read off."""
+    states = dict(zip(saved["simulation"], saved["state"], strict=True))
+    rows = []
+    for model, (experiment, kind) in KINDS.items():
+        state = states[f"collapse.{experiment}"]
+        text = f"collapse.{experiment}: {state}" if state in LACKING else kind
+        rows.append((model.replace("_", " "), LACKING_COLOR if state in LACKING else COLORS[kind], text))
+    ax.barh(range(len(rows)), 1, height=0.9, color=[color for _, color, _ in rows])
+    for row, (_, _, text) in enumerate(rows):
+        ax.text(0.5, row, text, ha="center", va="center")
+    ax.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    ax.invert_yaxis()
+    read = ", ".join(sorted({state for state in states.values() if state not in LACKING})) or "nothing"
+    plotting.finish(ax, "Why zero attracts", f"read: {read}", "model", xticks=[], xlim=(0, 1))
     ax.grid(visible=False)

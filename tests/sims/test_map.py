@@ -7,6 +7,7 @@ from sims import results, simulations
 from sims.collapse import map as collapse_map
 from sims.results import Context
 
+VERDICTS = {"origin": "holds", "deeper": "holds", "sgd": "holds", "any-model": "quoted"}
 SHARE = np.linspace(0.01, 1.5, 150)
 STRENGTH = np.array([0.2, 1.0, 2.5])
 
@@ -21,7 +22,7 @@ def put(folder, experiment, **measured):
     results.save(saved, folder)
 
 
-def put_all(folder, *, exponent=0.5, stable=1.87, trapped=0.5):
+def put_all(folder, *, exponent=0.5, stable=1.87, trapped=0.5, chance=0.0):
     curve = ("at", SHARE)
     put(folder, "two_layer", theory={"share": curve, "b": ("at", root(SHARE, 1, exponent))})
     lam = 3 * root(SHARE, 0.7)[:, None]
@@ -52,6 +53,13 @@ def put_all(folder, *, exponent=0.5, stable=1.87, trapped=0.5):
         encoder={"second": ("encoder strength row", second[None])},
     )
 
+    put(
+        folder,
+        "sgd",
+        share=("share", [0.5, 1.2]),
+        map={"collapsed": ("rate trained", [[0.0, 0.0], [1.0, chance]])},
+    )
+
 
 def judged(folder, seed=0):
     saved = simulations.measure("collapse.map", collapse_map.Config(), Context(seed, results=folder))
@@ -71,7 +79,12 @@ def test_kinds_of_collapse_are_told_apart(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "claim"),
-    [({"exponent": 0.25}, "origin"), ({"stable": 1.5}, "origin"), ({"trapped": 0.0}, "deeper")],
+    [
+        ({"exponent": 0.25}, "origin"),
+        ({"stable": 1.5}, "origin"),
+        ({"trapped": 0.0}, "deeper"),
+        ({"chance": 0.5}, "sgd"),
+    ],
 )
 def test_another_kind_is_noticed(tmp_path, change, claim):
     put_all(tmp_path, **change)
