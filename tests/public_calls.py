@@ -90,6 +90,14 @@ def in_steps(function: Callable[..., Any], **arguments: Any) -> Any:
     return function(**arguments, throw=False)
 
 
+def of_one_matrix(function: Callable[..., Any], weights: Any, **arguments: Any) -> Any:
+    return function([weights], **arguments)
+
+
+def of_one_matrix_twice(function: Callable[..., Any], weights: Any) -> Any:
+    return function([weights, weights])
+
+
 def decay(t, y, rate):
     return -rate * y
 
@@ -106,6 +114,7 @@ TWO_VIEWS: dict[str, Any] = {
     "f": Real(np.array([[0.3, 1.0], [0.5, -0.2], [0.1, 0.4]])),
     "f_aug": Real(np.array([[0.4, 0.9], [0.5, -0.1], [0.3, 0.4]])),
 }
+PAIR_ROW = Real(np.array([[0.3, -0.2]]))
 IMPORTANCE = Real(np.array([[0.0, 0.2, 0.3], [0.1, 0.0, 0.4], [0.5, 0.6, 0.0]]))
 POSITIVE, RATE = number(0.7, 0.0, -1.0), number(0.7, -1.0)
 TIMES = Real(np.array([0.0, 0.3]), (np.array([0.3, 0.0]), np.array([0.3, 0.3])), "shorter")
@@ -670,6 +679,38 @@ CALLS: dict[str, Call] = {
     "dynamics.contrastive.min_player": call(
         **TWO_VIEWS, regularizer="inverse", temperature=POSITIVE, gamma=number(2.0, 1.0, 0.5)
     ),
+    "dynamics.contrastive.deep_linear_energy": call(of_one_matrix, weights=PAIR_ROW, X=SYMMETRIC),
+    "dynamics.contrastive.deep_linear_maximum": call(X=SYMMETRIC),
+    "dynamics.contrastive.deep_linear_flow": call(
+        partial(of_one_matrix, **SOLVE, rtol=1e-4, atol=1e-6),
+        weights=Real(np.array([[0.6, 0.8]]), (np.array([[0.6, 0.9]]),)),
+        X=SYMMETRIC,
+        ts=TIMES,
+    ),
+    "dynamics.contrastive.encoder_flow": call(
+        partial(of_one_matrix, **SOLVE, rtol=1e-4, atol=1e-6), weights=PAIR_ROW, X=SYMMETRIC, ts=TIMES
+    ),
+    "dynamics.contrastive.aligned_flow": call(
+        solve, values=Real(np.array([[0.5, 0.2], [0.3, 0.4]])), gain=VECTOR, ts=TIMES
+    ),
+    "dynamics.contrastive.balance": call(
+        of_one_matrix_twice, weights=Real(np.array([[0.3, 0.2], [0.1, 0.5]]), fine=BATCH)
+    ),
+    "dynamics.contrastive.gated_covariance": call(
+        w=VECTOR, x=TWO_VIEWS["f"], x_aug=TWO_VIEWS["f_aug"], alpha=IMPORTANCE, activation=jnp.tanh
+    ),
+    "dynamics.contrastive.power_flow": call(
+        w0=Real(np.array([0.6, 0.8]), (np.array([0.6, 0.9]),), "deeper"),
+        x=TWO_VIEWS["f"],
+        x_aug=TWO_VIEWS["f_aug"],
+        alpha=IMPORTANCE,
+        activation=jnp.tanh,
+        ts=TIMES,
+        steps=20,
+    ),
+    "dynamics.contrastive.pattern_coverage": call(
+        shares=Real(np.array([0.3, 0.5]), (np.array([0.3, 1.5]),), "shorter"), nodes=3
+    ),
     "models.losses.contrastive_loss": call(**TWO_VIEWS, name="soft_triplet", temperature=POSITIVE),
     "models.losses.alpha_cl_loss": call(**TWO_VIEWS, alpha=IMPORTANCE),
     "dynamics.collapse.features_minimum": call(classes=2, per_class=3, gamma_w=RATE, gamma_h=RATE, bias=True),
@@ -1021,6 +1062,7 @@ NO_NUMBERS = {
     "dynamics.flow.all_finite",
     "dynamics.flow.gradient_flow",
     "dynamics.flow.integrate_until",
+    "dynamics.contrastive.homogeneous_activation",
     "dynamics.galore.bound_counterexample",
     "dynamics.incremental.negative_gradient",
     "dynamics.replicator.matching_pennies",

@@ -52,9 +52,9 @@ def contrastive_covariance(
     if not own:
         y, y_aug = cast(y, x.dtype), cast(y_aug, x.dtype)
         require_shapes(x=(x, "N d"), y=(y, "N e"), y_aug=(y_aug, "N e"))
-    alpha = _require_importance(alpha, x)
+    alpha = require_importance(alpha, x)
     # The diagonal of alpha has no part, but what is no number there is told too.
-    return nan_unless(all_finite(alpha), _covariance(alpha, x, x_aug, y, y_aug))
+    return nan_unless(all_finite(alpha), covariance(alpha, x, x_aug, y, y_aug))
 
 
 def contrastive_energy(alpha: ArrayLike, f: ArrayLike, f_aug: ArrayLike) -> Float[Array, ""]:
@@ -81,18 +81,20 @@ def contrastive_energy(alpha: ArrayLike, f: ArrayLike, f_aug: ArrayLike) -> Floa
         7.0
     """
     f, f_aug = require_views(f=f, f_aug=f_aug)
-    alpha = _require_importance(alpha, f)
+    alpha = require_importance(alpha, f)
     return nan_unless(all_finite(alpha), _energy(alpha, f, f_aug))
 
 
-def _require_importance(alpha: ArrayLike, x: Array) -> Array:
+def require_importance(alpha: ArrayLike, x: Array) -> Array:
+    """The importance of pairs of these samples."""
     (alpha,) = require_arrays(alpha=alpha)
     require_shape("alpha", alpha, (len(x), len(x)))
     return cast(alpha, x.dtype)
 
 
 @eqx.filter_jit
-def _covariance(alpha, x, x_aug, y, y_aug):
+def covariance(alpha, x, x_aug, y, y_aug):
+    """`contrastive_covariance` of arrays that fit."""
     alpha = _off_diagonal(alpha)
     rows, columns = jnp.sum(alpha, axis=1), jnp.sum(alpha, axis=0)
     # A shift that all samples share has no part.
