@@ -241,8 +241,8 @@ def aligned_flow(values: ArrayLike, gain: ArrayLike, ts: ArrayLike, **options: A
 
     Example:
         >>> path = aligned_flow([[1.0], [1.0]], [-0.5], [0.0, 2.0])
-        >>> path.ys[-1].round(6).tolist()  # 1 / sqrt(1 + t)
-        [[0.57735], [0.57735]]
+        >>> [round(float(value), 5) for value in path.ys[-1, :, 0]]  # 1 / sqrt(1 + t)
+        [0.57735, 0.57735]
     """
     values, gain = require_arrays(values=values, gain=gain)
     if values.ndim != 2 or values.shape[0] != 2 or gain.shape != values.shape[1:]:

@@ -158,7 +158,7 @@ def power_flow(
     Example:
         >>> x, alpha = [[2.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]]
         >>> path = power_flow([0.8, 0.6], x, x, alpha, jax.nn.relu, [0.0, 20.0])
-        >>> path.ys[-1].round(6).tolist()
+        >>> abs(path.ys[-1]).round(6).tolist()
         [1.0, 0.0]
     """
     x, x_aug = require_views(x=x, x_aug=x_aug)
