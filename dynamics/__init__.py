@@ -7,6 +7,7 @@ joma          the joint dynamics of an MLP and the attention below it: invariant
 incremental   products of weights that learn one by one: greedy path, staircase, flows from tiny starts
 galore        low-rank gradients: their form, the fall of their stable rank, descent in a fixed subspace
 collapse      minima of regularized networks, their landscapes, and the order of their transitions
+contrastive   one energy behind a family of contrastive losses: its min player, and networks that ascend it
 spectra       what is measured on weight matrices, attention rows and subspaces
 """
 
