@@ -25,9 +25,13 @@ class Classifier(nnx.Module):
 
     def __call__(self, images: Array) -> Array:
         """Logits (N, classes) of flat images (N, inputs)."""
+        return self.head(self.features(images))
+
+    def features(self, images: Array) -> Array:
+        """What the head sees of flat images (N, inputs): features (N, width)."""
         for layer in self.hidden:
             images = nnx.relu(layer(images))
-        return self.head(images)
+        return images
 
 
 def is_hidden(path: str, leaf: Any) -> bool:

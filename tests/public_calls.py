@@ -714,6 +714,12 @@ CALLS: dict[str, Call] = {
     "models.losses.contrastive_loss": call(**TWO_VIEWS, name="soft_triplet", temperature=POSITIVE),
     "models.losses.alpha_cl_loss": call(**TWO_VIEWS, alpha=IMPORTANCE),
     "dynamics.collapse.features_minimum": call(classes=2, per_class=3, gamma_w=RATE, gamma_h=RATE, bias=True),
+    "dynamics.collapse.relu_critical_gamma": call(
+        x=Real(np.array([[0.3, 1.0], [0.5, -0.2], [-0.1, 0.4]]), fine="shorter"),
+        y=Real(np.array([0.4, -0.3, 0.8])),
+        key=jax.random.key(0),
+        starts=3,
+    ),
     "dynamics.collapse.sgd_lyapunov": call(learning_rate=RATE, **LAW, batch_size=2),
     "dynamics.collapse.sampled_sgd_lyapunov": call(
         learning_rate=RATE, **LAW, batch_size=2, key=jax.random.key(0), samples=10

@@ -23,6 +23,8 @@ from dynamics.collapse.network import stochastic_linear_flow as stochastic_linea
 from dynamics.collapse.network import stochastic_linear_loss as stochastic_linear_loss
 from dynamics.collapse.nuclear import NuclearMinimum as NuclearMinimum
 from dynamics.collapse.nuclear import nuclear_minimum as nuclear_minimum
+from dynamics.collapse.relu import ReluCritical as ReluCritical
+from dynamics.collapse.relu import relu_critical_gamma as relu_critical_gamma
 from dynamics.collapse.selfsupervised import InfonceMinimum as InfonceMinimum
 from dynamics.collapse.selfsupervised import LandauMinimum as LandauMinimum
 from dynamics.collapse.selfsupervised import infonce_encoder as infonce_encoder
