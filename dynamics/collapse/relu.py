@@ -46,11 +46,13 @@ def relu_critical_gamma(x: ArrayLike, y: ArrayLike, key: Array, starts: int = 32
 
         gamma = max over |w| = 1 of |E[y relu(w . x)]|.
 
-    This is no bound on collapse: above it zero is a local minimum, and others may be lower. The maximum is no
-    convex problem; it is searched by an ascent along the sphere from random starts, so that what is found is
-    a lower bound, which more starts can raise. For targets >= 0, such as classes, it is found to rounding;
-    else it may lie in a kink, where some w . x is zero, and is found to about 1e-5 of its size. Derivatives
-    by the data are right where it is in no kink.
+    At and above it zero is the only stationary point: weights a theta have the loss E|y|^2 + a^2 Q + a^4 R,
+    where both Q and R = E|f|^2 are positive, so that collapse is a matter of the origin's stability.
+
+    The maximum is no convex problem; it is searched by an ascent along the sphere from random starts, so that
+    what is found is a lower bound, which more starts can raise. For targets >= 0, such as classes, it is
+    found to rounding; else it may lie in a kink, where some w . x is zero, and is found to about 1e-5 of its
+    size. Derivatives by the data are right where it is in no kink.
 
     Source: ziyin2022talk, slide on sparsity (the critical strength is derived here).
 

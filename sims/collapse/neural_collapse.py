@@ -219,13 +219,14 @@ def _networks(config: Config, context: Context, images: Images) -> dict:
     alive = path["size"] > ALIVE
     path |= {kind: np.where(alive, path[kind], np.nan) for kind in NeuralCollapse._fields}
     path["rank"] = np.where(alive, path["rank"], 0)
+    kept = {"squares": [kind for kind in path if kind != "size"], "entropy": ["nc1_trace", "nc3", "train"]}
     found: dict[str, Any] = {"step": ("step", record_steps(config.steps, config.every))}
     for name, own, part in (
         ("squares", config.decays, ~entropy),
         ("entropy", config.entropy_decays, entropy),
     ):
         found[name] = {"decay": (name, np.asarray(own))}
-        found[name] |= {kind: (f"{name} step", values[part]) for kind, values in path.items()}
+        found[name] |= {kind: (f"{name} step", path[kind][part]) for kind in kept[name]}
     found["cutoff"] = {
         "at": ("cutoff", np.asarray(CUTOFFS)),
         "nc1": ("cutoff", _with_cutoffs(features[config.decays.index(MODERATE)], images.y)),
@@ -504,13 +505,18 @@ def _of_entropy(saved: Saved) -> Claim:
 
 def _of_ridge(saved: Saved) -> Claim:
     values, quotient = np.asarray(saved["ridge/values"]), np.asarray(saved["ridge/nc1_trace"])
-    ranks = np.sum(values > 1e-5 * values[:, :1], axis=1)
+    ranks, gamma = np.sum(values > 1e-5 * values[:, :1], axis=1), np.asarray(saved["ridge/gamma"])
     return stated(
         "ridge",
         "A ridge regressor does not collapse: neither does the spread of its outputs within classes vanish, "
         "nor its rank",
         SLIDES,
-        at_least("strengths from 1e-3 to 100: least quotient", np.min(quotient), 0.3, why="0.39 to 0.43"),
+        at_least(
+            f"strengths from {np.min(gamma):g} to {np.max(gamma):g}: least quotient",
+            np.min(quotient),
+            0.3,
+            why="it is 0.39 to 0.43",
+        ),
         equals("least rank", np.min(ranks), CLASSES - 1, why="ten classes, centered"),
         equals("largest rank", np.max(ranks), CLASSES - 1, why="the same"),
         at_most(
@@ -644,10 +650,10 @@ def _entropy_panel(ax: Axes, saved: Saved) -> None:
         for name, style in (("nc1_trace", "-"), ("nc3", "--")):
             values = np.asarray(saved[f"entropy/{name}"])[index]
             ax.semilogy(
-                saved["step"], values, style, color=f"C{index}", label=f"{MEASURES[name]}, {decay:.0e}"
+                saved["step"], values, style, color=f"C{index}", label=f"{MEASURES[name]}, κ = {decay:g}"
             )
-    plotting.make_room(ax, above=0.6)
-    plotting.finish(ax, "Cross-entropy", "step", "measure", {"loc": "upper right", "fontsize": 7})
+    ax.set_ylim(0.05, 50)
+    plotting.finish(ax, "Cross-entropy", "step", "measure", {"loc": "upper right", "ncols": 2, "fontsize": 7})
 
 
 def _free_panel(ax: Axes, saved: Saved) -> None:
