@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +133,7 @@ def _values(config: Config, key: Array) -> dict:
         near, far = jnp.sum((f - g) ** 2, axis=1) / 2, jnp.sum((f[:, None] - f[None]) ** 2, axis=-1) / 2
         shares = jnp.exp(-far / TEMPERATURE)
         bottom = epsilon * jnp.exp(-near / TEMPERATURE) + jnp.sum(jnp.where(negative, shares, 0), axis=1)
-        options = {"temperature": TEMPERATURE, "epsilon": epsilon}
+        options: dict[str, Any] = {"temperature": TEMPERATURE, "epsilon": epsilon}
         sums = jnp.sum(pairwise_importance("infonce", f, g, **options), axis=1)
         alpha = min_player("entropy", f, g, temperature=TEMPERATURE, row_sums=sums)
         entropy = -jnp.sum(jnp.where(negative, alpha * jnp.log(jnp.where(negative, alpha, 1)), 0))
@@ -155,7 +155,7 @@ def _values(config: Config, key: Array) -> dict:
 def _games(config: Config, key: Array) -> dict:
     """Descent on InfoNCE, and games in which alpha is set anew after some steps of the max player."""
     predict, params, views = _draw(config, key)
-    options = {"temperature": TEMPERATURE, "epsilon": EPSILON}
+    options: dict[str, Any] = {"temperature": TEMPERATURE, "epsilon": EPSILON}
 
     def embedded(params):
         return predict(params, views.first), predict(params, views.second)
