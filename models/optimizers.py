@@ -30,6 +30,32 @@ def adam(rate: Number, _: Number, steps: Number) -> optax.GradientTransformation
     return optax.adam(_at_least_zero("rate", rate))
 
 
+def langevin(time_step: Number, temperature: Number, key: jax.Array) -> optax.GradientTransformation:
+    r"""Gradient descent with Gaussian noise: Euler's scheme of d theta = -grad L dt + sqrt(2 T) dB.
+
+    Its density at rest is exp(-L / T), up to the order of the time step.
+
+    Source: ziyin2022talk, slide on critical dynamics.
+
+    Args:
+        time_step: dt >= 0, the learning rate and the time that a step stands for.
+        temperature: T >= 0.
+        key: of the noise; `train` hands on none of its own.
+
+    Raises:
+        ValueError: a number is negative or not finite, and can be looked at.
+
+    Example:
+        >>> optimizer = langevin(0.5, 0.0, jax.random.key(0))
+        >>> optimizer.update(jnp.array(1.0), optimizer.init(jnp.array(0.0)))[0].tolist()
+        -0.5
+    """
+    time_step = _at_least_zero("time_step", time_step)
+    temperature = _at_least_zero("temperature", temperature)
+    # The noise is added to the step and not to the gradient, whose own would be infinite as dt goes to zero.
+    return optax.chain(optax.sgd(time_step), optax.add_noise(2 * temperature * time_step, 0, key))
+
+
 def normalized_descent(rate: Number, decay: Number, steps: Number) -> optax.GradientTransformation:
     """Steps along the gradient whose length is the learning rate, which decays by `decaying`."""
     # The default eps of 1e-6 would make it plain gradient descent where the gradient is small.

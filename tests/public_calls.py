@@ -713,6 +713,29 @@ CALLS: dict[str, Call] = {
     ),
     "models.losses.contrastive_loss": call(**TWO_VIEWS, name="soft_triplet", temperature=POSITIVE),
     "models.losses.alpha_cl_loss": call(**TWO_VIEWS, alpha=IMPORTANCE),
+    "dynamics.collapse.critical_amplitude": call(
+        of_second_moments,
+        **SECOND_MOMENTS,
+        ts=Real(np.array([0.5, 2.0]), (np.array([-0.5, 2.0]),), ANY),
+        q0=number(0.3),
+        gamma=RATE,
+        noise_variance=RATE,
+        width=2,
+    ),
+    "dynamics.collapse.gibbs_mean": call(
+        loss=lambda p: p @ p + p[0] * p[1],
+        observe=lambda p: p[0] ** 2 + p[1],
+        temperature=POSITIVE,
+        box=Real(np.array([[-3.0, 3.0], [-2.0, 4.0]]), (np.array([[3.0, -3.0], [-2.0, 4.0]]),)),
+        points=9,
+    ),
+    "dynamics.collapse.escape_rate": call(
+        loss=lambda p: jnp.sum(p**4 - p**2),
+        minimum=Real(np.full(2, 0.5**0.5), (np.zeros(2), np.ones(2)), "shorter"),
+        saddle=Real(np.array([0.0, 0.5**0.5]), (np.zeros(2), np.array([0.1, 0.7])), "shorter"),
+        temperature=POSITIVE,
+        saddles=RATE,
+    ),
     "dynamics.collapse.features_minimum": call(classes=2, per_class=3, gamma_w=RATE, gamma_h=RATE, bias=True),
     "dynamics.collapse.relu_critical_gamma": call(
         x=Real(np.array([[0.3, 1.0], [0.5, -0.2], [-0.1, 0.4]]), fine="shorter"),
@@ -1001,6 +1024,9 @@ CALLS: dict[str, Call] = {
     "models.optimizers.adam": call(lambda f, rate: update(f, rate, 0.0, 5), rate=RATE),
     "models.optimizers.descent": call(
         lambda f, rate, momentum: update(f, rate, momentum, 5), rate=RATE, momentum=RATE
+    ),
+    "models.optimizers.langevin": call(
+        lambda f, **numbers: update(f, **numbers, key=KEY), time_step=RATE, temperature=RATE
     ),
     "models.optimizers.decaying": call(update, rate=RATE, decay=POSITIVE, steps=number(5.0, 0.0, -1.0)),
     "models.optimizers.normalized_descent": call(

@@ -7,6 +7,9 @@ from dynamics.collapse.features import features_minimum as features_minimum
 from dynamics.collapse.landscape import hessian_index as hessian_index
 from dynamics.collapse.landscape import rescaled_curvature as rescaled_curvature
 from dynamics.collapse.landscape import rescaled_loss as rescaled_loss
+from dynamics.collapse.langevin import critical_amplitude as critical_amplitude
+from dynamics.collapse.langevin import escape_rate as escape_rate
+from dynamics.collapse.langevin import gibbs_mean as gibbs_mean
 from dynamics.collapse.minima import DeepMinimum as DeepMinimum
 from dynamics.collapse.minima import Ridge as Ridge
 from dynamics.collapse.minima import TwoLayerMinimum as TwoLayerMinimum
