@@ -638,11 +638,10 @@ def _accuracy_panel(ax: Axes, saved: Saved) -> None:
     rank = np.asarray(saved["squares/rank"])[:, -1]
     ax.plot(_place(decay), np.asarray(saved["squares/train"])[:, -1], "s-", color="C1", label="train", ms=4)
     ax.plot(_place(decay), np.asarray(saved["squares/test"])[:, -1], "o-", color="C0", label="test", ms=4)
-    ax.plot(
-        _place(decay), rank / rank[0], "^--", color="0.45", label=f"rank of features / {rank[0]:.0f}", ms=4
-    )
+    ax.plot(_place(decay), rank / rank[0], "^--", color="0.45", label=f"rank / {rank[0]:.0f}", ms=4)
     _label_decays(ax, decay)
-    plotting.finish(ax, "Accuracy and rank", "weight decay κ", "share", "lower left", ylim=(-0.02, 1.05))
+    legend = {"loc": "upper left", "ncols": 3, "fontsize": 7}
+    plotting.finish(ax, "Accuracy and rank", "weight decay κ", "share", legend, ylim=(-0.02, 1.25))
 
 
 def _entropy_panel(ax: Axes, saved: Saved) -> None:

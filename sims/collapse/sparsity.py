@@ -44,6 +44,7 @@ ACTIVE = 1e-3  # squared norm of an active neuron's weights
 AGAIN = 1.05  # over the critical decay, where networks are trained on
 SIDES = (0.98, 1.02)  # over it, where the loss at the origin is looked at
 SIZE = 1e-3  # of the weights there
+LANDSCAPE = (0.9, 1.0, 1.1)  # decays over it at which the loss along the best neuron is drawn
 RANDOM = 200  # random neurons there
 
 
@@ -152,14 +153,14 @@ def _trained(config: Config, x: Array, y: Array, lanes: tuple[list[Array], Array
 
 
 @jax.jit
-def _growth(x: Array, y: Array, lanes: tuple[list[Array], Array]) -> Array:
-    """How the loss of a network changes when one neuron leaves the origin, over its squared size."""
+def _change(x: Array, y: Array, lanes: tuple[list[Array], Array, Array]) -> Array:
+    """How the loss changes where one neuron leaves zero, for its direction, a weight decay and a size."""
 
     def one(lane):
-        (w, u), decay = lane
-        predict, params = as_function(Encoder([SIZE * w[None], SIZE * u[:, None]]))
+        (w, u), decay, size = lane
+        predict, params = as_function(Encoder([size * w[None], size * u[:, None]]))
         zero = jax.tree.map(jnp.zeros_like, params)
-        return (_loss(predict, x, y, decay, params) - _loss(predict, x, y, decay, zero)) / SIZE**2
+        return _loss(predict, x, y, decay, params) - _loss(predict, x, y, decay, zero)
 
     return jax.vmap(one)(lanes)
 
@@ -167,16 +168,31 @@ def _growth(x: Array, y: Array, lanes: tuple[list[Array], Array]) -> Array:
 def _origin(images: Images, critical: collapse.ReluCritical, seed: int) -> dict:
     """The loss beside zero on both sides of the critical decay: along the best neuron, and random ones."""
     rng = np.random.default_rng([seed, 1])
-    w, u = rng.normal(size=(RANDOM, images.x.shape[1])), rng.normal(size=(RANDOM, CLASSES))
-    w, u = (np.concatenate([best[None], part]) for best, part in ((critical.w, w), (critical.u, u)))
-    w, u = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in (w, u))
-    decays = np.repeat(np.asarray(SIDES) * critical.gamma, len(w))
-    lanes = ([np.tile(w, (2, 1)), np.tile(u, (2, 1))], decays)
-    growth = np.asarray(_growth(images.x, images.y, lanes)).reshape(2, -1)
+    drawn = [rng.normal(size=(RANDOM, part.size)) for part in (critical.w, critical.u)]
+    drawn = [part / np.linalg.norm(part, axis=1, keepdims=True) for part in drawn]
+    sizes = np.linspace(0, 0.3, 25)
+    best = (np.stack([critical.w]), np.stack([critical.u]))
+    groups = [  # neurons, shares of the critical decay, sizes
+        *((best, share, sizes) for share in LANDSCAPE),
+        *((best, share, [SIZE]) for share in SIDES),
+        *((drawn, share, [SIZE]) for share in SIDES),
+    ]
+    lanes = [
+        (w, u, share * critical.gamma, size)
+        for (ws, us), share, many in groups
+        for w, u in zip(ws, us, strict=True)
+        for size in many
+    ]
+    w, u, decays, at = (np.stack(part) for part in zip(*lanes, strict=True))
+    change = np.asarray(_change(images.x, images.y, ([w, u], decays, at)))
+    along, beside = np.split(change, [len(LANDSCAPE) * len(sizes)])
+    growth, few = beside / SIZE**2, len(SIDES)
     return {
+        "size": ("size", sizes),
+        "landscape": ("decay size", along.reshape(len(LANDSCAPE), -1)),
         "side": ("side", np.asarray(SIDES)),
-        "best": ("side", growth[:, 0]),
-        "random": ("side neuron", growth[:, 1:]),
+        "best": ("side", growth[:few]),
+        "random": ("side neuron", growth[few:].reshape(few, -1)),
     }
 
 
@@ -316,7 +332,9 @@ def _origin_claim(saved: Saved) -> Claim:
             why=f"the next order, E relu(w . x)^2 {SIZE:g}^2, over 0.04 kappa_c",
         ),
         at_most("at 0.98: change along the best neuron", best[0], 0, why="it is a direction of descent"),
-        at_least("at 1.02: along all neurons, least", min(best[1], np.min(drawn[1])), 0, why="there is none"),
+        at_least(
+            "at 1.02: along all neurons, least", np.minimum(best[1], np.min(drawn[1])), 0, why="there is none"
+        ),
         at_least(
             "starts of the search that find the largest maximum",
             np.sum(maxima > (1 - 1e-6) * critical),
@@ -378,7 +396,13 @@ def _second_order(saved: Saved) -> Claim:
         "direction w that is left last: the transition is of second order",
         f"{SLIDE} (derived here)",
         *(
-            equals(f"at {share[at]:g}: squared norm over that", of, 1, 1 - share[at], why="the next order")
+            equals(
+                f"at {share[at]:g}: squared norm over that",
+                of,
+                1,
+                0.1 * (1 - share[at]),
+                why="the next order in the distance",
+            )
             for at, of in zip(nearest, ratio, strict=True)
         ),
         preset="standard",
@@ -448,7 +472,7 @@ def _norm_panel(ax: Axes, saved: Saved) -> None:
     fine = np.linspace(0.85, 1.2, 100)
     ax.plot(share, norm, "o", color="C0", label="trained")
     ax.plot(np.full(len(share), AGAIN), saved["again"], "x", color="C3", label=f"then at {AGAIN:g}")
-    ax.plot(fine, _law(saved, fine), label="2 (κ_c − κ) / E relu²", **plotting.THEORY)
+    ax.plot(fine, _law(saved, fine), label="one direction left: law", **plotting.THEORY)
     shown = norm[share >= 0.9]
     _finish(
         ax,
@@ -472,14 +496,13 @@ def _balance_panel(ax: Axes, saved: Saved) -> None:
 
 
 def _origin_panel(ax: Axes, saved: Saved) -> None:
-    for index, side in enumerate(np.asarray(saved["origin/side"])):
-        changes = np.sort(saved["origin/random"][index]) / saved["critical"]
-        ranks = np.arange(1, len(changes) + 1)
-        ax.plot(ranks, changes, color=f"C{index}", label=f"random, κ / critical κ = {side:g}")
-        ax.plot([0], saved["origin/best"][index] / saved["critical"], "*", ms=10, color=f"C{index}")
-    ax.plot([], [], "*", color="0.3", ms=8, label="best")
-    ax.axhline(0, color="0.7", lw=0.8)
-    plotting.make_room(ax, above=0.5)
+    size, change = np.asarray(saved["origin/size"]), np.asarray(saved["origin/landscape"])
+    for index, share in enumerate(LANDSCAPE):
+        ax.plot(size, 1e3 * change[index], color=f"C{index}", label=f"{share:g}")
+        lowest = np.argmin(change[index])
+        ax.plot(size[lowest], 1e3 * change[index, lowest], "o", color=f"C{index}", ms=5)
+    plotting.make_room(ax, above=0.6)
+    legend = {"loc": "upper left", "title": "κ / critical κ"}
     plotting.finish(
-        ax, "Loss beside zero", "neuron, sorted", "change / (κ_c size²)", {"loc": "upper left", "fontsize": 7}
+        ax, "Loss along the best neuron", "size of its weights", "change of the loss, 1e-3", legend
     )
