@@ -44,12 +44,14 @@ WARM = 1.1  # the factor of a temperature that is wrong on purpose
 VARIANTS = ((2.0, 0.5, 1.0, 0.002), (0.5, 1.0, 2.0, 0.004), (1.0, 2.0, 0.5, 0.0005))  # a, s, c, T of others
 LATE = 1e3  # from when on the power law is looked at, in units of 1 / |c|
 ABOVE, BELOW = (5.0, 8.0), (4.0, 5.5)  # when rates are looked at, in units of 1 / |m|
-POINTS = 82  # times of a path
 START = 0.5  # of the amplitude, in its own unit
 REST = 30.0  # when the network is at rest, in the same
 ROOT = 0.6759782400673283  # 2 Gamma(3/4) / Gamma(1/4): of the density exp(-q^4 / 4) the mean of q^2
 COLD, HOT = 0.36, 0.25  # strengths of networks with two hidden layers, of which the first has a high barrier
 PASSABLE = 2.4  # the barrier over the temperature, from which on escape takes the time it should
+
+
+Distance = Annotated[float, Range(at_least=0.005, at_most=0.3)]
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Config:
     """Hidden units of networks at the critical strength, each with a data set of its own."""
     noises: Annotated[tuple[Positive, ...], Length(2)] = (0.7, 0.2, 2.0, 0.4)
     """Variances of the noise on their hidden units."""
-    distances: Annotated[tuple[Share, ...], Length(2)] = (0.02, 0.05, 0.1, 0.2)
+    distances: Annotated[tuple[Distance, ...], Length(2)] = (0.02, 0.05, 0.1, 0.2)
     """Relative distances to the critical strength at which the first network relaxes, on both sides."""
     horizon: Annotated[float, Range(at_least=5 * LATE)] = 1e4
     """Time of training at the critical strength, in units of 1 / |c|."""
@@ -72,6 +74,8 @@ class Config:
     """Learning rate in the same units."""
     starts: Annotated[int, Range(at_least=2)] = 3
     """Random starts in which hidden units differ."""
+    implicit: bool = False
+    """Whether the gradient flow is solved beside descent; its solver compiles for longer than all else."""
     temperatures: Annotated[tuple[Positive, ...], Length(3)] = (0.001, 0.004, 0.016)
     """Temperatures of one neuron, lowest first."""
     chains: Annotated[int, Range(at_least=10)] = 192
@@ -112,6 +116,7 @@ PRESETS: dict[Preset, Config] = {
         distances=(0.01, 0.02, 0.05, 0.1, 0.2, 0.3),
         rate=0.1,
         starts=8,
+        implicit=True,
         temperatures=(0.001, 0.002, 0.004, 0.008, 0.016),
         chains=512,
         steps=20_000,
@@ -138,7 +143,6 @@ class Network(NamedTuple):
     width: Any
     W: Any
     U: Any
-    ts: Any
 
 
 @partial(jax.jit, static_argnames="config")
@@ -167,10 +171,8 @@ def _network(config: Config, moments: Moments, index: int, share: float, start: 
     size = np.linalg.norm(moments.c)
     rows = start + (1 - start @ moments.c / size)[:, None] * moments.c / size
     active = np.arange(most) < width
-    m = 2 * abs(share - 1) * size
-    ts = np.append(np.linspace(0, ABOVE[1], POINTS - 1), REST) / m if m else _times(config) / size
     q = START * active / np.sqrt(_coefficient(moments, width, config.noises[index]))
-    return Network(moments, config.noises[index], share * size, width, q[:, None] * rows, q[None], ts)
+    return Network(moments, config.noises[index], share * size, width, q[:, None] * rows, q[None])
 
 
 def _with_signal(moments: Moments, signal: float) -> Moments:
@@ -183,11 +185,6 @@ def _coefficient(moments: Moments, width: int, noise: float) -> float:
     """2 k / |c|, which makes the square of the amplitude and the time of all networks alike."""
     A, c, _ = moments
     return 4 * (width + noise) * (c @ A @ c) / np.linalg.norm(c) ** 3
-
-
-def _times(config: Config) -> np.ndarray:
-    """Times at the critical strength, in units of 1 / |c|."""
-    return np.r_[0, np.geomspace(1, config.horizon, POINTS - 1)]
 
 
 def _lanes(config: Config, key: Array) -> dict[str, list[Network]]:
@@ -212,29 +209,12 @@ def _amplitude(network: Network, params: list[Array]) -> Array:
     return jnp.sqrt(jnp.sum(modes**2, axis=-1) / network.width)
 
 
-def _flow(network: Network) -> tuple[Array, Array]:
-    """The slow mode along the gradient flow, solved implicitly since it lasts long, and whether it is."""
-    path = collapse.stochastic_linear_flow(
-        [network.W, network.U],
-        network.moments,
-        network.noise,
-        jnp.stack([network.gamma, network.gamma]),
-        network.ts,
-        solver=diffrax.Kvaerno5(),
-        rtol=1e-9,
-        atol=1e-12,
-        **SOLVE,
-    )
-    return _amplitude(network, path.ys), path.ok
-
-
-def _law(network: Network, factor: float) -> Array:
+def _law(network: Network, ts: np.ndarray, factor: float) -> np.ndarray:
     """The closed form of the slow mode, with its coefficient k times a factor."""
-    A, c, y2 = network.moments
     q0 = _amplitude(network, [network.W, network.U])
-    k = factor * (network.width + network.noise)
-    # A network of width one has the coefficient of any other width for some noise.
-    return collapse.critical_amplitude(network.ts, q0, network.gamma, Moments(A, c, y2), k - 1, 1)
+    # A network of width one has the coefficient of any other width for some noise: one program for all.
+    noise = factor * (network.width + network.noise) - 1
+    return np.asarray(collapse.critical_amplitude(ts, q0, network.gamma, network.moments, noise, 1))
 
 
 def _exact_loss(data: tuple, params: list[Array]) -> Array:
@@ -257,58 +237,88 @@ def _trained(network: Network, steps: int, every: int, rate: float) -> Array:
 
 
 def _slowing(config: Config, key: Array) -> dict:
-    """The slow mode at the critical strength and beside it: flow, closed form and descent."""
+    """The slow mode under descent, at the critical strength and beside it, and its closed form."""
     groups = _lanes(config, key)
-    solved = jax.jit(jax.vmap(lambda one: (*_flow(one), _law(one, 1.0), _law(one, WRONG_FACTOR))))
-    found = named_groups(solved, groups)
-    if not all(np.all(ok) for _, ok, *_ in found.values()):
-        raise RuntimeError("the flow: the solver gave up, or the numbers are not finite")
-    flow, _, law, wrong = found["critical"]
-    sides = {name: _relaxation(found[name][0], groups[name], name) for name in ("above", "below")}
-    return {
-        "time": ("time", _times(config)),
-        "scale": (
-            "network",
-            np.array([_coefficient(one.moments, one.width, one.noise) for one in groups["critical"]]),
-        ),
-        "flow": ("network time", flow),
-        "law": ("network time", {"right": law, "wrong": wrong}),
-        "unequal": ("start time", found["unequal"][0]),
+    steps, every = round(config.horizon / config.rate), max(1, round(1 / config.rate))
+    descend = jax.jit(jax.vmap(partial(_trained, steps=steps, every=every, rate=config.rate)))
+    paths, time = named_groups(descend, groups), config.rate * record_steps(steps, every)
+    kept = np.unique(np.geomspace(1, time.size - 1, 60).round().astype(int))
+    networks = groups["critical"]
+    sizes = [np.linalg.norm(one.moments.c) for one in networks]
+
+    def law(factor):
+        laws = [_law(one, time[kept] / size, factor) for one, size in zip(networks, sizes, strict=True)]
+        return "network time", np.array(laws)
+
+    def side(name):
+        rates = [
+            _rate(2 * d * time, q, name, 2 * d * config.rate)
+            for d, q in zip(config.distances, paths[name], strict=True)
+        ]
+        return {"rate": ("distance", np.array(rates)), "path": ("time", paths[name][0, kept])}
+
+    found = {
+        "time": ("time", time[kept]),
+        "scale": ("network", np.array([_coefficient(*one[:1], one.width, one.noise) for one in networks])),
+        "amplitude": ("network time", paths["critical"][:, kept]),
+        "law": {"right": law(1.0), "wrong": law(WRONG_FACTOR)},
+        "unequal": ("start time", paths["unequal"][:, kept]),
         "distance": ("distance", np.asarray(config.distances)),
-        "side": sides,
-        "trained": _descent(config, groups),
+        "above": side("above"),
+        "below": side("below"),
     }
+    return found | ({"flow": _flows(config, groups, time[kept])} if config.implicit else {})
 
 
-def _relaxation(paths: np.ndarray, networks: list[Network], side: str) -> dict:
-    """The paths of networks that relax on one side of the critical strength, and their rates."""
-    times = [2 * abs(one.gamma - np.linalg.norm(one.moments.c)) * one.ts for one in networks]
-    rates = [_rate(s, q, side) for s, q in zip(times, paths, strict=True)]
-    return {"rate": ("distance", np.array(rates)), "s": ("at", times[0]), "path": ("distance at", paths)}
+def _rate(s: np.ndarray, path: np.ndarray, side: str, step: float = 0.0) -> float:
+    """The rate at which a path goes to rest, in units of |m|, from times s in units of 1 / |m|.
 
-
-def _rate(s: np.ndarray, path: np.ndarray, side: str) -> float:
-    """The rate at which a path goes to rest, in units of |m|, from times in units of 1 / |m|."""
+    A step of descent multiplies what is left by 1 - rate step.
+    """
     (start, end), rest = (ABOVE, 0.0) if side == "above" else (BELOW, path[-1])
     at = (s >= start - 1e-9) & (s <= end + 1e-9)
-    return -fit_line(s[at], np.log(np.abs(path[at] - rest))).slope
+    fall = -fit_line(s[at], np.log(np.abs(path[at] - rest))).slope
+    return -np.expm1(-fall * step) / step if step else fall
 
 
-def _descent(config: Config, groups: dict[str, list[Network]]) -> dict:
-    """Networks under gradient descent, at the critical strength and closest to it."""
-    steps, every = round(config.horizon / config.rate), max(1, round(1 / config.rate))
-    closest = groups | {name: groups[name][:1] for name in ("above", "below")}
-    descend = jax.jit(jax.vmap(partial(_trained, steps=steps, every=every, rate=config.rate)))
-    paths = named_groups(descend, closest)
-    time = config.rate * record_steps(steps, every)
-    kept = np.unique(np.geomspace(1, time.size - 1, 60).round().astype(int))
-    sides = {name: _rate(2 * config.distances[0] * time, paths[name][0], name) for name in ("above", "below")}
-    return {
-        "time": ("step", time[kept]),
-        "critical": ("network step", paths["critical"][:, kept]),
-        "unequal": ("start step", paths["unequal"][:, kept]),
-        "rate": sides,
+def _flows(config: Config, groups: dict[str, list[Network]], time: np.ndarray) -> dict:
+    """The slow mode along the gradient flow, at these times, and its rates beside the critical strength."""
+    later = np.append(np.linspace(0, ABOVE[1], time.size), REST)
+
+    def timed(name, index, network):
+        size = np.linalg.norm(network.moments.c)
+        critical = name in ("critical", "unequal")
+        return network, np.r_[0, time] / size if critical else later / (2 * config.distances[index] * size)
+
+    timed_groups = {
+        name: [timed(name, index, one) for index, one in enumerate(networks)]
+        for name, networks in groups.items()
     }
+    found = named_groups(jax.jit(jax.vmap(_flow)), timed_groups)
+    if not all(np.all(ok) for _, ok in found.values()):
+        raise RuntimeError("the flow: the solver gave up, or the numbers are not finite")
+    rates = {
+        name: ("distance", np.array([_rate(later, q, name) for q in found[name][0]]))
+        for name in ("above", "below")
+    }
+    return {"amplitude": ("network time", found["critical"][0][:, 1:]), **rates}
+
+
+def _flow(timed: tuple[Network, Array]) -> tuple[Array, Array]:
+    """The slow mode along the flow, solved implicitly since it lasts long, and whether it is."""
+    network, ts = timed
+    path = collapse.stochastic_linear_flow(
+        [network.W, network.U],
+        network.moments,
+        network.noise,
+        jnp.stack([network.gamma, network.gamma]),
+        ts,
+        solver=diffrax.Kvaerno5(),
+        rtol=1e-9,
+        atol=1e-12,
+        **SOLVE,
+    )
+    return _amplitude(network, path.ys), path.ok
 
 
 class Neuron(NamedTuple):
@@ -504,19 +514,29 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
     yield _escape_times(config, saved["escape/cold"], saved["escape/hot"])
 
 
+RATES = {
+    "descent above": "above/rate",
+    "descent below": "below/rate",
+    "flow above": "flow/above",
+    "flow below": "flow/below",
+}
+
+
 def _relaxation_rates(slow: Any) -> Claim:
-    next_order = "the next order in the distance, which is two percent of the critical strength"
     at = int(np.argmin(np.abs(np.asarray(slow["distance"]) - 0.02)))
-    step = "the same, and a finite learning rate that adds half of itself times the rate"
+    why = "the next order in the distance, which is two percent of the critical strength"
     return stated(
         "slowing",
         "Close to the critical strength training slows down: the slow mode relaxes at 2 (gamma - gamma_c) "
         "above, and at 4 (gamma_c - gamma) below",
         f"{CRITICAL} (the rates are derived)",
-        equals("flow above, over its law", slow["side/above/rate"][at], 1, 0.02, why=next_order),
-        equals("flow below, over its law", slow["side/below/rate"][at] / 2, 1, 0.02, why=next_order),
-        equals("descent above, over its law", slow["trained/rate/above"], 1, 0.02, why=step),
-        equals("descent below, over its law", slow["trained/rate/below"] / 2, 1, 0.02, why=step),
+        *(
+            equals(
+                f"{name}: rate over its law", slow[path][at] / (2 if "below" in name else 1), 1, 0.02, why=why
+            )
+            for name, path in RATES.items()
+            if path in slow
+        ),
     )
 
 
@@ -530,14 +550,16 @@ def _slopes(time: Any, amplitudes: Any) -> np.ndarray:
     return np.array([fit_line(np.log(time[at]), np.log(q[at])).slope for q in np.asarray(amplitudes)])
 
 
+def _amplitudes(slow: Any) -> dict[str, np.ndarray]:
+    """The slow mode at the critical strength, under descent and along the flow where that is solved."""
+    paths = {"descent": "amplitude", "flow": "flow/amplitude"}
+    return {name: np.asarray(slow[path]) for name, path in paths.items() if path in slow}
+
+
 def _power_law(slow: Any) -> Claim:
-    time, step = np.asarray(slow["time"]), np.asarray(slow["trained/time"])
-    scale = np.asarray(slow["scale"])
-    ends = {
-        "flow": np.asarray(slow["flow"])[:, -1] * np.sqrt(scale * time[-1]),
-        "descent": np.asarray(slow["trained/critical"])[:, -1] * np.sqrt(scale * step[-1]),
-    }
-    slopes = {"flow": _slopes(time, slow["flow"]), "descent": _slopes(step, slow["trained/critical"])}
+    time, scale = np.asarray(slow["time"]), np.asarray(slow["scale"])
+    found = _amplitudes(slow)
+    ends = {name: q[:, -1] * np.sqrt(scale * time[-1]) for name, q in found.items()}
     why = "the next order, which falls as log(t) / t"
     return stated(
         "power-law",
@@ -545,27 +567,30 @@ def _power_law(slow: Any) -> Claim:
         f"{CRITICAL} (the law is derived)",
         *(
             at_most(
-                f"{name}: slope from t = 1000 / |c| on, plus 1/2: largest", largest(x + 0.5), 0.01, why=why
+                f"{name}: slope from t = 1000 / |c| on, plus 1/2: largest",
+                largest(_slopes(time, q) + 0.5),
+                0.01,
+                why=why,
             )
-            for name, x in slopes.items()
+            for name, q in found.items()
         ),
         *(
             at_most(
-                f"{name}: amplitude at the end over its law, less 1: largest", largest(x - 1), 2e-3, why=why
+                f"{name}: amplitude at the end over its law, less 1: largest",
+                largest(end - 1),
+                2e-3,
+                why=why,
             )
-            for name, x in ends.items()
+            for name, end in ends.items()
         ),
     )
 
 
 def _universal(slow: Any) -> Claim:
-    time, at = np.asarray(slow["time"]), _late(slow["time"])
-    gaps = {
-        name: largest(np.asarray(slow["flow"])[:, at] / np.asarray(law)[:, at] - 1)
-        for name, law in (("right", slow["law/right"]), ("wrong", slow["law/wrong"]))
-    }
+    time, at, found = np.asarray(slow["time"]), _late(slow["time"]), _amplitudes(slow)
+    right, wrong = (np.asarray(slow[f"law/{law}"])[:, at] for law in ("right", "wrong"))
     unequal = np.asarray(slow["unequal"])
-    found = unequal[:, -1] * np.sqrt(slow["scale"][0] * time[-1])
+    ends = unequal[:, -1] * np.sqrt(slow["scale"][0] * time[-1])
     why = "the next order, which falls as log(t) / t"
     memory = "units that differ approach each other as t^(-s / (width + s)) alone"
     return qualified(
@@ -575,12 +600,18 @@ def _universal(slow: Any) -> Claim:
         CRITICAL,
         condition="hidden units start alike; else the exponent is the same, and the factor is not",
         inside=[
-            at_most(
-                "amplitude over the curve, less 1: largest of all networks", gaps["right"], 2e-3, why=why
+            *(
+                at_most(
+                    f"{name}: amplitude over the curve, less 1: largest of all networks",
+                    largest(q[:, at] / right - 1),
+                    2e-3,
+                    why=why,
+                )
+                for name, q in found.items()
             ),
             at_least(
-                f"the same, with a coefficient that is {percent(WRONG_FACTOR)} too large",
-                gaps["wrong"],
+                f"descent: the least, with a coefficient that is {percent(WRONG_FACTOR)} too large",
+                np.min(np.abs(found["descent"][:, at] / wrong - 1)),
                 8e-3,
                 why="the amplitude goes with its root",
             ),
@@ -588,7 +619,7 @@ def _universal(slow: Any) -> Claim:
         outside=[
             at_least(
                 "units that differ: largest amplitude over the curve's end, less 1",
-                largest(found - 1),
+                largest(ends - 1),
                 0.01,
                 why=memory,
             ),
@@ -742,22 +773,21 @@ def figure(config: Config, saved: Saved) -> Figure:
 
 
 def _decay_panel(ax: Axes, config: Config, saved: Saved) -> None:
-    unit, step = np.sqrt(saved["slow/scale"]), np.asarray(saved["slow/trained/time"])
-    time, law = np.asarray(saved["slow/time"])[1:], np.asarray(saved["slow/law/right"])[0, 1:]
+    unit, time = np.sqrt(saved["slow/scale"]), np.asarray(saved["slow/time"])
     count = len(config.widths)
     for index, (width, s) in enumerate(zip(config.widths, config.noises, strict=True)):
-        q = np.asarray(saved["slow/trained/critical"])[index] * unit[index]
+        q = np.asarray(saved["slow/amplitude"])[index] * unit[index]
         every = slice(index, None, count)
-        ax.loglog(step[every], q[every], "osDvP^"[index % 6], ms=5, label=f"width {width}, s = {s:g}")
-    for index, q in enumerate(np.asarray(saved["slow/trained/unequal"])):
+        ax.loglog(time[every], q[every], "osDvP^"[index % 6], ms=5, label=f"width {width}, s = {s:g}")
+    for index, q in enumerate(np.asarray(saved["slow/unequal"])):
         label = "units that differ" if index == 0 else None
-        ax.loglog(step, q * unit[0], color="0.7", linewidth=1, zorder=1, label=label)
+        ax.loglog(time, q * unit[0], color="0.7", linewidth=1, zorder=1, label=label)
     for name, style in (("above", "--"), ("below", ":")):
-        path = np.asarray(saved[f"slow/side/{name}/path"])[0, 1:-1]
-        later = np.asarray(saved[f"slow/side/{name}/s"])[1:-1] / (2 * config.distances[0])
         label = f"{100 * config.distances[0]:g} % {name} it"
-        ax.loglog(later, path * unit[0], style, color="C5", zorder=1, label=label)
-    ax.loglog(time, law * unit[0], label="closed form", **plotting.THEORY)
+        ax.loglog(
+            time, np.asarray(saved[f"slow/{name}/path"]) * unit[0], style, color="C5", zorder=1, label=label
+        )
+    ax.loglog(time, np.asarray(saved["slow/law/right"])[0] * unit[0], label="closed form", **plotting.THEORY)
     plotting.finish(
         ax,
         "Slow mode at the critical strength",
@@ -771,16 +801,8 @@ def _decay_panel(ax: Axes, config: Config, saved: Saved) -> None:
 def _rate_panel(ax: Axes, saved: Saved) -> None:
     distance = np.asarray(saved["slow/distance"])
     for index, (name, sign, factor) in enumerate((("below", -1, 2), ("above", 1, 1))):
-        rate = 2 * distance * np.asarray(saved[f"slow/side/{name}/rate"])
-        ax.plot(1 + sign * distance, rate, "o", color=f"C{index}", label=f"flow {name}")
-        ax.plot(
-            1 + sign * distance[0],
-            2 * distance[0] * float(saved[f"slow/trained/rate/{name}"]),
-            "s",
-            mfc="white",
-            color=f"C{index}",
-            label=f"descent {name}",
-        )
+        rate = 2 * distance * np.asarray(saved[f"slow/{name}/rate"])
+        ax.plot(1 + sign * distance, rate, "o", color=f"C{index}", label=f"descent {name}")
         line = np.linspace(0, distance[-1], 2)
         ax.plot(1 + sign * line, 2 * factor * line, label="its law" if index else None, **plotting.THEORY)
     plotting.make_room(ax, above=0.05)
