@@ -88,6 +88,23 @@ def _at_least_zero(name: str, number: Number) -> Number:
     return number * jnp.where((number >= 0) & jnp.isfinite(number), 1.0, jnp.nan)
 
 
+def along_spheres() -> optax.GradientTransformation:
+    """Gradients without their part along each parameter, in front of descent that keeps norms to first order.
+
+    Example:
+        >>> optimizer, w = along_spheres(), jnp.array([1.0, 0.0])
+        >>> optimizer.update(jnp.array([3.0, 2.0]), optimizer.init(w), w)[0].tolist()
+        [0.0, 2.0]
+    """
+
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError("params must be given to along_spheres, which looks at where they are")
+        return jax.tree.map(lambda g, w: g - (jnp.sum(g * w) / jnp.sum(w * w)) * w, updates, params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 def one_of(index: Number, optimizers: Sequence[optax.GradientTransformation]) -> optax.GradientTransformation:
     """The optimizer of a given number, which may be traced: lanes of one program may have different ones.
 

@@ -1085,6 +1085,7 @@ CALLS: dict[str, Call] = {
 # Public functions that take sizes, files, words, functions, modules or pytrees of parameters (which their
 # networks look at). Where they take a number as well, the tests of their own module look at it.
 NO_NUMBERS = {
+    "models.optimizers.along_spheres",
     "dynamics.derivatives.nan_derivatives",
     "dynamics.derivatives.only_in_reverse",
     "models.classifier.Classifier",

@@ -1,0 +1,311 @@
+"""Deep linear networks under the contrastive energy find one principal component, whatever their depth.
+
+With weights of pairs that are held, and each matrix on the sphere of unit Frobenius norm, the energy of a
+linear network is tr(W_L ... W_1 X W_1^T ... W_L^T) with X = C_alpha[x, x]. Networks of several depths ascend
+it from random weights; data whose largest eigenvalue is repeated, or negative, tell what the theorem needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.tree_util import Partial
+from jaxtyping import Array
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dynamics.contrastive import (
+    contrastive_covariance,
+    deep_linear_energy,
+    deep_linear_flow,
+    deep_linear_maximum,
+    min_player,
+)
+from dynamics.flow import Trajectory
+from models.collapse import Noisy, StochasticLinear, random_weights, weights
+from models.draws import normal
+from models.functional import as_function
+from models.losses import alpha_cl_loss
+from models.optimizers import along_spheres
+from models.training import Descent, train
+from sims import plotting
+from sims.claims import Claim, Preset, at_least, at_most, qualified, stated
+from sims.compare import SOLVE, first_order, lane_gaps, largest, require_ok, right_and_wrong
+from sims.ranges import Count, Positive, Range, check_ranges
+from sims.results import Context, Saved
+
+THEOREM = "tian2022contrastive, Theorem 3"
+CASES = ("distinct", "repeated", "negative")  # the largest eigenvalue of X
+VARIANCES = (2.0, 0.4)  # of the inputs, from the largest to the least
+FLAT, FLAT_STEPS = (
+    5,
+    60,
+)  # layers from which on starts are close to a flat saddle, and how much longer they take
+TANGENT = along_spheres()  # one object: a new one would be compiled anew
+
+
+@dataclass(frozen=True)
+class Config:
+    """The data, the networks, and their training."""
+
+    samples: Annotated[int, Range(at_least=10)] = 40
+    """Samples of the data set."""
+    inputs: Annotated[int, Range(at_least=3)] = 6
+    """Dimension of the inputs."""
+    width: Annotated[int, Range(at_least=2)] = 8
+    """Units of every other layer."""
+    depths: tuple[Count, ...] = (1, 2, 3, 4)
+    """Numbers of matrices."""
+    starts: Annotated[int, Range(at_least=2)] = 8
+    """Random starts at each depth."""
+    rate: Positive = 0.2
+    """Learning rate on half of the energy, whose largest value is 1 / 2."""
+    steps: Annotated[int, Range(at_least=1000)] = 2000
+    """Steps of training; 120 times as many from five matrices on."""
+    descent: Descent = Descent(horizon=12.0, points=30, substeps=(2, 6, 20, 60))
+    """Training of two matrices beside the flow, at several learning rates."""
+
+    def __post_init__(self):
+        check_ranges(self)
+
+
+PRESETS: dict[Preset, Config] = {
+    "quick": Config(),
+    "standard": replace(Config(), steps=4000, starts=20, descent=Descent(12.0, 30, (2, 6, 20, 60, 200))),
+    "paper": replace(Config(), samples=200, inputs=20, width=30, depths=(1, 2, 3, 4, 6), starts=64),
+}
+
+
+def _views(config: Config, key: Array) -> dict[str, Array]:
+    """Inputs and their augmentations by case, (case, samples, inputs), and weights of pairs for each."""
+    one, other = jax.random.split(key)
+    x = normal(one, (config.samples, config.inputs))
+    # Their covariance is as it is meant, and not as it is drawn.
+    x = jnp.linalg.svd(x - jnp.mean(x, axis=0, keepdims=True), full_matrices=False)[0] * config.samples**0.5
+    x = x * jnp.geomspace(*VARIANCES, config.inputs)[None] ** 0.5
+    noise = normal(other, x.shape)
+
+    def case(strength):
+        augmented = x + strength * noise
+        alpha = min_player("entropy", x, augmented, temperature=4.0)
+        X = contrastive_covariance(alpha, x, augmented)
+        return augmented, alpha / jnp.max(jnp.abs(jnp.linalg.eigvalsh(X)))
+
+    (plain, alpha), (strong, strong_alpha) = case(0.3), case(3.0)
+    # A linear map of the data maps X alike: this one makes its two largest eigenvalues equal.
+    values, vectors = jnp.linalg.eigh(contrastive_covariance(alpha, x, plain))
+    equal = vectors * jnp.ones_like(values).at[-2].set((values[-1] / values[-2]) ** 0.5)[None]
+    return {
+        "x": jnp.stack([x, x @ equal, x]),
+        "x_aug": jnp.stack([plain, plain @ equal, strong]),
+        "alpha": jnp.stack([alpha, alpha, strong_alpha]),
+    }
+
+
+def _unit(matrices: list[Array]) -> list[Array]:
+    return [W / jnp.linalg.norm(W) for W in matrices]
+
+
+def _loss(predict: Any, params: Any, data: dict[str, Array]) -> Array:
+    """Minus half of the energy of a network's embeddings."""
+    embedded = (predict(params, Noisy(data[name])) for name in ("x", "x_aug"))
+    return alpha_cl_loss(data["alpha"], *embedded)
+
+
+def _shape(matrices: list[Array], X: Array) -> dict[str, Array]:
+    """How far the matrices are from v_l v_{l-1}^T with v_0 the eigenvector of X, and their energy."""
+    matrices = _unit(matrices)
+    parts = [jnp.linalg.svd(W, full_matrices=False) for W in matrices]
+    aligned = [jnp.abs(jnp.dot(after[2][0], before[0][:, 0])) for before, after in pairwise(parts)]
+    vectors = jnp.linalg.eigh(X)[1]
+    first = parts[0][2][0] @ vectors[:, ::-1]
+    product = partial(jax.tree.reduce, lambda before, W: W @ before)(matrices)
+    return {
+        "energy": deep_linear_energy(matrices, X),
+        "second": jnp.max(jnp.stack([values[1] / values[0] for _, values, _ in parts])),
+        "alignment": jnp.min(jnp.stack([jnp.ones(()), *aligned])),
+        "component": jnp.abs(first[0]),
+        "plane": jnp.linalg.norm(first[:2]),
+        "product": jnp.linalg.norm(product),
+    }
+
+
+@partial(jax.jit, static_argnames=("config", "depth"))
+def _trained(config: Config, depth: int, data: dict[str, Array], key: Array) -> dict:
+    """Where networks of one depth end, by case and start, and their energies on the way."""
+    sizes = (config.inputs, *[config.width] * depth)
+    steps = config.steps * (FLAT_STEPS if depth >= FLAT else 1)
+    optimizer = optax.chain(TANGENT, optax.sgd(config.rate))
+
+    def one(key, data):
+        X = contrastive_covariance(data["alpha"], data["x"], data["x_aug"])
+        predict, params = as_function(StochasticLinear(_unit(random_weights(key, sizes, 1.0))))
+        last, path = train(
+            Partial(_loss, predict, data=data),
+            params,
+            optimizer,
+            steps=steps,
+            every=steps // 100,
+            observe=lambda params: deep_linear_energy(_unit(weights(params)), X),
+        )
+        return _shape(weights(last), X) | {"path": path.ys}
+
+    keys = jax.random.split(key, config.starts)
+    return jax.vmap(jax.vmap(one, (0, None)), (None, 0))(keys, data)
+
+
+def _followed(config: Config, data: dict[str, Array], key: Array) -> dict:
+    """Two matrices that are trained at several learning rates, beside the flow."""
+    start = _unit(random_weights(key, (config.inputs, config.width, config.width), 1.0))
+    plain = {name: part[0] for name, part in data.items()}
+    X = contrastive_covariance(plain["alpha"], plain["x"], plain["x_aug"])
+    predict, params = as_function(StochasticLinear(start))
+    rates, trained = jax.device_get(
+        config.descent.train(Partial(_loss, predict, data=plain), params, weights, TANGENT)
+    )
+    ts = config.descent.times
+    # Descent on half of the energy has half of its speed.
+    flows = right_and_wrong(lambda factor: deep_linear_flow(start, X, factor * ts / 2, **SOLVE))
+    flows = {name: Trajectory(ts, path.ys, path.ok) for name, path in flows.items()}
+    require_ok("the flow and training", trained, *flows.values())
+    finest = [np.asarray(W)[int(np.argmin(rates))] for W in trained.ys]
+
+    def values(path):
+        return np.stack([np.linalg.svd(W, compute_uv=False)[:, 0] for W in path], axis=1)
+
+    return {
+        "rate": ("rate", rates),
+        "time": ("time", ts),
+        "gap": ("rate", {name: lane_gaps(path, trained) for name, path in flows.items()}),
+        "theory": ("time layer", values(flows["right"].ys)),
+        "trained": ("time layer", values(finest)),
+    }
+
+
+def run(config: Config, context: Context) -> dict:
+    """Where networks of every depth end, on three kinds of data, and one of them beside its flow."""
+    drawn, starts, start = jax.random.split(jax.random.key(context.seed), 3)
+    data = jax.jit(partial(_views, config))(drawn)
+    found = []
+    for index, depth in enumerate(config.depths):
+        context.progress(f"depth {depth}", 0.8 * index / len(config.depths))
+        found.append(jax.device_get(_trained(config, depth, data, jax.random.fold_in(starts, depth))))
+    context.progress("training beside the flow", 0.8)
+    X = jax.vmap(contrastive_covariance)(data["alpha"], data["x"], data["x_aug"])
+    spectrum = np.linalg.eigvalsh(np.asarray(X))[:, ::-1]
+    ends = jax.tree.map(lambda *parts: np.stack(parts), *found)
+    paths = ends.pop("path")
+    return {
+        "depth": ("depth", np.asarray(config.depths)),
+        "case": ("case", list(CASES)),
+        "spectrum": ("case eigenvalue", spectrum),
+        "best": ("case", np.asarray(jax.vmap(lambda X: deep_linear_maximum(X).energy)(X))),
+        "end": ("depth case start", ends),
+        "path": ("depth record", paths[:, 0, 0]),
+        "descent": _followed(config, data, start),
+    }
+
+
+def claims(config: Config, saved: Saved) -> Iterator[Claim]:
+    """What the theorem says, what it needs, and that training follows the flow."""
+    yield _of_theorem(saved)
+    yield stated(
+        "flow",
+        "Gradient ascent of the energy with matrices of unit norm follows W' = G - <G, W> W",
+        f"{THEOREM} (its dynamics)",
+        *first_order(saved["descent/rate"], saved["descent/gap"]),
+    )
+
+
+def _of_theorem(saved: Saved) -> Claim:
+    distinct, repeated, negative = (
+        {name: np.asarray(part)[:, index] for name, part in saved["end"].items()}
+        for index in range(len(CASES))
+    )
+    best, spectrum = np.asarray(saved["best"]), np.asarray(saved["spectrum"])
+    layered = np.asarray(saved["depth"]) > 1
+    rest = "training has come to rest"
+    return qualified(
+        "theorem",
+        "Almost every local maximum of a deep linear network is global: all its matrices have rank one and "
+        "are aligned, the first along the leading eigenvector of X, and its energy is the eigenvalue",
+        THEOREM,
+        condition="the largest eigenvalue is positive and not repeated, and matrices have unit norm",
+        inside=[
+            at_most(
+                "second eigenvalue over the largest", spectrum[0, 1] / spectrum[0, 0], 0.9, why="they differ"
+            ),
+            at_most(
+                "all depths and starts: energy less the eigenvalue, over it",
+                largest(distinct["energy"] / best[0] - 1),
+                1e-12,
+                why=rest,
+            ),
+            at_most("second singular value over the first", largest(distinct["second"]), 1e-10, why=rest),
+            at_least("least cosine of neighbours", np.min(distinct["alignment"]), 1 - 1e-12, why=rest),
+            at_least("least cosine with the eigenvector", np.min(distinct["component"]), 1 - 1e-12, why=rest),
+        ],
+        outside=[
+            at_most(
+                "eigenvalue repeated: energy less it",
+                largest(repeated["energy"] / best[1] - 1),
+                1e-12,
+                why="the energy is what it was",
+            ),
+            at_least("the same: least part in its plane", np.min(repeated["plane"]), 1 - 1e-12, why=rest),
+            at_least(
+                "the same: spread of the cosine with one of its vectors",
+                np.min(np.ptp(repeated["component"], axis=-1)),
+                0.3,
+                why="starts end anywhere in the plane",
+            ),
+            at_most(
+                "all eigenvalues negative, two layers and more: largest product of the matrices",
+                np.max(negative["product"][layered]),
+                0.05,
+                why="the best is zero, which is approached like a power of time",
+            ),
+            at_most(
+                "the same: largest energy", np.max(negative["energy"][layered]), 0, why="none is above zero"
+            ),
+        ],
+    )
+
+
+def figure(config: Config, saved: Saved) -> Figure:
+    """Energies on the way, spectra of the data, singular values beside the flow, and the gap to it."""
+    drawn, ((energy, spectra), (values, gaps)) = plotting.new_figure(2, 2, width=4.6)
+    _energy_panel(energy, saved)
+    for index, (name, marker) in enumerate(zip(CASES, "osD", strict=True)):
+        spectrum = np.asarray(saved["spectrum"])[index]
+        spectra.plot(np.arange(1, spectrum.size + 1), spectrum, f"{marker}-", label=f"largest: {name}")
+    spectra.axhline(0, color="grey", lw=0.8)
+    plotting.finish(spectra, "Eigenvalues of X", "number", "eigenvalue", "lower left")
+    part = saved["descent"]
+    plotting.theory_and_trained(
+        values, part["time"], part["theory"], part["trained"], ["first matrix", "second matrix"], "flow"
+    )
+    labels = "time = learning rate × step", "largest singular value"
+    plotting.finish(values, "Matrices become rank one", *labels, "lower right")
+    gap = {"flow": part["gap/right"], "2 % off": part["gap/wrong"]}
+    plotting.gap_panel(gaps, part["rate"], gap, "learning rate", "largest gap", "Gap to the flow")
+    return drawn
+
+
+def _energy_panel(ax: Axes, saved: Saved) -> None:
+    steps = np.linspace(0, 1, np.asarray(saved["path"]).shape[1])
+    for index, depth in enumerate(np.asarray(saved["depth"])):
+        more = f" (steps × {FLAT_STEPS})" if depth >= FLAT else ""
+        path = np.asarray(saved["path"])[index] / np.asarray(saved["best"])[0]
+        ax.semilogy(steps, np.maximum(path, 1e-6), label=f"{depth} matri{'x' if depth == 1 else 'ces'}{more}")
+    plotting.finish(
+        ax, "Energy of one start by depth", "share of the steps", "energy over its best", "lower right"
+    )
