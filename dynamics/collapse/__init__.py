@@ -1,4 +1,27 @@
-"""Collapse: minima of regularized networks, their landscapes, and the order of their transitions."""
+"""Collapse: minima of regularized networks, their landscapes, and the order of their transitions.
+
+where                                       one call that reads a data matrix: thresholds, and what survives
+moments, Moments                            second moments of data, which all of the theory takes
+ridge_minimum, two_layer_minimum            exact minima of linear networks with L2 regularization and noise
+deep_minimum, nuclear_minimum               the same at any depth, and for several outputs
+critical_gamma, metastable_gamma            where everything is gone, and until where networks hold on
+transition_order, effective_landscape       the order of a transition, and the loss over one amplitude
+stochastic_linear_loss, ..._flow            the loss of a linear network with noise, and descent on it
+imbalance, hysteresis_sweep                 what descent keeps, and what lowering gamma brings back
+vae_minimum, vae_modes                      posterior collapse: minima, and the modes of data that decide
+linear_vae_loss, linear_vae_flow            the loss of a linear variational autoencoder, and descent on it
+infonce_minimum, infonce_encoder            dimensional collapse: minima of InfoNCE on Gaussian data
+infonce_loss, landau_loss, landau_minimum   that loss, and its quartic form with its minimum
+taylor_coefficients                         orders of a loss along a ray of embeddings
+hessian_index                               how many directions lead down from a stationary point
+rescaled_loss, rescaled_curvature           a network's loss on the way to collapse, and its curvature at zero
+sgd_lyapunov, sampled_sgd_lyapunov          exponents of SGD at zero
+sgd_collapse_windows                        learning rates at which SGD stays there
+critical_amplitude                          slowing down near the critical strength
+gibbs_mean, escape_rate                     moments and escape times under gradient descent with noise
+relu_critical_gamma                         the critical strength of a two-layer ReLU network
+features_minimum                            the unconstrained-features model of neural collapse
+"""
 
 from dynamics.collapse.critical import critical_gamma as critical_gamma
 from dynamics.collapse.critical import metastable_gamma as metastable_gamma

@@ -301,7 +301,8 @@ def vae_modes(x: ArrayLike, y: ArrayLike | None = None) -> Float[Array, " modes"
 
     Args:
         x: inputs, (N, dx); centered here. Directions in which they do not vary, such as constant pixels, are
-            left out: eigenvalues of A below 1e-10 of the largest, or what rounding leaves.
+            left out: eigenvalues below 1e-10 of the largest, of columns in units of their own, or what
+            rounding leaves.
         y: targets, (N, dy), centered here; x where None.
 
     Returns:
@@ -323,8 +324,8 @@ def vae_modes(x: ArrayLike, y: ArrayLike | None = None) -> Float[Array, " modes"
 @jax.custom_jvp
 @jax.jit
 def _modes(x, y):
-    centered, targets = map(_centered, (x, y))
-    left, values, _ = jnp.linalg.svd(centered, full_matrices=False)
+    inputs, targets = _scaled(_centered(x)), _centered(y)
+    left, values, _ = jnp.linalg.svd(inputs, full_matrices=False)
     whitened = jnp.where((values > _noise(x) * values[0])[None], left, 0)
     zeta = jnp.linalg.svd(targets.T @ whitened, compute_uv=False) / x.shape[0] ** 0.5
     return jnp.pad(zeta, (0, min(x.shape[1], y.shape[1]) - zeta.size))
@@ -335,13 +336,19 @@ def _modes_jvp(at, along):
     """Derivatives go by the projector on what the inputs span: those of single directions need not exist."""
 
     def by_projector(x, y):
-        centered, targets = map(_centered, (x, y))
-        seen = centered @ (jnp.linalg.pinv(centered, rtol=_noise(x)) @ targets)
+        inputs, targets = _scaled(_centered(x)), _centered(y)
+        seen = inputs @ (jnp.linalg.pinv(inputs, rtol=_noise(x)) @ targets)
         zeta = jnp.linalg.svd(seen, compute_uv=False) / x.shape[0] ** 0.5
         count = min(x.shape[1], y.shape[1])
         return jnp.pad(zeta, (0, max(count - zeta.size, 0)))[:count]
 
     return _modes(*at), jax.jvp(by_projector, at, along)[1]
+
+
+def _scaled(x):
+    """Columns of one size, whatever their units: what the inputs span does not depend on these."""
+    size = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=0, keepdims=True))
+    return x / jnp.where(size > 0, size, 1)
 
 
 def _noise(x):
@@ -350,6 +357,7 @@ def _noise(x):
 
 
 def _centered(x):
-    # The mean of a constant is not that constant, to rounding.
-    varies = jnp.max(x, axis=0, keepdims=True) > jnp.min(x, axis=0, keepdims=True)
-    return jnp.where(varies, x - jnp.mean(x, axis=0, keepdims=True), 0)
+    # The mean of a constant is not that constant, to rounding, which is all that some columns vary by.
+    high, low = jnp.max(x, axis=0, keepdims=True), jnp.min(x, axis=0, keepdims=True)
+    rounding = 8 * float(jnp.finfo(x.dtype).eps) * jnp.maximum(jnp.abs(high), jnp.abs(low))
+    return jnp.where(high - low > rounding, x - jnp.mean(x, axis=0, keepdims=True), 0)

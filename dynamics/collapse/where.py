@@ -188,4 +188,6 @@ def _ssl(variances: np.ndarray, value: float | None, attraction: float, notes: l
             "(attraction - 1) times the augmentations' covariance, which is positive whatever they are"
         )
         return _placed("ssl", np.where(variances > _LEFT_OUT * variances[0], np.inf, 0), value, notes)
+    if value == 0:
+        notes.append("without augmentation the loss has no finite minimum: nothing keeps embeddings small")
     return _placed("ssl", variances / (attraction - 1), value, notes)

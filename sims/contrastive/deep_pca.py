@@ -288,7 +288,13 @@ def figure(config: Config, saved: Saved) -> Figure:
         spectrum = np.asarray(saved["spectrum"])[index]
         spectra.plot(np.arange(1, spectrum.size + 1), spectrum, f"{marker}-", label=f"largest: {name}")
     spectra.axhline(0, color="grey", lw=0.8)
-    plotting.finish(spectra, "Eigenvalues of X", "number", "eigenvalue", "lower left")
+    plotting.finish(
+        spectra,
+        "Eigenvalues of X",
+        "number",
+        "eigenvalue",
+        {"loc": "upper right", "bbox_to_anchor": (1, 0.62)},
+    )
     part = saved["descent"]
     plotting.theory_and_trained(
         values, part["time"], part["theory"], part["trained"], ["first matrix", "second matrix"], "flow"
@@ -307,5 +313,5 @@ def _energy_panel(ax: Axes, saved: Saved) -> None:
         path = np.asarray(saved["path"])[index] / np.asarray(saved["best"])[0]
         ax.semilogy(steps, np.maximum(path, 1e-6), label=f"{depth} matri{'x' if depth == 1 else 'ces'}{more}")
     plotting.finish(
-        ax, "Energy of one start by depth", "share of the steps", "energy over its best", "lower right"
+        ax, "Energy of one start by depth", "share of the steps", "energy over its best", "center right"
     )

@@ -130,3 +130,11 @@ def test_without_a_prior_latents_need_no_noise(scale):
     assert float(loss) == pytest.approx((np.sum((first.U @ V.T - Z) ** 2) + noise) / (2 * DEC**2))
     assert np.all(np.isfinite(gradient))
     assert float(linear_vae_loss(first.U, V, scale, Z, 0.1, DEC, ENC)) == np.inf
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e6, 1e-6])
+def test_modes_do_not_depend_on_the_units_of_inputs(unit):
+    x = np.random.default_rng(0).normal(size=(400, 2))
+    y = x[:, 1:] + 0.1 * np.random.default_rng(1).normal(size=(400, 1))
+    scaled = vae_modes(x * np.array([unit, 1.0]), y)
+    np.testing.assert_allclose(scaled, vae_modes(x, y), rtol=1e-9)
