@@ -66,7 +66,7 @@ class Config:
     """Weight decays of cross-entropy, rising; without any its weights grow for ever."""
     steps: Annotated[int, Range(at_least=100)] = 1000
     """Steps of Adam on all images at once."""
-    learning_rate: Positive = 8e-3
+    learning_rate: Positive = 3e-3
     """It falls to a hundredth by a cosine."""
     every: Count = 50
     """Steps between two records."""
@@ -91,7 +91,6 @@ PRESETS: dict[Preset, Config] = {
         decays=(0.0, 1e-5, 1e-4, 1e-3, 1e-2, 3e-2, 0.3),
         entropy_decays=(1e-5, 1e-4, 1e-3),
         steps=4000,
-        learning_rate=3e-3,
         every=100,
     ),
     "paper": replace(
