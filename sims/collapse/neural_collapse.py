@@ -640,7 +640,7 @@ def _accuracy_panel(ax: Axes, saved: Saved) -> None:
     ax.plot(_place(decay), rank / rank[0], "^--", color="0.45", label=f"rank / {rank[0]:.0f}", ms=4)
     _label_decays(ax, decay)
     legend = {"loc": "upper left", "ncols": 3, "fontsize": 7}
-    plotting.finish(ax, "Accuracy and rank", "weight decay κ", "share", legend, ylim=(-0.02, 1.25))
+    plotting.finish(ax, "Accuracy and rank", "weight decay κ", "share", legend, ylim=(-0.02, 1.6))
 
 
 def _entropy_panel(ax: Axes, saved: Saved) -> None:
@@ -651,7 +651,7 @@ def _entropy_panel(ax: Axes, saved: Saved) -> None:
                 saved["step"], values, style, color=f"C{index}", label=f"{MEASURES[name]}, κ = {decay:g}"
             )
     ax.set_ylim(0.05, 50)
-    plotting.finish(ax, "Cross-entropy", "step", "measure", {"loc": "upper right", "ncols": 2, "fontsize": 7})
+    plotting.finish(ax, "Cross-entropy", "step", "measure", {"loc": "upper right", "ncols": 2, "fontsize": 6})
 
 
 def _free_panel(ax: Axes, saved: Saved) -> None:
