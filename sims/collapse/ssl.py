@@ -819,20 +819,20 @@ def _trained_roots(config: Config, saved: Saved) -> Claim:
     ]
     return stated(
         "trained",
-        "Encoders that descend on batches of drawn pairs end at the minimum of the exact loss, up to an "
-        "error of order one over the batch",
+        "Encoders that descend on batches of drawn pairs end at the minimum of the exact loss, with an error "
+        "that falls as batches grow",
         f"{MINIMA} (the exact form is derived here)",
         at_most(
             "log(1 + T), T the variance of a mode of the embeddings, less that of theory: most",
             largest(logs),
             12 / config.batch + 0.02,
-            why="the loss sees T so; the batch, with a factor of 11 at the weakest augmentation, and draws",
+            why="a finite batch moves it by up to 11 over its size, and 0.02 is what draws leave",
         ),
         at_most(
             f"the slide's loss, sigma^2 = {LIGHT:g}: exponent of the error in the batch",
             convergence_order(saved["size"], saved["size_gap"]).slope,
             -0.7,
-            why="it is -1, and steeper in small batches",
+            why="the leading order is -1; the next one makes small batches steeper",
         ),
         at_least(
             f"sigma^2 = {LIGHT:g}: roots over those of the quartic form, least",

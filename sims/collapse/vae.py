@@ -525,8 +525,8 @@ def _whitening(saved: Saved) -> Claim:
     rest = "descent has come to rest"
     return corrected(
         "whitening",
-        "What decides are the singular values of E[y x^T] A^{-1/2}; those of E[y x^T], whose squares are "
-        "printed, do if inputs are white",
+        "What decides are the singular values of E[y x^T] (printed are their squares); it is those of "
+        "E[y x^T] A^{-1/2}",
         f"{THEOREM} (zeta_i on the slide before)",
         printed=[
             at_most(
