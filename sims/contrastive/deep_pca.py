@@ -295,14 +295,12 @@ def figure(config: Config, saved: Saved) -> Figure:
         "eigenvalue",
         {"loc": "upper right", "bbox_to_anchor": (1, 0.62)},
     )
-    part = saved["descent"]
-    plotting.theory_and_trained(
-        values, part["time"], part["theory"], part["trained"], ["first matrix", "second matrix"], "flow"
-    )
+    time, theory, trained, rate = (saved[f"descent/{name}"] for name in ("time", "theory", "trained", "rate"))
+    plotting.theory_and_trained(values, time, theory, trained, ["first matrix", "second matrix"], "flow")
     labels = "time = learning rate × step", "largest singular value"
     plotting.finish(values, "Matrices become rank one", *labels, "lower right")
-    gap = {"flow": part["gap/right"], "2 % off": part["gap/wrong"]}
-    plotting.gap_panel(gaps, part["rate"], gap, "learning rate", "largest gap", "Gap to the flow")
+    gap = {"flow": saved["descent/gap/right"], "2 % off": saved["descent/gap/wrong"]}
+    plotting.gap_panel(gaps, rate, gap, "learning rate", "largest gap", "Gap to the flow")
     return drawn
 
 
