@@ -70,6 +70,11 @@ def test_modes_of_a_singular_signal_are_no_rounding(dtype):
         assert least.lam.tolist()[1:] == [0.0, 0.0]
         assert least.sigma2.tolist()[1:] == [2.25, 2.25]
     assert vae_minimum(one, 3, 0.0, 1.0, 1.5).sigma2[0] == 0
+    # A small mode that is more than rounding is one.
+    share = 0.1 * jnp.finfo(dtype).eps ** 0.5
+    small = vae_minimum(jnp.diag(jnp.array([1.0, share], dtype)), 2, 0.0, 1.0, 1.5)
+    assert small.theta.tolist() == [1.5, 1.5]
+    assert small.sigma2.tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("unit", [1e-23, 1e20])
@@ -254,11 +259,12 @@ def test_infonce_close_to_the_threshold_and_far_above():
 
 
 def test_losses_refuse_what_is_no_covariance():
-    one = [[1.0]]
+    # What is negative is small, and more than rounding.
+    one, indefinite = np.eye(2), np.diag([1.0, -1e-6])
     for loss, args, name in (
-        (infonce_loss, (one, one, [[-3.0]], 1.0), "C"),
-        (infonce_loss, (one, [[-1.0]], one, 1.0), "A"),
-        (landau_loss, (one, one, [[-1.0]], 1.0), "Sigma"),
+        (infonce_loss, (one, one, indefinite, 1.0), "C"),
+        (infonce_loss, (one, indefinite, one, 1.0), "A"),
+        (landau_loss, (one, one, indefinite, 1.0), "Sigma"),
     ):
         with pytest.raises(ValueError, match=f"{name} must be positive semidefinite"):
             loss(*args)
@@ -291,6 +297,8 @@ def test_infonce_limits():
     got = infonce_minimum([1.0, 0.0, 0.0], [0.0, 0.0, 0.5], 1.0)
     assert got.tolist() == [np.inf, 0.0, 0.0]
     assert infonce_minimum([1.0], 0.5, 0.0).tolist() == [np.inf]
+    # Any augmentation holds a mode back: lambda tends to 1 / (2 rho) at a = 1.
+    assert float(infonce_minimum([1.0], 1e-12, 1.0)[0]) == pytest.approx(5e11, rel=1e-9)
     # The root law close to the threshold a = c, at weight 2: lambda tends to (a - c) / 6 at a = 1.
     assert float(infonce_minimum([1.0], 0.9999, 2.0)[0]) / 1e-4 == pytest.approx(1 / 6, rel=1e-3)
     lanes = jax.vmap(lambda c: infonce_minimum(jnp.array([1.0]), c, 2.0)[0])(jnp.array([0.5, -0.5, jnp.nan]))
@@ -324,12 +332,15 @@ def test_an_encoder_of_singular_data_sees_what_varies():
     least, inner = infonce_encoder(wide[0], wide[1], 3, 0.7), infonce_encoder(A, COUPLED, 3, 0.7)
     assert float(least.loss) == pytest.approx(float(inner.loss), rel=1e-12)
     np.testing.assert_allclose(least.W[:, 4], 0, atol=1e-15)
-    with pytest.raises(ValueError, match="C must be positive semidefinite, and positive where data vary"):
-        infonce_encoder(A, jnp.zeros((4, 4)), 2, 1.0)
+    without_one = COUPLED.at[2, 2].set(0)  # nothing holds this direction back, and something the others
+    for C in (0 * COUPLED, without_one):
+        with pytest.raises(ValueError, match="C must be positive semidefinite, and positive where data vary"):
+            infonce_encoder(A, C, 2, 1.0)
     with pytest.raises(ValueError, match="A must be positive semidefinite"):
         infonce_encoder(A - jnp.eye(4), COUPLED + 2 * jnp.eye(4), 2, 1.0)
-    lanes = jax.vmap(lambda C: infonce_encoder(A, C, 2, 1.0).loss)(jnp.stack([COUPLED, 0 * COUPLED]))
-    assert np.isfinite(lanes).tolist() == [True, False]
+    augmentations = jnp.stack([COUPLED, 0 * COUPLED, without_one])
+    lanes = jax.vmap(lambda C: infonce_encoder(A, C, 2, 1.0).loss)(augmentations)
+    assert np.isfinite(lanes).tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("equal", [False, True])
@@ -394,12 +405,15 @@ def test_landau_form_of_singular_data():
     least, inner = landau_minimum(wide[0], wide[1], 3, 1.0), landau_minimum(B, Sigma, 3, 1.0)
     assert float(least.loss) == pytest.approx(float(inner.loss), rel=1e-12)
     np.testing.assert_allclose(least.W[:, 3], 0, atol=1e-15)
-    with pytest.raises(ValueError, match="B must be zero where Sigma is singular"):
-        landau_minimum(jnp.eye(4), wide[1], 3, 1.0)
+    # A little outside of what is seen is enough, alone or along with what is seen.
+    unbounded = [wide[0].at[at, at[::-1]].set(1e-3) for at in (jnp.array([3]), jnp.array([0, 3]))]
+    for outside in unbounded:
+        with pytest.raises(ValueError, match="B must be zero where Sigma is singular"):
+            landau_minimum(outside, wide[1], 3, 1.0)
     with pytest.raises(ValueError, match="Sigma must be positive semidefinite"):
         landau_minimum(B, -Sigma, 3, 1.0)
-    lanes = jax.vmap(lambda B: landau_minimum(B, wide[1], 3, 1.0).loss)(jnp.stack([wide[0], jnp.eye(4)]))
-    assert np.isfinite(lanes).tolist() == [True, False]
+    lanes = jax.vmap(lambda B: landau_minimum(B, wide[1], 3, 1.0).loss)(jnp.stack([wide[0], *unbounded]))
+    assert np.isfinite(lanes).tolist() == [True, False, False]
 
 
 def test_saddles_of_the_rank_of_the_minima_have_a_way_down():
@@ -427,6 +441,14 @@ def test_hessian_index_counts_against_the_largest_curvature():
     assert np.isnan(hessian_index(lambda p: jnp.sum(jnp.sqrt(p["w"])), point))
     with pytest.raises(ValueError, match="rtol must be"):
         hessian_index(loss, point, rtol=-1.0)
+
+
+@pytest.mark.parametrize("largest", [1.0, -1.0])
+@pytest.mark.parametrize(("dtype", "share"), [(jnp.float64, 1e-8), (jnp.float32, 1e-4)])
+def test_by_default_curvatures_lead_down_from_a_share_of_the_largest_in_size(largest, dtype, share):
+    curvatures = jnp.array([largest, -1.5 * share, -share / 1.5, 0.0, 0.5], dtype)
+    count = hessian_index(lambda w: jnp.sum(curvatures * w**2) / 2, jnp.zeros(5, dtype))
+    assert float(count) == (2 if largest < 0 else 1)
 
 
 def test_rescaling_shows_the_landscape():

@@ -148,6 +148,13 @@ def test_the_cosine_forgets_any_size_in_single_precision(size):
     np.testing.assert_allclose(size * np.asarray(gradient, float), slopes, atol=1e-6)
 
 
+def test_a_loss_of_views_is_given_the_first_one_first():
+    value = on_views(infonce, jnp.multiply)(0.5, PAIR)
+    f, g = (0.5 * view for view in PAIR)
+    assert float(value) == pytest.approx(float(infonce(f, g)), abs=1e-13)
+    assert abs(float(infonce(g, f) - value)) > 1e-3  # the order counts
+
+
 def test_encoders_have_their_layers():
     first, second = random_weights(jax.random.key(2), (3, 5, 2), 0.7)
     x = np.asarray(PAIR.first)
@@ -168,8 +175,9 @@ def test_convolutions_look_at_images():
     images = jax.random.normal(jax.random.key(1), (4, 7, 5))
     embeddings = predict(params, images)
     assert embeddings.shape == (4, 2)
-    # There are no biases: the encoder is homogeneous.
+    # There are no biases: the encoder is homogeneous, yet for its ReLU not odd.
     np.testing.assert_allclose(predict(params, 2 * images), 2 * embeddings, rtol=1e-12)
+    assert np.max(np.abs(predict(params, -images) + embeddings)) > 0.1 * np.max(np.abs(embeddings))
     # The corners are seen, and each image for itself.
     corner = images.at[:2, -1, -1].add(1.0)
     assert np.any(predict(params, corner) != embeddings, axis=1).tolist() == [True, True, False, False]
@@ -211,12 +219,20 @@ def test_batches_draw_examples_whose_views_belong_together():
     assert np.corrcoef(views.first[:, 0] % 100, views.second[:, 0] % 100)[0, 1] < 0.9
 
 
+def test_views_are_drawn_by_a_key_of_their_own():
+    with jax.debug_key_reuse(True):
+        batch_of_views(jax.random.key(0), PAIR.first, 4, 0.1)
+
+
 def test_what_makes_no_batch_is_refused():
     with pytest.raises(ValueError, match="first must hold embeddings of at least 2 examples"):
         infonce(jnp.ones((1, 2)), jnp.ones((1, 2)))
     with pytest.raises(ValueError, match="similarity must be one of"):
         infonce(*PAIR, similarity="euclid")
+    # A negative eigenvalue may be small, unless it is rounding.
+    draw = partial(two_views, jax.random.key(0), jnp.ones((3, 2)))
     with pytest.raises(ValueError, match="augmentation must be positive semidefinite"):
-        two_views(jax.random.key(0), jnp.ones((3, 2)), jnp.diag(jnp.array([1.0, -1.0])))
+        draw(jnp.diag(jnp.array([1.0, -1e-6])))
+    assert np.all(np.isfinite(draw(jnp.diag(jnp.array([1.0, -1e-16]))).first))
     with pytest.raises(ValueError, match="first and second must have one shape"):
         on_views(infonce, lambda params, x: x)(None, Views(jnp.ones((2, 1)), jnp.ones((3, 1))))

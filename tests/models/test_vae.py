@@ -87,6 +87,18 @@ def test_drawn_latents_have_the_integrated_loss_on_average():
     assert abs(float(jnp.mean(losses)) - integrated(START)) < 4 * float(jnp.std(losses)) / losses.size**0.5
 
 
+def test_noise_is_drawn_by_a_key_of_its_own():
+    with jax.debug_key_reuse(True):
+        vae_batch(jax.random.key(0), X, Y, 3, 2)
+
+
+def test_first_weights_keep_the_size_of_what_they_are_given():
+    network = AmortizedVae(jax.random.key(0), 4, 100, 9, 50)
+    for layer in (network.hidden, network.mean, network.decoder):
+        kernel = np.asarray(layer.kernel[...])
+        assert np.std(kernel) * len(kernel) ** 0.5 == pytest.approx(1, abs=4 / (2 * kernel.size) ** 0.5)
+
+
 def test_an_encoder_with_relu_can_stand_for_a_linear_one():
     """ReLU of h and of -h give h; the loss on the same noise is that of the linear network."""
     network = AmortizedVae(jax.random.key(0), 4, 4, 2, 3)
@@ -157,6 +169,11 @@ def test_active_units_misfire_close_to_a_threshold():
         assert float(least.lam[0]) > 0
         mean = X @ np.linalg.eigh(X.T @ X)[1][:, -1:] / float(zeta[0]) * float(least.theta[0])
         assert float(active_units(mean)) == count
+
+
+@pytest.mark.parametrize(("last", "threshold"), [(np.nan, 0.1), (np.inf, 0.1), (1.0, np.nan)])
+def test_active_units_of_no_numbers_are_none_that_one_could_count(last, threshold):
+    assert np.isnan(jax.jit(active_units)(jnp.array([[1.0, 0.0], [2.0, last]]), threshold))
 
 
 def test_what_does_not_fit_is_refused():
