@@ -13,7 +13,6 @@ from dynamics.arguments import (
     ArrayLike,
     as_real,
     cast,
-    nan_unless,
     require_arrays,
     require_integer,
     require_number,
@@ -242,31 +241,3 @@ def vae_batch(key: Array, x: ArrayLike, y: ArrayLike, size: int, latents: int) -
     examples, latent = jax.random.split(key)
     chosen = jax.random.randint(examples, (size,), 0, x.shape[0])
     return VaeInputs(x[chosen], normal(latent, (size, latents), x.dtype)), y[chosen]
-
-
-def active_units(mean: ArrayLike, threshold: ArrayLike = 1e-2) -> Float[Array, ""]:
-    r"""The number of latents whose posterior mean varies over the data: Var(m_i) > threshold.
-
-    At the minimum Var(m_i) = theta_i^2 = eta_enc^2 (1 - beta / beta_i), with beta_i the threshold of the
-    mode. So latents that are alive count as dead within one percent of beta_i, at `eta_enc` = 1. Training is
-    slow there, and keeps dead ones alive: within some ten percent of a threshold the count may be one off.
-
-    Source: burda2016 (its threshold).
-
-    Args:
-        mean: means of the latents, (n, k).
-        threshold: a number >= 0.
-
-    Raises:
-        ValueError: the means have another shape, or a number is out of range and can be looked at.
-
-    Example:
-        >>> float(active_units([[1.0, 0.1, 2.0], [-1.0, 0.1, 2.1]]))
-        1.0
-    """
-    (mean,) = require_arrays(mean=mean)
-    require_shapes(mean=(mean, "n k"))
-    threshold = require_number("threshold", threshold, mean.dtype, at_least=0)
-    variances = jnp.var(mean, axis=0)
-    count = jnp.sum(variances > threshold).astype(mean.dtype)
-    return nan_unless(jnp.all(jnp.isfinite(variances)) & jnp.isfinite(threshold), count)

@@ -7,7 +7,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -64,9 +64,7 @@ def report(options: WhereOptions) -> None:
         drawn = options.out / f"where-{options.kind}.png"
         figure(found).savefig(drawn)
     if options.format == "json":
-        # Infinity is no JSON: what never happens is null.
-        every = [None if math.isinf(value) else value for value in found.thresholds]
-        print(json.dumps({**asdict(found), "thresholds": every, "figure": str(drawn)}, indent=1))
+        print(json.dumps({**_finite(asdict(found)), "figure": str(drawn)}, indent=1, allow_nan=False))
         return
     print(f"{options.data.name}: {x.shape[0]} rows, {x.shape[1]} columns; {MODELS[options.kind]}")
     print(summary(found))
@@ -75,6 +73,15 @@ def report(options: WhereOptions) -> None:
     for note in found.notes:
         print(f"note: {note}")
     print(f"figure: {drawn}")
+
+
+def _finite(entry: Any) -> Any:
+    """The same with null for what is infinite, which is no JSON: thresholds that are never reached."""
+    if isinstance(entry, dict):
+        return {name: _finite(value) for name, value in entry.items()}
+    if isinstance(entry, (list, tuple)):
+        return [_finite(value) for value in entry]
+    return None if isinstance(entry, float) and not math.isfinite(entry) else entry
 
 
 def read(path: Path) -> np.ndarray:

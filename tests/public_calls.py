@@ -997,7 +997,7 @@ CALLS: dict[str, Call] = {
         size=2,
         latents=1,
     ),
-    "models.vae.active_units": call(
+    "dynamics.spectra.active_units": call(
         mean=Real(np.array([[1.0, 0.1], [-1.0, 0.1]]), fine="shorter"), threshold=RATE
     ),
     "models.losses.squared_error": call(of_data, **PREDICTION),

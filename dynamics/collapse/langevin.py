@@ -41,6 +41,7 @@ from dynamics.arguments import (
 from dynamics.collapse.landscape import require_scalar
 from dynamics.collapse.moments import Moments, nan_unless_finite, require_moments, scaled
 
+_CUT = 1e-3  # of a density at the edge of a box, over its largest value
 _SERIES = 12  # terms of (1 - exp(-y)) / y up to y = 1/4, whose next one is below rounding
 _AT_REST = 1e-6  # of the temperature: how far in loss a point may be from a stationary one
 
@@ -148,7 +149,7 @@ def gibbs_mean(
         points: of each axis, at least 2; their distance has to be below the width of the density. Static.
 
     Returns:
-        The mean.
+        The mean; NaN where the density at an edge of the box is more than a thousandth of the largest.
 
     Raises:
         ValueError: an argument is out of range and can be looked at, or a function returns no number.
@@ -179,7 +180,9 @@ def _mean(loss, observe, temperature, box, points):
     losses = jax.vmap(loss)(grid)
     least = jax.lax.stop_gradient(jnp.min(losses))
     shares = np.outer(ends, ends).reshape(-1).astype(box.dtype)
-    weights = shares * jnp.exp(-(losses - least) / temperature)
+    density = jnp.exp(-(losses - least) / temperature)
+    inside = jnp.max(jnp.where(shares < 1, density, 0)) < _CUT
+    weights = shares * nan_unless(inside, density)
     return jnp.sum(weights * jax.vmap(observe)(grid)) / jnp.sum(weights)
 
 

@@ -79,11 +79,11 @@ def sgd_lyapunov(
             `sampled_sgd_lyapunov` draws them.
 
     Example:
-        >>> round(float(sgd_lyapunov(0.1, [2.0, -2.0], [0.6, 0.4], 1)), 5)  # above 0: SGD leaves the saddle
+        >>> round(float(sgd_lyapunov(0.1, [2.0, -2.0], [0.6, 0.4], 1)), 5)  # below 0: SGD ends at the saddle
         -0.00245
     """
     values, probabilities, learning_rate = _require(values, probabilities, learning_rate)
-    sign = jnp.where(jnp.sum(values * probabilities) < 0, -1, 1).astype(values.dtype)
+    sign = _growing(values, probabilities)
     batches = _batches(values.size, batch_size)
     return _exact(
         sign * learning_rate, values, probabilities, *(part.astype(values.dtype) for part in batches)
@@ -176,6 +176,13 @@ def sgd_collapse_windows(
     return windows[windows[:, 1] - windows[:, 0] > _NARROW * windows[:, 1]]
 
 
+def _growing(values, probabilities):
+    """The sign of the mean of x y, plus where it is zero up to rounding."""
+    parts = values * probabilities
+    rounding = len(parts) * float(jnp.finfo(parts.dtype).eps) * jnp.sum(jnp.abs(parts))
+    return jnp.where(jnp.sum(parts) < -rounding, -1, 1).astype(parts.dtype)
+
+
 def _negative(means: np.ndarray, weights: np.ndarray, largest: float) -> list[tuple[float, float]]:
     """Intervals of rates up to a largest one on which sum(weights log |1 + 2 rate means|) is negative."""
 
@@ -254,7 +261,7 @@ def _exact(learning_rate, values, probabilities, counts, log_choices):
 
 @eqx.filter_jit
 def _sampled(learning_rate, values, probabilities, batch_size, key, samples):
-    sign = jnp.where(jnp.sum(values * probabilities) < 0, -1, 1).astype(values.dtype)
+    sign = _growing(values, probabilities)
 
     def add(total, key):  # one sample to each batch
         return total + jax.random.choice(key, values, (samples,), p=probabilities), None

@@ -115,6 +115,11 @@ def where(
         arrays = require_arrays(x=np.float64(x), target=np.float64(x if y is None else y))
         require_shapes(x=(arrays[0], "N d"), target=(arrays[1], "N k"))
         x, y = (part - part.mean(axis=0) for part in map(np.asarray, arrays))
+        with np.errstate(over="ignore"):
+            if not np.isfinite(np.sum(x**2) + np.sum(y**2)):
+                raise ValueError(
+                    "x and target must have squares that are finite numbers; divide them by their size"
+                )
         notes = _about(x)
         if kind == "vae":
             return _vae(np.asarray(vae_modes(x, y)), value, notes)

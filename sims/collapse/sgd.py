@@ -372,8 +372,8 @@ def _equilibrium(saved: Saved) -> Claim:
     rising = rate <= 0.06
     return stated(
         "equilibrium",
-        "The loss in equilibrium rises with the learning rate, from that of the minimum to that of the "
-        "saddle, before chains diverge",
+        "The loss in equilibrium rises with the learning rate from that of the minimum, and is that of the "
+        "saddle before chains diverge",
         f"{FIGURE} (its network and data are ours)",
         equals(
             "rate 0.001: loss", loss[rate == SMALL_RATE][0], minimum, 0.03, why="w1 w2 varies about its mean"

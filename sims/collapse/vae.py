@@ -23,11 +23,12 @@ from matplotlib.figure import Figure
 
 from dynamics import collapse
 from dynamics.collapse import VaeWeights
+from dynamics.spectra import active_units
 from models.data.images import digits, mnist
 from models.draws import normal
 from models.functional import as_function
 from models.training import train
-from models.vae import AmortizedVae, LinearVae, VaeInputs, active_units, negative_elbo, vae_batch, vae_weights
+from models.vae import AmortizedVae, LinearVae, VaeInputs, negative_elbo, vae_batch, vae_weights
 from sims import plotting
 from sims.claims import ROUNDING, Claim, Preset, at_least, at_most, corrected, equals, every, stated
 from sims.compare import largest, named_groups

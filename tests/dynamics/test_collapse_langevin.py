@@ -205,3 +205,18 @@ def test_equal_eigenvalues_have_derivatives():
 
     assert float(log_rate(2.0)) == pytest.approx(float(log_rate(1.0)))  # both widths scale alike
     assert float(jax.grad(log_rate)(2.0)) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_box_that_cuts_the_density_gives_no_mean():
+    def wells(p):
+        return (p[0] ** 2 - 1) ** 2 + 2 * p[1] ** 2
+
+    def mean(box, points=257):
+        return gibbs_mean(wells, lambda p: p[0] ** 2, 0.1, box, points)
+
+    assert mean([[-3.0, 3.0], [-3.0, 3.0]]) == pytest.approx(0.97252276, abs=1e-8)
+    assert np.isnan(mean([[-0.5, 0.5], [-4.0, 4.0]]))
+    # A density that is flat up to the edge of its own grid weighs the ends by half.
+    flat = gibbs_mean(lambda p: 8.0 * p @ p, lambda p: p[0] ** 2, 1.0, [[-1.0, 1.0], [-1.0, 1.0]], 5)
+    x, ends = np.linspace(-1, 1, 5), np.array([0.5, 1, 1, 1, 0.5])
+    assert flat == pytest.approx(np.sum(ends * x**2 * np.exp(-8 * x**2)) / np.sum(ends * np.exp(-8 * x**2)))

@@ -138,3 +138,22 @@ def test_features_collapse_where_weight_decay_says():
     values = [features_minimum(4, 10, gamma, 0.02) for gamma in (0.312, 0.313)]
     assert [bool(value[0] > 0) for value in values] == [True, False]  # at 1 / (16 * 10 * 0.02) = 0.3125
     assert features_minimum(3, 2, 0.0, 0.1).tolist() == pytest.approx([2**0.5] * 3)
+
+
+def test_a_mean_of_zero_takes_the_plus_direction_whatever_rounding_says():
+    law = [0.3, -0.1], [0.25, 0.75]
+    wanted = 0.25 * np.log(abs(1 + 2 * 0.3)) + 0.75 * np.log(abs(1 - 2 * 0.1))
+    assert sgd_lyapunov(1.0, *law, 1) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_sampled_exponents_follow_a_negative_mean():
+    law = [-2.0, 1.0], [0.7, 0.3]
+    found = sampled_sgd_lyapunov(0.1, *law, 3, jax.random.key(1), samples=20_000)
+    assert abs(found.mean - sgd_lyapunov(0.1, *law, 3)) < 4 * found.error
+
+
+def test_tiny_decays_of_free_features_do_not_vanish_in_their_product():
+    value = features_minimum(2, 4, 1e-200, 1e-200)[0]
+    assert 2 - value == pytest.approx(0, abs=1e-15)
+    assert features_minimum(2, 4, 1e300, 1e-300)[0] == 0
+    assert features_minimum(2, 4, 1e-300, 1e300)[0] == 0

@@ -31,6 +31,7 @@ def test_energy_and_covariance_are_their_double_sums():
     found = contrastive_covariance(alpha, f + shift, f_aug + shift, y, y_aug)
     np.testing.assert_allclose(found, wanted, rtol=1e-8)
     assert contrastive_energy(alpha, f, f_aug) == pytest.approx(energy, rel=1e-12)
+    assert contrastive_energy(alpha, f + shift, f_aug + shift) == pytest.approx(energy, rel=1e-8)
     assert jnp.trace(contrastive_covariance(alpha, f, f_aug)) == pytest.approx(energy, rel=1e-12)
     with pytest.raises(ValueError, match="y and y_aug must be given together"):
         contrastive_covariance(alpha, f, f_aug, y)
@@ -103,6 +104,14 @@ def test_extreme_and_equal_distances(regularizer):
         np.testing.assert_allclose(alpha.sum(axis=1), np.ones(5), rtol=1e-9)
         assert np.all(alpha >= 0)
     np.testing.assert_allclose(off(np.asarray(alpha)), 0.25, rtol=1e-9)  # all features are equal
+
+
+def test_weights_that_are_set_directly_fall_with_a_power_of_the_distance():
+    f = np.array([[0.0], [1.0], [2.0]])
+    first = min_player("direct", f, f, temperature=0.7, power=3.0)[0]
+    distances = np.array([0.5, 2.0]) ** 0.5
+    wanted = np.exp(-(distances**3) / 0.7)
+    np.testing.assert_allclose(first, [0, *(wanted / wanted.sum())], rtol=1e-12)
 
 
 def test_sparse_weights_of_the_square_regularizer_are_counted():

@@ -216,6 +216,7 @@ def test_aligned_layers_stay_aligned():
         ),
         (lambda X: homogeneous_activation("gelu"), "kind must be one of"),
         (lambda X: pattern_coverage([1.5], 2), r"shares must be in \[0, 1\]"),
+        (lambda X: pattern_coverage([-0.5], 2), r"shares must be in \[0, 1\]"),
         (lambda X: aligned_flow([[1.0]], [1.0], [0.0, 1.0]), r"shapes \(2, r\) and \(r,\)"),
         (lambda X: balance([X, np.ones((2, 3))]), "weights must be matrices that follow each other"),
     ],

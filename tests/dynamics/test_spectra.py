@@ -232,7 +232,7 @@ def classes_of(random, K=4, per_class=7, d=6):
 
 
 def reference_collapse(h, labels, W, b):
-    """The four measures as they are written, in NumPy."""
+    """The measures as they are written, in NumPy."""
     K = len(W)
     means = np.stack([h[labels == k].mean(axis=0) for k in range(K)])
     M = means - means.mean(axis=0)
@@ -256,6 +256,10 @@ def test_neural_collapse_is_what_is_written(seed):
         h, labels, W, b = classes_of(random, d=d)
         found = neural_collapse(h, labels, W, b)
         assert found == pytest.approx(reference_collapse(h, labels, W, b), rel=1e-10, abs=1e-12)
+        few = slice(5, None)  # classes of unequal sizes, whose means count alike
+        assert neural_collapse(h[few], labels[few], W, b) == pytest.approx(
+            reference_collapse(h[few], labels[few], W, b), rel=1e-10, abs=1e-12
+        )
         h[:, 0] *= 1e-5  # class means differ too little there for a direction of theirs
         assert neural_collapse(h, labels, W)[0] == pytest.approx(
             reference_collapse(h, labels, W, b)[0], rel=1e-10

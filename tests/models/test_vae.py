@@ -14,6 +14,7 @@ from dynamics.collapse import (
     vae_minimum,
     vae_modes,
 )
+from dynamics.spectra import active_units
 from models.functional import as_function
 from models.self_supervised import Encoder
 from models.training import Descent, train
@@ -21,7 +22,6 @@ from models.vae import (
     AmortizedVae,
     LinearVae,
     VaeInputs,
-    active_units,
     negative_elbo,
     vae_batch,
     vae_weights,

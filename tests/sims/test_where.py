@@ -131,3 +131,23 @@ def test_a_file_that_is_not_there_is_told(tmp_path, capsys):
     code, told = run(capsys, "--kind", "vae", "--data", tmp_path / "none.npy")
     assert (code, told.err.count("\n")) == (2, 1)
     assert "cannot be read" in told.err
+
+
+@pytest.mark.parametrize(
+    "options", [("--kind", "vae", "--value", "0"), ("--kind", "ssl", "--value", "0.3")], ids=["vae", "ssl"]
+)
+def test_what_is_infinite_is_null_in_json(options, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", X)
+    arguments = ["where", "--data", str(tmp_path / "x.npy"), *options, "--out", str(tmp_path)]
+    assert main([*arguments, "--format", "json"]) == 0
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    found = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert None in (found["distance"], *(unit["kl"] for unit in found["units"]))
+
+
+def test_data_whose_squares_overflow_are_refused():
+    with pytest.raises(ValueError, match="x and target must have squares that are finite"):
+        where("vae", 1e200 * X)
