@@ -726,7 +726,7 @@ CALLS: dict[str, Call] = {
         loss=lambda p: p @ p + p[0] * p[1],
         observe=lambda p: p[0] ** 2 + p[1],
         temperature=POSITIVE,
-        box=Real(np.array([[-3.0, 3.0], [-2.0, 4.0]]), (np.array([[3.0, -3.0], [-2.0, 4.0]]),)),
+        box=Real(np.array([[-5.0, 5.0], [-4.0, 6.0]]), (np.array([[5.0, -5.0], [-4.0, 6.0]]),)),
         points=9,
     ),
     "dynamics.collapse.escape_rate": call(
