@@ -152,11 +152,13 @@ def summary(found: Where) -> str:
     """The answer in one sentence."""
     modes = len(found.thresholds)
     if not modes:
-        return "the data have no modes: nothing varies with what is to be told"
+        return "the data have no modes: no column varies, or none varies with the target"
     if found.value is None:
         if math.isinf(found.thresholds[0]):
             return f"{modes} modes, none of which ever collapses"
         first, last = found.thresholds[-1], found.thresholds[0]
+        if modes == 1:
+            return f"one mode, which collapses at {found.parameter} = {last:.4g}"
         return f"{modes} modes collapse at values of {found.parameter} from {first:.4g} to {last:.4g}"
     text = f"{found.parameter} = {found.value:g}: {found.surviving} of {modes} modes survive"
     if found.distance is None:

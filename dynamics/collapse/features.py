@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from dynamics.arguments import ArrayLike, as_real, require_number, require_sizes
@@ -43,14 +44,14 @@ def features_minimum(
         [1.6, 0.0]
     """
     classes, per_class = require_sizes(classes=classes, per_class=per_class)
-    if not isinstance(bias, bool):
+    if not isinstance(bias, (bool, np.bool_)):
         raise ValueError(f"bias must be True or False, got {bias!r}")
     gamma_w, gamma_h = as_real("gamma_w", gamma_w), as_real("gamma_h", gamma_h)
     rates = [
         require_number(name, gamma, gamma_w.dtype, at_least=0)
         for name, gamma in (("gamma_w", gamma_w), ("gamma_h", gamma_h))
     ]
-    return _values(classes, per_class, rates[0], rates[1], bias)
+    return _values(classes, per_class, rates[0], rates[1], bool(bias))
 
 
 @eqx.filter_jit
