@@ -88,8 +88,10 @@ def _at_least_zero(name: str, number: Number) -> Number:
     return number * jnp.where((number >= 0) & jnp.isfinite(number), 1.0, jnp.nan)
 
 
-def along_spheres() -> optax.GradientTransformation:
+def along_spheres(axis: int | None = None) -> optax.GradientTransformation:
     """Gradients without their part along each parameter, in front of descent that keeps norms to first order.
+
+    The norm is that of a whole parameter, or of each part along an axis, such as the columns of a kernel.
 
     Example:
         >>> optimizer, w = along_spheres(), jnp.array([1.0, 0.0])
@@ -97,10 +99,13 @@ def along_spheres() -> optax.GradientTransformation:
         [0.0, 2.0]
     """
 
+    def inner(g, w):
+        return jnp.sum(g * w, axis=axis, keepdims=True)
+
     def update(updates, state, params=None):
         if params is None:
             raise ValueError("params must be given to along_spheres, which looks at where they are")
-        return jax.tree.map(lambda g, w: g - (jnp.sum(g * w) / jnp.sum(w * w)) * w, updates, params), state
+        return jax.tree.map(lambda g, w: g - (inner(g, w) / inner(w, w)) * w, updates, params), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 

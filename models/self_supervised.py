@@ -25,6 +25,7 @@ from dynamics.arguments import (
     require_number,
     require_positive,
     require_same_shape,
+    require_shapes,
     require_sizes,
     require_symmetric,
 )
@@ -223,6 +224,36 @@ class Encoder(nnx.Module):
         for layer in hidden:
             h = nnx.relu(layer(h))
         return head(h)
+
+
+class Nodes(nnx.Module):
+    r"""One layer of nodes h(w_k . x), without biases.
+
+    Source: tian2023nonlinear, one-layer networks.
+
+    Args:
+        weights: the nodes to start from, (K, d).
+        activation: h, elementwise.
+
+    Raises:
+        ValueError: the weights are no finite matrix, or the inputs do not fit them.
+
+    Example:
+        >>> Nodes([[1.0, 0.0], [0.0, -1.0]], nnx.relu)(jnp.array([[2.0, 3.0]])).tolist()
+        [[2.0, 0.0]]
+    """
+
+    def __init__(self, weights: ArrayLike, activation: Callable[[Array], Array]):
+        (weights,) = require_arrays(weights=weights)
+        require_shapes(weights=(weights, "K d"))
+        (self.layer,), self.activation = linear_layers([weights]), activation
+
+    def __call__(self, x: ArrayLike) -> Float[Array, "n K"]:
+        """What the nodes say of inputs (n, d)."""
+        inputs, d = as_real("x", x), self.layer.in_features
+        if inputs.ndim != 2 or inputs.shape[1] != d:
+            raise ValueError(f"x must have shape (n, {d}), got shape {inputs.shape}")
+        return self.activation(self.layer(inputs))
 
 
 class ConvEncoder(nnx.Module):

@@ -954,6 +954,11 @@ CALLS: dict[str, Call] = {
         matrices=Real(np.array([[0.3, -0.2]]), fine="shorter infinite infinite-one"),
         x=Real(np.array([[1.0, 2.0]]), fine="deeper infinite infinite-one"),
     ),
+    "models.self_supervised.Nodes": call(
+        lambda f, weights, x: f(weights, jnp.tanh)(x),
+        weights=Real(np.array([[0.3, -0.2]])),
+        x=Real(np.array([[1.0, 2.0]]), fine="infinite infinite-one"),
+    ),
     "models.self_supervised.ConvEncoder": call(
         lambda f, x: f(KEY, (2, 2), 1, (2,))(x),
         x=Real(np.array([[[1.0, 2.0], [0.5, -1.0]]]), fine="infinite infinite-one"),
