@@ -956,7 +956,8 @@ CALLS: dict[str, Call] = {
     ),
     "models.self_supervised.Nodes": call(
         lambda f, weights, x: f(weights, jnp.tanh)(x),
-        weights=Real(np.array([[0.3, -0.2]])),
+        # Inputs of another length tell of x, so that weights may be of any.
+        weights=Real(np.array([[0.3, -0.2]]), fine="shorter"),
         x=Real(np.array([[1.0, 2.0]]), fine="infinite infinite-one"),
     ),
     "models.self_supervised.ConvEncoder": call(
