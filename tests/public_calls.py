@@ -1123,6 +1123,7 @@ NO_NUMBERS = {
     "models.data.images.cifar100",
     "models.data.images.digits",
     "models.data.images.mnist",
+    "models.data.images.shuffled",
     "models.data.recorded.figure_6",
     "models.data.text.next_token_classes",
     "models.data.text.python_corpus",

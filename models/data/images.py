@@ -254,3 +254,29 @@ def _require_labels(path: Path, labels: np.ndarray, classes: int) -> None:
 def _to_unit(pixels: np.ndarray, largest: int, dtype: Any) -> Array:
     """Whole numbers as numbers in [0, 1]."""
     return jnp.asarray(pixels, require_dtype(dtype)) / largest
+
+
+def shuffled(
+    data: Literal["digits", "mnist"], data_dir: Path | None, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """All images of a data set, flat, in a random order, and their labels.
+
+    Args:
+        data: "digits", which come with scikit-learn, or "mnist", both of its parts.
+        data_dir: folder of MNIST.
+        seed: of the order.
+
+    Raises:
+        ValueError: `data` is neither, or MNIST is not there.
+
+    Example:
+        >>> images, labels = shuffled("digits", None, 0)
+        >>> images.shape, labels.shape
+        ((1797, 64), (1797,))
+    """
+    require_choice("data", data, ("digits", "mnist"))
+    parts = [digits()] if data == "digits" else [mnist(data_dir, split) for split in ("train", "test")]
+    both = zip(*parts, strict=True)
+    images, labels = (np.concatenate([np.asarray(part) for part in pair]) for pair in both)
+    order = np.random.default_rng(seed).permutation(len(images))
+    return images.reshape(len(images), -1)[order], labels[order]

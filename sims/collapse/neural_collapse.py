@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from dynamics import collapse
 from dynamics.spectra import NeuralCollapse, neural_collapse, numerical_rank
 from models.classifier import Classifier
-from models.data.images import digits, mnist
+from models.data.images import shuffled
 from models.draws import normal
 from models.training import record_steps, train
 from sims import plotting
@@ -119,18 +119,10 @@ class Images(NamedTuple):
 
 def _images(config: Config, context: Context) -> tuple[Images, np.ndarray, np.ndarray]:
     """The two parts, and all flat images with their labels."""
-    if config.data == "digits":
-        images, labels = (np.asarray(part) for part in digits())
-    else:
-        parts = [mnist(context.data_dir, split) for split in ("train", "test")]
-        images, labels = (
-            np.concatenate([np.asarray(part) for part in both]) for both in zip(*parts, strict=True)
-        )
+    flat, labels = shuffled(config.data, context.data_dir, context.seed)
     count = config.train_images + config.test_images
-    if count > len(images):
-        raise ValueError(f"train_images and test_images must be {len(images)} at most, got {count}")
-    order = np.random.default_rng(context.seed).permutation(len(images))
-    flat, labels = images.reshape(len(images), -1)[order], labels[order]
+    if count > len(flat):
+        raise ValueError(f"train_images and test_images must be {len(flat)} at most, got {count}")
     x, cut = flat.astype(config.dtype), slice(config.train_images, count)
     return Images(x[: cut.start], labels[: cut.start], x[cut], labels[cut]), flat, labels
 

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 
 from dynamics import collapse
 from models.collapse import random_weights
-from models.data.images import digits, mnist
+from models.data.images import shuffled
 from models.functional import as_function
 from models.self_supervised import Encoder
 from models.training import train
@@ -114,17 +114,11 @@ class Images(NamedTuple):
 
 
 def _images(config: Config, context: Context) -> Images:
-    if config.data == "digits":
-        images, labels = (np.asarray(part) for part in digits())
-    else:
-        parts = [mnist(context.data_dir, split) for split in ("train", "test")]
-        both = zip(*parts, strict=True)
-        images, labels = (np.concatenate([np.asarray(part) for part in pair]) for pair in both)
+    flat, labels = shuffled(config.data, context.data_dir, context.seed)
     count = config.train_images + config.test_images
-    if count > len(images):
-        raise ValueError(f"train_images and test_images must be {len(images)} at most, got {count}")
-    order = np.random.default_rng(context.seed).permutation(len(images))
-    x, labels = np.asarray(images.reshape(len(images), -1)[order], float), labels[order]
+    if count > len(flat):
+        raise ValueError(f"train_images and test_images must be {len(flat)} at most, got {count}")
+    x = np.asarray(flat, float)
     x, own = x - x[: config.train_images].mean(axis=0), config.train_images
     return Images(x[:own], np.eye(CLASSES)[labels[:own]], x[own:count], labels[own:count])
 
