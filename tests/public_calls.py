@@ -960,6 +960,16 @@ CALLS: dict[str, Call] = {
         weights=Real(np.array([[0.3, -0.2]]), fine="shorter"),
         x=Real(np.array([[1.0, 2.0]]), fine="infinite infinite-one"),
     ),
+    "models.self_supervised.LocalNet": call(
+        lambda f, filters, head, x: f(filters, head, jnp.tanh)(x),
+        # Inputs of another length tell of x, so that filters may be of any.
+        filters=Real(np.array([[[0.3, -0.2]], [[0.1, 0.4]]]), fine="shorter"),
+        head=Real(np.array([[0.5, 1.0]])),
+        x=Real(np.array([[[1.0, 2.0], [0.5, 0.1]], [[0.2, 1.0], [0.3, 2.0]]]), fine="infinite infinite-one"),
+    ),
+    "models.self_supervised.token_overlaps": call(
+        filters=Real(np.array([[[0.3, -0.2]], [[0.1, 0.4]]]), fine=ANY)
+    ),
     "models.self_supervised.ConvEncoder": call(
         lambda f, x: f(KEY, (2, 2), 1, (2,))(x),
         x=Real(np.array([[[1.0, 2.0], [0.5, -1.0]]]), fine="infinite infinite-one"),
@@ -1124,6 +1134,9 @@ NO_NUMBERS = {
     "models.data.images.digits",
     "models.data.images.mnist",
     "models.data.images.shuffled",
+    "models.data.patterns.located_patterns",
+    "models.data.patterns.pattern_views",
+    "models.data.patterns.tokens_of_patterns",
     "models.data.recorded.figure_6",
     "models.data.text.next_token_classes",
     "models.data.text.python_corpus",
