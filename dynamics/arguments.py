@@ -229,8 +229,8 @@ def require_times(ts: Any, dtype: Any, name: str = "ts") -> Float[Array, " T"]:
     return times
 
 
-def require_indices(name: str, values: Any, size: int) -> Int[Array, "..."]:
-    """Integers from 0 to size - 1. Traced ones come back as they are, for `rows` and `one_hot` to look at.
+def require_indices(name: str, values: Any, size: int, least: int = 0) -> Int[Array, "..."]:
+    """Integers from `least` to size - 1. Traced ones come back as they are, for `rows` and `one_hot` to see.
 
     Example:
         >>> require_indices("token", [0, 3], 3)
@@ -242,9 +242,9 @@ def require_indices(name: str, values: Any, size: int) -> Int[Array, "..."]:
         raise ValueError(f"{name} must hold integers, got dtype {indices.dtype}")
     looked_at = as_concrete(indices)
     if looked_at is not None:
-        outside = looked_at[(looked_at < 0) | (looked_at >= size)]
+        outside = looked_at[(looked_at < least) | (looked_at >= size)]
         if outside.size:
-            raise ValueError(f"{name} must be integers from 0 to {size - 1}, got {outside[0]}")
+            raise ValueError(f"{name} must be integers from {least} to {size - 1}, got {outside[0]}")
     return indices
 
 

@@ -960,16 +960,14 @@ CALLS: dict[str, Call] = {
         weights=Real(np.array([[0.3, -0.2]]), fine="shorter"),
         x=Real(np.array([[1.0, 2.0]]), fine="infinite infinite-one"),
     ),
-    "models.self_supervised.LocalNet": call(
+    "models.locations.LocalNet": call(
         lambda f, filters, head, x: f(filters, head, jnp.tanh)(x),
         # Inputs of another length tell of x, so that filters may be of any.
         filters=Real(np.array([[[0.3, -0.2]], [[0.1, 0.4]]]), fine="shorter"),
         head=Real(np.array([[0.5, 1.0]])),
         x=Real(np.array([[[1.0, 2.0], [0.5, 0.1]], [[0.2, 1.0], [0.3, 2.0]]]), fine="infinite infinite-one"),
     ),
-    "models.self_supervised.token_overlaps": call(
-        filters=Real(np.array([[[0.3, -0.2]], [[0.1, 0.4]]]), fine=ANY)
-    ),
+    "models.locations.token_overlaps": call(filters=Real(np.array([[[0.3, -0.2]], [[0.1, 0.4]]]), fine=ANY)),
     "models.self_supervised.ConvEncoder": call(
         lambda f, x: f(KEY, (2, 2), 1, (2,))(x),
         x=Real(np.array([[[1.0, 2.0], [0.5, -1.0]]]), fine="infinite infinite-one"),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from dynamics.arguments import ArrayLike, as_concrete, require_sizes
+from dynamics.arguments import ArrayLike, require_indices, require_shapes, require_sizes
 
 FREE = -1
 """What a pattern has at a location where it says nothing."""
@@ -42,7 +41,7 @@ def located_patterns(
         [2, 2, 2, 2]
     """
     count, locations = require_sizes(count=count, locations=locations)
-    (fixed, vocabulary, per_location) = require_sizes(
+    fixed, vocabulary, per_location = require_sizes(
         fixed=fixed, vocabulary=vocabulary, per_location=per_location
     )
     if fixed > locations:
@@ -121,10 +120,6 @@ def tokens_of_patterns(patterns: ArrayLike, vocabulary: int) -> Bool[Array, "K V
 
 
 def _require_patterns(patterns: ArrayLike, vocabulary: int) -> Array:
-    array = jnp.asarray(patterns)
-    if array.ndim != 2 or array.size == 0 or not jnp.issubdtype(array.dtype, jnp.integer):
-        raise ValueError(f"patterns must be integers of shape (G, K), got {array.dtype} of {array.shape}")
-    looked_at = as_concrete(array)
-    if looked_at is not None and not np.all((looked_at >= FREE) & (looked_at < vocabulary)):
-        raise ValueError(f"patterns must be integers from -1 to {vocabulary - 1}, got others")
-    return array
+    known = require_indices("patterns", patterns, vocabulary, least=FREE)
+    require_shapes(patterns=(known, "G K"))
+    return known

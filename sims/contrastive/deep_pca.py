@@ -69,7 +69,7 @@ class Config:
     rate: Positive = 0.2
     """Learning rate on half of the energy, whose largest value is 1 / 2."""
     steps: Annotated[int, Range(at_least=1000)] = 2000
-    """Steps of training; 120 times as many from five matrices on."""
+    """Steps of training; 60 times as many from five matrices on."""
     descent: Descent = Descent(horizon=12.0, points=30, substeps=(2, 6, 20, 60))
     """Training of two matrices beside the flow, at several learning rates."""
 

@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 
 from models.data.patterns import located_patterns, pattern_views, tokens_of_patterns
 from models.functional import as_function
+from models.locations import LocalNet, token_overlaps
 from models.losses import contrastive_loss
-from models.self_supervised import LocalNet, token_overlaps
 from models.training import map_lanes, train
 from sims import plotting
 from sims.claims import Claim, Preset, at_least, at_most, every, qualified, stated

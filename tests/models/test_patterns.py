@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from models.data.patterns import located_patterns, pattern_views, tokens_of_patterns
 from models.functional import as_function
-from models.self_supervised import LocalNet
+from models.locations import LocalNet
 
 SIZES = {"fixed": 3, "vocabulary": 7, "per_location": 2}
 
@@ -34,10 +34,11 @@ def test_patterns_have_few_tokens_at_a_location_and_views_share_them(seed):
     assert np.all(fits.any(axis=1))
 
 
-def test_free_locations_show_the_whole_vocabulary_in_each_view_anew():
-    one, other = (np.asarray(view) for view in pattern_views(jax.random.key(0), [[2, -1]], 6000, 4))
-    assert np.all(one[:, 0] == 2)
-    assert np.all(other[:, 0] == 2)
+def test_patterns_are_equally_likely_and_free_locations_show_any_token_in_each_view_anew():
+    one, other = (np.asarray(view) for view in pattern_views(jax.random.key(0), [[2, -1], [0, -1]], 6000, 4))
+    assert np.all(one[:, 0] == other[:, 0])
+    assert set(one[:, 0]) == {0, 2}
+    assert abs(np.mean(one[:, 0] == 2) - 0.5) < 5 * 0.5 / 6000**0.5
     joint = np.histogram2d(one[:, 1], other[:, 1], bins=np.arange(5) - 0.5)[0] / 6000
     assert np.max(np.abs(joint - 1 / 16)) < 5 * (1 / 16 / 6000) ** 0.5
 
