@@ -355,6 +355,23 @@ def require_symmetric(name: str, S: Array) -> Array:
     return S
 
 
+def require_covariance(name: str, M: Array) -> Array:
+    """A symmetric matrix without negative eigenvalues; of a traced one the diagonal is looked at alone."""
+    M = require_symmetric(name, M)
+    values = as_concrete(M)
+    if values is None:
+        return nan_unless(jnp.all(jnp.diag(M) >= 0), M)
+    eigenvalues = np.linalg.eigvalsh(values)
+    if eigenvalues[0] < -slack(M) * np.max(np.abs(eigenvalues)):
+        raise ValueError(f"{name} must be positive semidefinite, got an eigenvalue of {eigenvalues[0]:.3g}")
+    return M
+
+
+def slack(A: Any) -> float:
+    """What an eigenvalue of a matrix can be off by, as a share of the largest."""
+    return A.shape[0] * float(jnp.finfo(A.dtype).eps)
+
+
 def is_symmetric(S: Any) -> Any:
     """Which of the matrices (..., n, n) are symmetric up to the rounding of the largest one: (..., 1, 1)."""
     numpy = np if isinstance(S, np.ndarray) else jnp

@@ -169,6 +169,17 @@ def of_two_layers(function: Callable[..., Any], params: Any, **others: Any) -> A
     return of_second_moments(partial(function, params=[params, np.array([[0.5]])]), **others)
 
 
+SQUARE = Real(np.array([[0.5, 0.1], [-0.2, 0.4]]))
+COVARIANCE = Real(SYMMETRIC.value, (*SYMMETRIC.bad, np.diag([1.0, -0.5])))
+LINEAR_BYOL: dict[str, Any] = {"W0": SQUARE, "Wp0": SQUARE, "X": COVARIANCE, "X_aug_cov": COVARIANCE}
+# A rate may be infinite, for no moving average.
+EMA_RATE = Real(0.7, (-1.0,), "infinite")
+ISOTROPIC: dict[str, Any] = {"augmentation_variance": RATE, "predictor_rate": RATE, "weight_decay": RATE}
+ELEMENTWISE: dict[str, Any] = {
+    name: Real(value, (-value,), ANY)
+    for name, value in (("augmentation_variance", 0.25), ("predictor_rate", 0.7), ("weight_decay", 0.04))
+}
+
 PATH = GreedyPath(
     times=np.array([0.5, 1.0]),
     beta=np.array([[0.0, 0.0], [2.0, 0.0], [2.0, -1.0]]),
@@ -710,6 +721,55 @@ CALLS: dict[str, Call] = {
     ),
     "dynamics.contrastive.pattern_coverage": call(
         shares=Real(np.array([0.3, 0.5]), (np.array([0.3, 1.5]),), "shorter"), nodes=3
+    ),
+    "dynamics.noncontrastive.byol_flow": call(
+        solve, **LINEAR_BYOL, Wa0=SQUARE, ts=TIMES, predictor_rate=RATE, ema_rate=EMA_RATE, weight_decay=RATE
+    ),
+    "dynamics.noncontrastive.no_predictor_flow": call(
+        W0=SQUARE, X_aug_cov=COVARIANCE, ts=TIMES, weight_decay=RATE
+    ),
+    "dynamics.noncontrastive.no_stop_gradient_flow": call(
+        W0=SQUARE, Wp=SQUARE, X=COVARIANCE, X_aug_cov=COVARIANCE, ts=TIMES, weight_decay=RATE
+    ),
+    "dynamics.noncontrastive.balance": call(
+        W=Real(SQUARE.value, fine=f"{BATCH} shorter"),
+        Wp=Real(SQUARE.value, fine=BATCH),
+        predictor_rate=POSITIVE,
+    ),
+    "dynamics.noncontrastive.isotropic_flow": call(
+        solve, F0=SYMMETRIC, Wp0=SYMMETRIC, tau=number(0.7), ts=TIMES, **ISOTROPIC
+    ),
+    "dynamics.noncontrastive.alignment_matrix": call(
+        F=Real(SYMMETRIC.value, SYMMETRIC.bad, BATCH),
+        Wp=Real(SYMMETRIC.value, SYMMETRIC.bad, BATCH),
+        tau=number(0.7),
+        **ISOTROPIC,
+    ),
+    "dynamics.noncontrastive.decoupled_flow": call(
+        solve,
+        p0=Real(0.3, fine=ANY),
+        s0=Real(0.4, (-0.4,), ANY),
+        tau0=Real(1.2, fine=ANY),
+        ts=TIMES,
+        ema_rate=0.5,
+        **ELEMENTWISE,
+    ),
+    "dynamics.noncontrastive.phase_velocity": call(
+        p=Real(0.3, fine=ANY),
+        tau=Real(1.2, fine=ANY),
+        imbalance=Real(0.1, fine=ANY),
+        **ELEMENTWISE,
+    ),
+    "dynamics.noncontrastive.fixed_points": call(
+        tau=Real(1.2, fine=ANY),
+        augmentation_variance=ELEMENTWISE["augmentation_variance"],
+        weight_decay=ELEMENTWISE["weight_decay"],
+    ),
+    "dynamics.noncontrastive.collapse_threshold": call(
+        tau=Real(1.2, (0.0, -1.0), ANY),
+        imbalance=Real(0.1, fine=ANY),
+        duration=number(5.0, 0.0, -1.0),
+        **ELEMENTWISE,
     ),
     "models.losses.contrastive_loss": call(**TWO_VIEWS, name="soft_triplet", temperature=POSITIVE),
     "models.losses.alpha_cl_loss": call(**TWO_VIEWS, alpha=IMPORTANCE),

@@ -22,6 +22,7 @@ from dynamics.arguments import (
     require_shapes,
     require_sizes,
     require_symmetric,
+    slack,
 )
 from dynamics.flow import all_finite
 
@@ -108,11 +109,6 @@ def require_widths(widths: Any) -> tuple[int, ...]:
     if isinstance(widths, (str, bytes)) or not isinstance(widths, Sequence):
         raise ValueError(f"widths must be a sequence of positive integers, got {brief(widths)}")
     return tuple(require_sizes(**{f"widths[{index}]": width for index, width in enumerate(widths)}))
-
-
-def slack(A: Any) -> float:
-    """What an eigenvalue can be off by, as a share of the largest."""
-    return A.shape[0] * float(jnp.finfo(A.dtype).eps)
 
 
 def _columns(c: Any) -> Any:
