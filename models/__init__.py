@@ -7,6 +7,7 @@ lowrank       LoRA, ReLoRA and W = A B
 vit, llama    a vision transformer, and the shapes of LLaMA
 collapse      linear networks with noise that is drawn on their hidden units
 self_supervised  encoders that are trained by contrast, and losses of a batch of pairs
+byol, predictors  linear BYOL, and predictors that are set instead of trained
 locations     nodes on disjoint locations, for patterns of tokens
 vae           variational autoencoders with a linear decoder and latents that are drawn
 layer, losses, optimizers, memory, functional    pieces that several networks share

@@ -16,6 +16,7 @@ from jax.tree_util import Partial
 
 from dynamics.collapse import Moments, VaeWeights
 from dynamics.incremental import GreedyPath
+from dynamics.noncontrastive import ByolWeights
 from dynamics.scan_snap import SequenceClasses, Weights
 from models.attention.joma import JomaInputs
 from models.collapse import Noisy
@@ -174,6 +175,14 @@ COVARIANCE = Real(SYMMETRIC.value, (*SYMMETRIC.bad, np.diag([1.0, -0.5])))
 LINEAR_BYOL: dict[str, Any] = {"W0": SQUARE, "Wp0": SQUARE, "X": COVARIANCE, "X_aug_cov": COVARIANCE}
 # A rate may be infinite, for no moving average.
 EMA_RATE = Real(0.7, (-1.0,), "infinite")
+
+
+def of_online(function: Callable[..., Any], **arguments: Any) -> Any:
+    """The first update of what trains an online network, a predictor and a target."""
+    params = {name: np.array([0.3, -0.8]) for name in ("online", "predictor", "target")}
+    return moved(function(**arguments), params)
+
+
 ISOTROPIC: dict[str, Any] = {"augmentation_variance": RATE, "predictor_rate": RATE, "weight_decay": RATE}
 ELEMENTWISE: dict[str, Any] = {
     name: Real(value, (-value,), ANY)
@@ -736,6 +745,9 @@ CALLS: dict[str, Call] = {
         Wp=Real(SQUARE.value, fine=BATCH),
         predictor_rate=POSITIVE,
     ),
+    "dynamics.noncontrastive.predictor_measures": call(
+        W=Real(SQUARE.value, fine=f"{BATCH} shorter"), Wp=Real(SQUARE.value, fine=BATCH)
+    ),
     "dynamics.noncontrastive.isotropic_flow": call(
         solve, F0=SYMMETRIC, Wp0=SYMMETRIC, tau=number(0.7), ts=TIMES, **ISOTROPIC
     ),
@@ -770,6 +782,22 @@ CALLS: dict[str, Call] = {
         imbalance=Real(0.1, fine=ANY),
         duration=number(5.0, 0.0, -1.0),
         **ELEMENTWISE,
+    ),
+    "models.predictors.directpred": call(F=SYMMETRIC, epsilon=RATE),
+    "models.predictors.running_correlation": call(
+        F=SYMMETRIC, z=Real(np.array([[0.3, -0.8], [0.5, 0.2]]), fine="shorter"), rate=number(0.7, -0.1, 1.1)
+    ),
+    "models.byol.exact_views": call(X=COVARIANCE, X_aug_cov=COVARIANCE),
+    "models.byol.flow_gradient": call(
+        of_online, predictor_rate=RATE, ema_rate=number(0.7, -1.0, np.inf), weight_decay=RATE
+    ),
+    "models.byol.with_average": call(of_online, optimizer=optax.sgd(0.1), momentum=number(0.7, -0.1, 1.1)),
+    "models.byol.LinearByol": call(
+        lambda f, W, Wp, Wa, first, second: f(ByolWeights(W, Wp, Wa))(Views(first, second)),
+        W=SQUARE,
+        Wp=Real(SQUARE.value, fine="none"),
+        Wa=Real(SQUARE.value, fine="none"),
+        **EMBEDDINGS,
     ),
     "models.losses.contrastive_loss": call(**TWO_VIEWS, name="soft_triplet", temperature=POSITIVE),
     "models.losses.alpha_cl_loss": call(**TWO_VIEWS, alpha=IMPORTANCE),
@@ -1159,6 +1187,8 @@ CALLS: dict[str, Call] = {
 # Public functions that take sizes, files, words, functions, modules or pytrees of parameters (which their
 # networks look at). Where they take a number as well, the tests of their own module look at it.
 NO_NUMBERS = {
+    "models.byol.byol_loss",
+    "models.byol.byol_weights",
     "models.optimizers.along_spheres",
     "dynamics.derivatives.nan_derivatives",
     "dynamics.derivatives.only_in_reverse",

@@ -8,6 +8,8 @@ from dynamics.noncontrastive.byol import no_stop_gradient_flow as no_stop_gradie
 from dynamics.noncontrastive.isotropic import Correlation as Correlation
 from dynamics.noncontrastive.isotropic import alignment_matrix as alignment_matrix
 from dynamics.noncontrastive.isotropic import isotropic_flow as isotropic_flow
+from dynamics.noncontrastive.measures import PredictorMeasures as PredictorMeasures
+from dynamics.noncontrastive.measures import predictor_measures as predictor_measures
 from dynamics.noncontrastive.modes import FixedPoints as FixedPoints
 from dynamics.noncontrastive.modes import Modes as Modes
 from dynamics.noncontrastive.modes import collapse_threshold as collapse_threshold
