@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optimistix
 from jaxtyping import Array, Float
 
 from dynamics.arguments import (
@@ -144,17 +143,27 @@ def _filled(beyond, temperature):
 
 
 def _inverse(beyond, negative, temperature, gamma):
-    """(t / (d^2 - mu))^(1/g) with a sum of one, by the logarithm of the gap between mu and the least d^2."""
-    beyond = jnp.where(negative, beyond, 0)
+    """(t / (d^2 - mu))^(1/g) with a sum of one, by the logarithm of its largest entry, which is -u."""
+    beyond = jnp.where(negative, beyond, 0) / temperature
+    bits = jnp.finfo(beyond.dtype).nmant + 4
 
-    def log_alpha(log_gap):
-        return -jnp.log(beyond / temperature + jnp.exp(log_gap)) / gamma
+    def log_alpha(u):
+        # The gap between mu and the least d^2 is t exp(g u), which may overflow; its inverse may not.
+        return -u - jnp.log1p(beyond * jnp.exp(-gamma * u)) / gamma
 
-    def excess(log_gap, _):
-        return jax.nn.logsumexp(jnp.where(negative, log_alpha(log_gap), -jnp.inf))
+    def excess(u):
+        return jax.nn.logsumexp(jnp.where(negative, log_alpha(u), -jnp.inf))
 
-    # At a gap of t one entry alone is one; at t n^g none is above 1 / n. It is convex and falls in between.
+    def bisected(function, start):
+        # At u = 0 one entry alone is one; at log n none is above 1 / n. The sum falls in between.
+        def halved(_, ends):
+            low, high = ends
+            middle = (low + high) / 2
+            above = function(middle) > 0
+            return jnp.where(above, middle, low), jnp.where(above, high, middle)
+
+        return jax.lax.fori_loop(0, bits, halved, (start, start + jnp.log(1.0 * len(beyond))))[1]
+
     start = jnp.zeros((), beyond.dtype)
-    solver = optimistix.Newton(rtol=1e-12, atol=1e-12)
-    root = optimistix.root_find(excess, solver, start, max_steps=200, throw=False)
-    return nan_unless(root.result == optimistix.RESULTS.successful, jnp.exp(log_alpha(root.value)))
+    u = jax.lax.custom_root(excess, start, bisected, lambda linear, y: y / linear(jnp.ones_like(y)))
+    return jnp.exp(log_alpha(u))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -38,18 +39,16 @@ def test_energy_and_covariance_are_their_double_sums():
 
 
 def by_brute_force(objective, row_sums, n):
-    """The least of an objective over rows of given sums, by SciPy from logits."""
+    """The least of an objective over rows of given sums, by SciPy from logits, with exact gradients."""
+    others = ~np.eye(n, dtype=bool)
 
     def rows(logits):
-        full = np.full((n, n), -np.inf)
-        full[~np.eye(n, dtype=bool)] = logits
-        weights = np.exp(full - full.max(axis=1, keepdims=True))
-        return row_sums[:, None] * weights / weights.sum(axis=1, keepdims=True)
+        full = jnp.full((n, n), -jnp.inf).at[others].set(logits)
+        return row_sums[:, None] * jax.nn.softmax(full, axis=1)
 
-    found = minimize(
-        lambda z: objective(rows(z)), np.zeros(n * (n - 1)), tol=1e-12, options={"maxiter": 2000}
-    )
-    return rows(found.x)
+    search = jax.jit(jax.value_and_grad(lambda z: objective(rows(z))))
+    start = np.zeros(n * (n - 1))
+    return rows(minimize(search, start, jac=True, tol=1e-12, options={"maxiter": 2000}).x)
 
 
 def off(alpha):
@@ -57,7 +56,7 @@ def off(alpha):
 
 
 REGULARIZERS = {
-    "entropy": ({}, lambda a, t: -2 * t * a * np.log(a)),
+    "entropy": ({}, lambda a, t: -2 * t * a * jnp.log(a)),
     "inverse": ({"gamma": 3.0}, lambda a, t: 2 * t * a**-2 / -2),
     "square": ({}, lambda a, t: -t * a**2 / 2),
 }
@@ -73,7 +72,7 @@ def test_min_players_are_the_minima(name):
 
     def objective(alpha):
         distances = np.sum((f[:, None] - f[None]) ** 2, axis=-1)
-        return np.sum(alpha * distances) - np.sum(regularizer(off(alpha), temperature))
+        return jnp.sum(alpha * distances) - jnp.sum(regularizer(off(alpha), temperature))
 
     np.testing.assert_allclose(alpha.sum(axis=1), sums, rtol=1e-12)
     assert np.all(np.diag(alpha) == 0)
@@ -104,6 +103,49 @@ def test_extreme_and_equal_distances(regularizer):
         np.testing.assert_allclose(alpha.sum(axis=1), np.ones(5), rtol=1e-9)
         assert np.all(alpha >= 0)
     np.testing.assert_allclose(off(np.asarray(alpha)), 0.25, rtol=1e-9)  # all features are equal
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("gamma", [1.01, 2.0, 50.0])
+@pytest.mark.parametrize("temperature", [1e-3, 0.5, 1e6])
+def test_rows_of_the_inverse_regularizer_sum_to_one_in_either_precision(dtype, gamma, temperature):
+    f, _ = views(3, n=40, dtype=dtype)
+    f[20:] = f[:20]  # duplicates are at no distance
+
+    def player(f):
+        return min_player("inverse", f, f, temperature=temperature, gamma=gamma)
+
+    alpha = player(f)
+    assert alpha.dtype == dtype
+    np.testing.assert_allclose(alpha.sum(axis=1), 1, atol=2e-5 if dtype == "float32" else 1e-12)
+    assert np.all(np.isfinite(jax.grad(lambda f: jnp.sum(player(f) ** 2))(f)))
+
+
+def test_the_inverse_min_player_is_differentiated_through_its_root():
+    f, _ = views(3, n=5)
+    direction = views(4, n=5)[0]
+
+    def value(f):
+        return jnp.sum(min_player("inverse", f, f) ** 3)
+
+    near = [value(f + step * direction) for step in (1e-5, -1e-5)]
+    slope = float(jnp.sum(jax.grad(value)(f) * direction))
+    assert slope == pytest.approx(float(near[0] - near[1]) / 2e-5, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("regularizer", "defaults"),
+    [
+        ("entropy", {"temperature": 0.5, "row_sums": 1.0}),
+        ("inverse", {"temperature": 0.5, "gamma": 2.0}),
+        ("square", {"temperature": 0.5}),
+        ("direct", {"temperature": 0.5, "power": 4.0}),
+    ],
+)
+def test_min_players_have_the_defaults_that_are_written(regularizer, defaults):
+    f, f_aug = (0.3 * view for view in views(2))
+    alpha = min_player(regularizer, f, f_aug)
+    np.testing.assert_array_equal(alpha, min_player(regularizer, f, f_aug, **defaults))
 
 
 def test_weights_that_are_set_directly_fall_with_a_power_of_the_distance():
