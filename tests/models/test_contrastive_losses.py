@@ -62,6 +62,24 @@ def test_losses_are_those_of_the_table(name, negatives):
     assert found == pytest.approx(reference_loss(name, f, f_aug, negatives == "both"), rel=1e-12)
 
 
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "infonce": {"temperature": 0.5, "epsilon": 1.0},
+    "triplet": {"epsilon": 1.0},
+    "soft_triplet": {"temperature": 0.5, "epsilon": 0.0},
+    "lifted": {"epsilon": 1.0},
+    "coria": {"scale": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_losses_have_the_defaults_that_are_written(name):
+    f, f_aug = views(0)
+    assert contrastive_loss(name, f, f_aug) == contrastive_loss(name, f, f_aug, **DEFAULTS[name])
+    for key, value in DEFAULTS[name].items():
+        other: dict[str, Any] = {key: value + 0.1}
+        assert contrastive_loss(name, f, f_aug) != contrastive_loss(name, f, f_aug, **other)
+
+
 @given(
     name=st.sampled_from(sorted(LOSSES)),
     n=st.sampled_from([2, 3, 64]),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from models.data.patterns import located_patterns, pattern_views, tokens_of_patterns
 from models.functional import as_function
-from models.locations import LocalNet
+from models.locations import LocalNet, token_overlaps
 
 SIZES = {"fixed": 3, "vocabulary": 7, "per_location": 2}
 
@@ -81,3 +81,30 @@ def test_the_local_net_is_what_is_written(normalized, dtype):
     assert len(jax.tree.leaves(params)) == 2
     tolerance = 1e-5 if dtype == "float32" else 1e-12
     np.testing.assert_allclose(out, hidden @ np.asarray(head).T, rtol=10 * tolerance, atol=tolerance)
+
+
+def test_gradients_pass_through_the_mean_and_the_variance_of_the_batch():
+    keys = jax.random.split(jax.random.key(1), 3)
+    shapes = [(2, 3, 4), (5, 6), (8, 2, 4)]
+    filters, head, x = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    predict, params = as_function(LocalNet(filters, head, nnx.relu))
+
+    def written(filters):
+        hidden = nnx.relu(jnp.einsum("nkd,kmd->nkm", x, filters)).reshape(len(x), -1)
+        mean, variance = jnp.mean(hidden, axis=0, keepdims=True), jnp.var(hidden, axis=0, keepdims=True)
+        return jnp.sum(((hidden - mean) / jnp.sqrt(variance + 1e-5) @ head.T) ** 3)
+
+    found = jax.grad(lambda params: jnp.sum(predict(params, x) ** 3))(params)
+    np.testing.assert_allclose(found["filters"]["kernel"][...], jax.grad(written)(filters), rtol=1e-10)
+
+
+def test_overlaps_are_cosines_of_the_closest_nodes():
+    filters = np.random.default_rng(0).normal(size=(3, 4, 5))
+    filters[0, 0] = 0  # a node that is close to none
+    filters[1] = -np.abs(filters[1])
+    norms = np.linalg.norm(filters, axis=2, keepdims=True)
+    cosines = filters / np.where(norms == 0, 1, norms)
+    np.testing.assert_allclose(token_overlaps(filters), cosines.max(axis=1), rtol=1e-12)
+    unsigned = token_overlaps(filters, signed=False)
+    np.testing.assert_allclose(unsigned, np.abs(cosines).max(axis=1), rtol=1e-12)
+    assert np.all(token_overlaps(filters)[1] < 0)
