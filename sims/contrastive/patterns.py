@@ -334,7 +334,7 @@ def figure(config: Config, saved: Saved) -> Figure:
         overlap = np.minimum(np.max(np.abs(np.asarray(saved[f"{kind}/overlap"])), axis=1), 1)
         ends.hist(
             overlap,
-            bins=np.linspace(0, 1.025, 42),
+            bins=np.linspace(-0.0125, 1.0125, 42),  # one bin is about 1, where rounding has both sides
             color=f"C{index}",
             alpha=0.7,
             label=f"{kind.replace('relu', 'ReLU')} nodes",
