@@ -275,7 +275,8 @@ def collapse_threshold(
     r"""The start p(0) >= 0 below which a mode collapses, found by bisection of trajectories.
 
     Each trajectory follows the phase line with tau held and an imbalance c exp(-2 eta t), and has collapsed
-    where it ends at or below p_minus. At c = 0 the threshold is p_minus; c > 0 lowers it.
+    where it ends at or below p_minus, or where there is none at or below tau / (2 (1 + sigma^2)), where the
+    fixed points met. At c = 0 the threshold is p_minus; c > 0 lowers it.
 
     Source: tian2021directpred, the talk's slides on why there is no collapse.
 
@@ -314,6 +315,7 @@ _HALVINGS = 30
 def _collapse_threshold(given, duration):
     tau, eta, spread, imbalance, alpha_p = line = jax.lax.stop_gradient(given)
     held = fixed_points(tau, eta, spread - 1).p_minus
+    held = jnp.where(jnp.isnan(held), tau / (2 * spread), held)
     times = jnp.stack([jnp.zeros_like(duration), jax.lax.stop_gradient(duration)])
 
     def survives(p):

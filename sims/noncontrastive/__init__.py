@@ -1,0 +1,1 @@
+"""Non-contrastive learning: why linear BYOL does not collapse, and what its parts are for."""
