@@ -99,6 +99,16 @@ def of_one_matrix_twice(function: Callable[..., Any], weights: Any) -> Any:
     return function([weights, weights])
 
 
+def of_all_regularizers(
+    function: Callable[..., Any], row_sums: Any, gamma: Any, power: Any, **arguments: Any
+) -> list[Any]:
+    hyper = {"entropy": {"row_sums": row_sums}, "inverse": {"gamma": gamma}, "direct": {"power": power}}
+    return [
+        function(name, **arguments, **hyper.get(name, {}))
+        for name in ("entropy", "inverse", "square", "direct")
+    ]
+
+
 def decay(t, y, rate):
     return -rate * y
 
@@ -697,7 +707,12 @@ CALLS: dict[str, Call] = {
     ),
     "dynamics.contrastive.contrastive_energy": call(**TWO_VIEWS, alpha=IMPORTANCE),
     "dynamics.contrastive.min_player": call(
-        **TWO_VIEWS, regularizer="inverse", temperature=POSITIVE, gamma=number(2.0, 1.0, 0.5)
+        of_all_regularizers,
+        **TWO_VIEWS,
+        temperature=POSITIVE,
+        row_sums=Real(np.array([0.4, 1.0, 0.7]), (np.array([-0.4, 1.0, 0.7]),), "scalar"),
+        gamma=number(2.0, 1.0, 0.5),
+        power=POSITIVE,
     ),
     "dynamics.contrastive.deep_linear_energy": call(of_one_matrix, weights=PAIR_ROW, X=SYMMETRIC),
     "dynamics.contrastive.deep_linear_maximum": call(X=SYMMETRIC),

@@ -14,6 +14,7 @@ from dynamics.arguments import (
     ArrayLike,
     require_arrays,
     require_choice,
+    require_every,
     require_number,
     require_positive,
     require_same_shape,
@@ -113,10 +114,17 @@ def require_hyper(name: Name | str, given: Mapping[str, Any], dtype: Any) -> dic
     checked = {}
     for key, value in values.items():
         if key in ("temperature", "scale"):
-            checked[key] = require_positive(key, value, dtype)
+            checked[key] = require_normal(key, value, dtype)
         else:  # of InfoNCE the weight of the positive pair, else a margin
             checked[key] = require_number(key, value, dtype, at_least=0 if name == "infonce" else None)
     return checked
+
+
+def require_normal(name: str, value: Any, dtype: Any) -> Array:
+    """One positive number that arithmetic does not take for zero, as it does those below the normal ones."""
+    least = float(jnp.finfo(dtype).tiny)
+    rule = f"at least {least:.3g}, the smallest normal number of {jnp.dtype(dtype).name}"
+    return require_every(name, require_positive(name, value, dtype), lambda x: x >= least, rule)
 
 
 def anchor_losses(name: Name | str, pairs: Pairs, hyper: Mapping[str, Array]) -> Float[Array, " m"]:

@@ -17,9 +17,8 @@ from dynamics.arguments import (
     nan_unless,
     require_choice,
     require_every,
-    require_positive,
 )
-from dynamics.contrastive.family import half_squared_distances, require_views
+from dynamics.contrastive.family import half_squared_distances, require_normal, require_views
 from dynamics.flow import all_finite
 
 Regularizer = Literal["entropy", "inverse", "square", "direct"]
@@ -67,9 +66,9 @@ def min_player(
         alpha, (N, N), with a diagonal of zero.
 
     Raises:
-        ValueError: the regularizer is unknown or has no such hyperparameter, `row_sums` are given to another
-            than the entropy, the shapes do not fit, there is one sample alone, or a number is out of range
-            and can be looked at.
+        ValueError: the regularizer is unknown or has no such hyperparameter, `row_sums` of another than the
+            entropy are not one, the shapes do not fit, there is one sample alone, or a number is out of
+            range and can be looked at.
 
     Example:
         >>> min_player("square", [[0.0], [1.0], [3.0]], [[0.0], [1.0], [3.0]], temperature=1.0)[0].tolist()
@@ -83,18 +82,15 @@ def min_player(
             f"{strange[0]} is no hyperparameter of {regularizer}, which takes {' and '.join(own)}"
         )
     values = {**own, **hyper}
-    checked = {key: require_positive(key, value, f.dtype) for key, value in values.items()}
+    checked = {key: require_normal(key, value, f.dtype) for key, value in values.items()}
     if regularizer == "inverse":
         gamma = checked["gamma"]
         checked["gamma"] = require_every("gamma", gamma, lambda g: g > 1, "above 1")
     sums = _require_sums(row_sums, f)
-    if regularizer != "entropy" and not _is_one(row_sums):
-        raise ValueError(f"row_sums must be 1 for {regularizer}, whose rows sum to one")
+    if regularizer != "entropy":
+        rule = f"1 for {regularizer}, whose rows sum to one"
+        sums = require_every("row_sums", sums, lambda s: s == 1, rule)
     return nan_unless(all_finite((f, f_aug, sums, checked)), _player(regularizer, f, sums, checked))
-
-
-def _is_one(row_sums: Any) -> bool:
-    return isinstance(row_sums, (int, float)) and row_sums == 1
 
 
 def _require_sums(row_sums: ArrayLike, f: Array) -> Array:
@@ -109,18 +105,19 @@ def _require_sums(row_sums: ArrayLike, f: Array) -> Array:
 def _player(regularizer, f, sums, hyper):
     negative = ~jnp.eye(len(f), dtype=bool)
     distances = half_squared_distances(f - jnp.mean(f, axis=0, keepdims=True))
-    # What a row shares has no part; infinite distances take no weight.
+    # What a row shares has no part. No number is infinite before it was divided by the temperature: the
+    # quotient's derivative would be NaN.
     least = jnp.min(jnp.where(negative, distances, jnp.inf), axis=1, keepdims=True)
-    beyond = jnp.where(negative, distances - least, jnp.inf)
+    beyond = jnp.where(negative, distances - least, 0)
     temperature = hyper["temperature"]
     if regularizer == "entropy":
-        alpha = sums[:, None] * _softmax(-beyond / temperature)
+        alpha = sums[:, None] * _softmax(jnp.where(negative, -beyond / temperature, -jnp.inf))
     elif regularizer == "direct":
         base = jnp.where(negative & (distances > 0), distances, 1)
         power = jnp.where(distances > 0, base ** (hyper["power"] / 2), 0)
         alpha = _softmax(jnp.where(negative, -power / temperature, -jnp.inf))
     elif regularizer == "square":
-        alpha = jax.vmap(_filled, (0, None))(beyond, temperature)
+        alpha = jax.vmap(_filled, (0, 0, None))(beyond, negative, temperature)
     else:
         alpha = jax.vmap(_inverse, (0, 0, None, None))(beyond, negative, temperature, hyper["gamma"])
     return jnp.where(negative, alpha, 0)
@@ -130,21 +127,19 @@ def _softmax(logits):
     return jax.nn.softmax(logits, axis=1)
 
 
-def _filled(beyond, temperature):
+def _filled(beyond, negative, temperature):
     """Water of volume one over a floor at 2 d^2, in units of the temperature: max(level - floor, 0)."""
-    floor = 2 * beyond / temperature
-    # The row's own entry is infinite, and stays dry.
+    # The level is at most one above the lowest floor, so that a floor of two is dry, as the row's own is.
+    floor = jnp.where(negative, 2 * jnp.minimum(beyond, temperature) / temperature, 2)
     ascending = jnp.sort(floor)
-    volumes = jnp.cumsum(jnp.where(jnp.isfinite(ascending), ascending, 0))
-    levels = (1 + volumes) / jnp.arange(1, floor.size + 1, dtype=floor.dtype)
+    levels = (1 + jnp.cumsum(ascending)) / jnp.arange(1, floor.size + 1, dtype=floor.dtype)
     wet = jnp.sum(ascending < levels)
-    level = levels[wet - 1]
-    return jnp.maximum(level - jnp.where(jnp.isfinite(floor), floor, jnp.inf), 0)
+    return jnp.maximum(levels[wet - 1] - floor, 0)
 
 
 def _inverse(beyond, negative, temperature, gamma):
     """(t / (d^2 - mu))^(1/g) with a sum of one, by the logarithm of its largest entry, which is -u."""
-    beyond = jnp.where(negative, beyond, 0) / temperature
+    beyond = beyond / temperature
     bits = jnp.finfo(beyond.dtype).nmant + 4
 
     def log_alpha(u):

@@ -38,17 +38,24 @@ def test_energy_and_covariance_are_their_double_sums():
         contrastive_covariance(alpha, f, f_aug, y)
 
 
-def by_brute_force(objective, row_sums, n):
-    """The least of an objective over rows of given sums, by SciPy from logits, with exact gradients."""
-    others = ~np.eye(n, dtype=bool)
+def by_constrained_search(cost, row_sum):
+    """The least of a sum of costs of numbers >= 0 with a given sum, by SciPy, from exact gradients.
 
-    def rows(logits):
-        full = jnp.full((n, n), -jnp.inf).at[others].set(logits)
-        return row_sums[:, None] * jax.nn.softmax(full, axis=1)
-
-    search = jax.jit(jax.value_and_grad(lambda z: objective(rows(z))))
-    start = np.zeros(n * (n - 1))
-    return rows(minimize(search, start, jac=True, tol=1e-12, options={"maxiter": 2000}).x)
+    Args:
+        cost: of each of the three numbers, as a function of all.
+        row_sum: their sum.
+    """
+    search = jax.jit(jax.value_and_grad(lambda a: jnp.sum(cost(a))))
+    found = minimize(
+        search,
+        np.full(3, row_sum / 3),
+        jac=True,
+        method="SLSQP",
+        bounds=[(1e-12, row_sum)] * 3,
+        constraints={"type": "eq", "fun": lambda a: np.sum(a) - row_sum, "jac": np.ones_like},
+        options={"ftol": 1e-15, "maxiter": 500},
+    )
+    return found.x, found.fun
 
 
 def off(alpha):
@@ -62,21 +69,26 @@ REGULARIZERS = {
 }
 
 
+@pytest.mark.parametrize("temperature", [0.3, 2.0])
 @pytest.mark.parametrize("name", REGULARIZERS)
-def test_min_players_are_the_minima(name):
+def test_min_players_are_the_minima(name, temperature):
     f, f_aug = views(4, n=4)
-    temperature, (hyper, regularizer) = 2.0, REGULARIZERS[name]
+    hyper, regularizer = REGULARIZERS[name]
     sums = np.array([0.3, 1.0, 1.7, 0.9]) if name == "entropy" else np.ones(4)
-    given = {"row_sums": sums} if name == "entropy" else {}
-    alpha = np.asarray(min_player(name, f, f_aug, temperature=temperature, **hyper, **given))
-
-    def objective(alpha):
-        distances = np.sum((f[:, None] - f[None]) ** 2, axis=-1)
-        return jnp.sum(alpha * distances) - jnp.sum(regularizer(off(alpha), temperature))
-
+    alpha = np.asarray(min_player(name, f, f_aug, temperature=temperature, row_sums=sums, **hyper))
     np.testing.assert_allclose(alpha.sum(axis=1), sums, rtol=1e-12)
     assert np.all(np.diag(alpha) == 0)
-    np.testing.assert_allclose(alpha, by_brute_force(objective, sums, 4), atol=2e-5)
+    for i, row in enumerate(alpha):
+        others = np.arange(4) != i
+        squares = np.sum((f[i] - f[others]) ** 2, axis=1)
+
+        def cost(a, squares=squares):
+            return a * squares - regularizer(a, temperature)
+
+        wanted, least = by_constrained_search(cost, sums[i])
+        np.testing.assert_allclose(row[others], wanted, atol=2e-5)
+        reached = float(jnp.sum(cost(row[others])))
+        assert reached <= least + 1e-9 * abs(least)
 
 
 def test_the_min_player_of_entropy_is_the_importance_of_losses_with_exponentials():
@@ -107,10 +119,10 @@ def test_extreme_and_equal_distances(regularizer):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("gamma", [1.01, 2.0, 50.0])
-@pytest.mark.parametrize("temperature", [1e-3, 0.5, 1e6])
+@pytest.mark.parametrize("temperature", [1e-3, 0.01, 0.5, 1e6])
 def test_rows_of_the_inverse_regularizer_sum_to_one_in_either_precision(dtype, gamma, temperature):
-    f, _ = views(3, n=40, dtype=dtype)
-    f[20:] = f[:20]  # duplicates are at no distance
+    f, _ = views(3, n=64, dtype=dtype)
+    f[32:] = f[:32]  # duplicates are at no distance
 
     def player(f):
         return min_player("inverse", f, f, temperature=temperature, gamma=gamma)
@@ -148,6 +160,33 @@ def test_min_players_have_the_defaults_that_are_written(regularizer, defaults):
     np.testing.assert_array_equal(alpha, min_player(regularizer, f, f_aug, **defaults))
 
 
+@pytest.mark.parametrize("regularizer", ["entropy", "inverse", "square", "direct"])
+def test_min_players_are_differentiated_in_the_temperature_and_in_features(regularizer):
+    f, f_aug = (0.5 * view for view in views(4, n=5))
+    direction = views(5, n=5)[0]
+
+    def value(temperature, step):
+        return jnp.sum(min_player(regularizer, f + step * direction, f_aug, temperature=temperature) ** 3)
+
+    slopes = jax.jit(jax.grad(value, (0, 1)))(0.7, 0.0)
+    h = 1e-5
+    assert slopes[0] == pytest.approx(float(value(0.7 + h, 0.0) - value(0.7 - h, 0.0)) / (2 * h), rel=1e-6)
+    assert slopes[1] == pytest.approx(float(value(0.7, h) - value(0.7, -h)) / (2 * h), rel=1e-6)
+
+
+@pytest.mark.parametrize("regularizer", ["inverse", "square", "direct"])
+def test_row_sums_that_are_one_are_taken_in_any_form(regularizer):
+    f, f_aug = views(2, n=3)
+    wanted = min_player(regularizer, f, f_aug)
+    for ones in (np.float32(1), jnp.ones(()), np.ones(3), [1, 1, 1]):
+        np.testing.assert_array_equal(min_player(regularizer, f, f_aug, row_sums=ones), wanted)
+    player = jax.jit(lambda sums: min_player(regularizer, f, f_aug, row_sums=sums))
+    np.testing.assert_allclose(player(np.ones(3)), wanted, rtol=1e-12)
+    assert np.all(np.isnan(player(np.array([1.0, 1.0, 0.9]))[2]))
+    with pytest.raises(ValueError, match=f"row_sums must be 1 for {regularizer}"):
+        min_player(regularizer, f, f_aug, row_sums=[1.0, 1.0, 0.9])
+
+
 def test_weights_that_are_set_directly_fall_with_a_power_of_the_distance():
     f = np.array([[0.0], [1.0], [2.0]])
     first = min_player("direct", f, f, temperature=0.7, power=3.0)[0]
@@ -170,6 +209,12 @@ def test_sparse_weights_of_the_square_regularizer_are_counted():
         (lambda f: min_player("inverse", f, f, gamma=1.0), "gamma must be above 1"),
         (lambda f: min_player("square", f, f, row_sums=2.0), "row_sums must be 1 for square"),
         (lambda f: min_player("entropy", f, f, row_sums=[1.0, 2.0]), r"a number or of shape \(3,\)"),
+        (lambda f: min_player("entropy", f, f, temperature=1e-320), "temperature must be at least 2.23e-308"),
+        (lambda f: pairwise_importance("coria", f, f, scale=1e-320), "scale must be at least 2.23e-308"),
+        (
+            lambda f: min_player("square", f.astype("float32"), f, temperature=1e-40),
+            "temperature must be at least 1.18e-38, the smallest normal number of float32",
+        ),
         (lambda f: min_player("direct", f, f, gamma=2.0), "gamma is no hyperparameter of direct"),
         (lambda f: contrastive_energy(np.ones((2, 3)), f, f), r"alpha must have shape \(3, 3\)"),
     ],
