@@ -74,10 +74,12 @@ class LocalNet(nnx.Module):
         (self.head,), self.activation = linear_layers([head]), activation
 
     def __call__(self, x: ArrayLike) -> Float[Array, "n o"]:
-        """Outputs (n, o) of a batch of inputs (n, K, d)."""
+        """Outputs (n, o) of a batch of inputs (n, K, d), which are at least two where it is normalized."""
         inputs, (locations, _, d) = as_real("x", x), self.filters.kernel_shape
         if inputs.ndim != 3 or inputs.shape[1:] != (locations, d) or not len(inputs):
             raise ValueError(f"x must have shape (n, {locations}, {d}), got shape {inputs.shape}")
+        if self.norm is not None and len(inputs) < 2:
+            raise ValueError("x must hold at least 2 inputs, since one has no variance, got 1")
         hidden = self.activation(self.filters(inputs)).reshape(len(inputs), -1)
         return self.head(hidden if self.norm is None else self.norm(hidden))
 

@@ -1,4 +1,8 @@
-"""Losses of networks as functions of parameters and data, and their curvature."""
+"""Losses: of a network's outputs against targets, with their curvature, and contrastive ones of two views.
+
+Those of targets are functions of parameters and data, as training calls them; the contrastive ones are
+functions of the embeddings of a batch.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
@@ -15,6 +20,7 @@ from jaxtyping import Array, Float, PyTree
 from dynamics.arguments import (
     ArrayLike,
     as_real,
+    brief,
     nan_unless,
     require_finite,
     require_indices,
@@ -189,41 +195,6 @@ def gauss_newton_spectrum(
     return jnp.pad(eigenvalues, (0, flat.size - singular.size))
 
 
-def _samples(params: PyTree, data: Any, name: str) -> tuple[Array, Array]:
-    """What `_pair` gives, with a leading axis of samples."""
-    outputs, others = _pair(params, data, name)
-    if others.ndim == 0:
-        raise ValueError(f"{name} and the outputs of params must have shape (N, ...), got shape ()")
-    return outputs, others
-
-
-def _pair(params: PyTree, data: Any, name: str) -> tuple[Array, Array]:
-    """The outputs of a network and what they are held against, of one shape: nothing is broadcast."""
-    predict, inputs, others = data
-    outputs, others = _wide("the outputs of params", predict(params, inputs)), _wide(name, others)
-    if outputs.shape != others.shape or outputs.size == 0:
-        raise ValueError(
-            f"{name} must have the shape of the outputs of params, {outputs.shape}, and not be empty, "
-            f"got shape {others.shape}"
-        )
-    return outputs, others
-
-
-def _wide(name: str, array: Any) -> Array:
-    """Real numbers; those of half precision, in which networks are trained, in float32."""
-    if getattr(array, "dtype", None) in (jnp.float16, jnp.bfloat16):
-        array = jnp.asarray(array, jnp.float32)
-    return as_real(name, array)
-
-
-def _of_params(loss: Callable[[Any, Any], Array], data: Any, params: Any) -> Array:
-    return loss(params, data)
-
-
-def _of_batch(loss: Callable[[Any, Any], Array], predict: Any, params: Any, batch: Any) -> Array:
-    return loss(params, (predict, *batch))
-
-
 def contrastive_loss(
     name: Name | str, f: ArrayLike, f_aug: ArrayLike, *, negatives: Negatives | str = "view", **hyper: Any
 ) -> Float[Array, ""]:
@@ -234,7 +205,12 @@ def contrastive_loss(
     `dynamics.contrastive.pairwise_importance` has the table of phi and psi. Temperatures as small as 0.01 are
     safe in 32-bit.
 
-    Source: tian2022contrastive, family of losses.
+    The functions `infonce` and `soft_triplet` of `models.self_supervised` are of another theory: they are
+    means over examples, and negatives of f_i are other views f'_j there. That InfoNCE is not multiplied by
+    the temperature, and has the mean over negatives, without epsilon; that soft triplet has a logarithm for
+    each pair, this one for each anchor.
+
+    Source: tian2022contrastive, the talk's slides on contrastive losses and on a general family.
 
     Args:
         name: "infonce", "mine", "triplet", "soft_triplet", "n_plus_1_tuplet", "lifted", "coria" or "ji".
@@ -268,23 +244,64 @@ def alpha_cl_loss(
     With the `dynamics.contrastive.pairwise_importance` of a loss it has that loss's gradient; the half is
     here, and nowhere else. `dynamics.contrastive.min_player` gives other alpha.
 
-    Source: tian2022contrastive, alpha-CL.
+    An alpha for `negatives="both"` is (2N, 2N). It goes with the 2N embeddings of both views, [f, f'] as f
+    and [f', f] as f_aug: `alpha_cl_loss(alpha, concatenate([f, f_aug]), concatenate([f_aug, f]))`.
+
+    Source: tian2022contrastive, the talk's slide on alpha-CL.
 
     Args:
         alpha: importance of pairs, (N, N); its diagonal has no part.
-        f: embeddings of one view of N >= 2 samples, (N, o).
-        f_aug: those of the other view, (N, o).
+        f: embeddings of one view of N >= 2 samples, (N, o), or of both views, as above.
+        f_aug: those of the other view, of the same shape.
         stop_gradient: whether alpha is held; else its own dependence on f is differentiated too.
 
     Returns:
         The loss, a number.
 
     Raises:
-        ValueError: the shapes do not fit, there is one sample alone, or numbers are not finite.
+        ValueError: the shapes do not fit, there is one sample alone, numbers are not finite, or
+            `stop_gradient` is no truth value.
 
     Example:
         >>> float(alpha_cl_loss([[0.0, 1.0], [1.0, 0.0]], [[0.0], [2.0]], [[1.0], [2.0]]))
         -3.5
     """
+    if not isinstance(stop_gradient, (bool, np.bool_)):
+        raise ValueError(f"stop_gradient must be True or False, got {brief(stop_gradient)}")
     alpha = jax.lax.stop_gradient(as_real("alpha", alpha)) if stop_gradient else alpha
     return -contrastive_energy(alpha, f, f_aug) / 2
+
+
+def _samples(params: PyTree, data: Any, name: str) -> tuple[Array, Array]:
+    """What `_pair` gives, with a leading axis of samples."""
+    outputs, others = _pair(params, data, name)
+    if others.ndim == 0:
+        raise ValueError(f"{name} and the outputs of params must have shape (N, ...), got shape ()")
+    return outputs, others
+
+
+def _pair(params: PyTree, data: Any, name: str) -> tuple[Array, Array]:
+    """The outputs of a network and what they are held against, of one shape: nothing is broadcast."""
+    predict, inputs, others = data
+    outputs, others = _wide("the outputs of params", predict(params, inputs)), _wide(name, others)
+    if outputs.shape != others.shape or outputs.size == 0:
+        raise ValueError(
+            f"{name} must have the shape of the outputs of params, {outputs.shape}, and not be empty, "
+            f"got shape {others.shape}"
+        )
+    return outputs, others
+
+
+def _wide(name: str, array: Any) -> Array:
+    """Real numbers; those of half precision, in which networks are trained, in float32."""
+    if getattr(array, "dtype", None) in (jnp.float16, jnp.bfloat16):
+        array = jnp.asarray(array, jnp.float32)
+    return as_real(name, array)
+
+
+def _of_params(loss: Callable[[Any, Any], Array], data: Any, params: Any) -> Array:
+    return loss(params, data)
+
+
+def _of_batch(loss: Callable[[Any, Any], Array], predict: Any, params: Any, batch: Any) -> Array:
+    return loss(params, (predict, *batch))

@@ -29,6 +29,7 @@ from dynamics.arguments import (
     require_sizes,
     require_symmetric,
 )
+from dynamics.contrastive.family import half_squared_distances
 from models.collapse import linear_layers
 from models.draws import normal
 
@@ -64,6 +65,10 @@ def infonce(
     similarities are <f_i, g_j>, and that of unit vectors, <f_i, g_j> / (|f_i| |g_j|), where embeddings that
     are zero count as similar to none.
 
+    `models.losses.contrastive_loss` has an "infonce" too, of another theory: summed over anchors, times the
+    temperature, with negatives of the same view, f_j for f_i, and their sum besides epsilon. At temperature
+    1, without epsilon, and with f_j for g_j, it is n (L + log(n - 1)).
+
     Source: ziyin2022talk, slide on InfoNCE (the weight of the attraction is 1 there).
 
     Args:
@@ -92,7 +97,7 @@ def infonce(
         f, g = _unit(f), _unit(g)
     distance = similarity == "distance"
     alike = -jnp.sum((f - g) ** 2, axis=1) / 2 if distance else jnp.sum(f * g, axis=1)
-    across = -_half_squared_distances(f, g) if distance else f @ g.T
+    across = -half_squared_distances(f, g) if distance else f @ g.T
     counted = jnp.full(across.shape, True) if positive else _others(len(f))
     scores = jnp.where(counted, across / temperature, -jnp.inf)
     # The logarithm of a mean, whose number of terms is that of every row.
@@ -123,6 +128,10 @@ def soft_triplet(first: ArrayLike, second: ArrayLike, attraction: ArrayLike = 1.
 
         L = mean_{i != j} log(1 + exp(attraction |f_i - g_i|^2 / 2 - |f_i - g_j|^2 / 2))
 
+    The "soft_triplet" of `models.losses.contrastive_loss` sums over negatives inside of the logarithm, has
+    those of the same view, f_j for f_i, and a temperature; of two examples, at temperature 1 and with f_j for
+    g_j, it is 2 L.
+
     Args:
         first: embeddings f of one view of n examples, (n, k).
         second: those of the other view, g, (n, k).
@@ -138,7 +147,7 @@ def soft_triplet(first: ArrayLike, second: ArrayLike, attraction: ArrayLike = 1.
     f, g = _pairs(first, second)
     attraction = require_number("attraction", attraction, f.dtype, at_least=0)
     alike = attraction * jnp.sum((f - g) ** 2, axis=1) / 2
-    excess = alike[:, None] - _half_squared_distances(f, g)
+    excess = alike[:, None] - half_squared_distances(f, g)
     return jnp.mean(jax.nn.softplus(excess), where=_others(len(f)))
 
 
@@ -173,13 +182,6 @@ def _pairs(first: ArrayLike, second: ArrayLike) -> list[Array]:
 
 def _others(n: int) -> Array:
     return ~jnp.eye(n, dtype=bool)
-
-
-def _half_squared_distances(f: Array, g: Array) -> Array:
-    # A shift that all share changes no distance, but its square would take the digits that they have.
-    mean = jnp.mean(g, axis=0, keepdims=True)
-    f, g = f - mean, g - mean
-    return (jnp.sum(f**2, axis=1)[:, None] + jnp.sum(g**2, axis=1)[None]) / 2 - f @ g.T
 
 
 def _unit(f: Array) -> Array:

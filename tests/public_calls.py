@@ -109,6 +109,18 @@ def of_all_regularizers(
     ]
 
 
+def of_some_losses(
+    function: Callable[..., Any], temperature: Any, epsilon: Any, scale: Any, **arguments: Any
+) -> list[Any]:
+    return [
+        function("infonce", **arguments, temperature=temperature, epsilon=epsilon),
+        function("triplet", **arguments),
+        function("soft_triplet", **arguments, temperature=temperature),
+        function("coria", **arguments, scale=scale),
+        function("ji", **arguments),
+    ]
+
+
 def decay(t, y, rate):
     return -rate * y
 
@@ -700,7 +712,7 @@ CALLS: dict[str, Call] = {
     ),
     "dynamics.contrastive.contrastive_pairs": call(**TWO_VIEWS),
     "dynamics.contrastive.pairwise_importance": call(
-        **TWO_VIEWS, name="infonce", temperature=POSITIVE, epsilon=RATE
+        of_some_losses, **TWO_VIEWS, temperature=POSITIVE, epsilon=RATE, scale=POSITIVE
     ),
     "dynamics.contrastive.contrastive_covariance": call(
         alpha=IMPORTANCE, x=TWO_VIEWS["f"], x_aug=TWO_VIEWS["f_aug"]
@@ -814,7 +826,9 @@ CALLS: dict[str, Call] = {
         Wa=Real(SQUARE.value, fine="none"),
         **EMBEDDINGS,
     ),
-    "models.losses.contrastive_loss": call(**TWO_VIEWS, name="soft_triplet", temperature=POSITIVE),
+    "models.losses.contrastive_loss": call(
+        of_some_losses, **TWO_VIEWS, temperature=POSITIVE, epsilon=RATE, scale=POSITIVE
+    ),
     "models.losses.alpha_cl_loss": call(**TWO_VIEWS, alpha=IMPORTANCE),
     "dynamics.collapse.critical_amplitude": call(
         of_second_moments,

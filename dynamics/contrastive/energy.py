@@ -24,7 +24,7 @@ def contrastive_covariance(
 
     It is computed without an array of all differences, from the sums of rows and columns of alpha.
 
-    Source: tian2022contrastive, contrastive covariance.
+    Source: tian2022contrastive, the talk's slide on the energy.
 
     Args:
         alpha: importance of pairs, (N, N); its diagonal has no part.
@@ -62,7 +62,7 @@ def contrastive_energy(alpha: ArrayLike, f: ArrayLike, f_aug: ArrayLike) -> Floa
 
     A network that ascends it pulls samples apart and the views of a sample together.
 
-    Source: tian2022contrastive, energy.
+    Source: tian2022contrastive, the talk's slide on the energy.
 
     Args:
         alpha: importance of pairs, (N, N); its diagonal has no part.
@@ -108,7 +108,7 @@ def covariance(alpha, x, x_aug, y, y_aug):
 def _energy(alpha, f, f_aug):
     alpha = _off_diagonal(alpha)
     within = jnp.sum((f - f_aug) ** 2, axis=1, keepdims=True)
-    between = 2 * half_squared_distances(f - jnp.mean(f, axis=0, keepdims=True))
+    between = 2 * half_squared_distances(f, f)
     return jnp.sum(alpha * (between - within))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -12,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 
 from dynamics.arguments import (
     ArrayLike,
+    nan_unless,
     require_arrays,
     require_choice,
     require_every,
@@ -19,6 +21,7 @@ from dynamics.arguments import (
     require_positive,
     require_same_shape,
 )
+from dynamics.flow import all_finite
 
 Name = Literal["infonce", "mine", "triplet", "soft_triplet", "n_plus_1_tuplet", "lifted", "coria", "ji"]
 Negatives = Literal["view", "both"]
@@ -51,7 +54,7 @@ class Pairs(NamedTuple):
 def contrastive_pairs(f: ArrayLike, f_aug: ArrayLike, *, negatives: Negatives | str = "view") -> Pairs:
     r"""The pairs that contrastive losses compare: u_ij = |f_i - f'_i|^2 / 2 - |f_i - f_j|^2 / 2, j != i.
 
-    Source: tian2022contrastive, family of losses, Section 2.
+    Source: tian2022contrastive, the talk's slide on contrastive losses.
 
     Args:
         f: embeddings of one view of N >= 2 samples, (N, o).
@@ -86,21 +89,21 @@ def require_views(**views: ArrayLike) -> list[Array]:
 
 @eqx.filter_jit
 def _pairs(f, f_aug, both):
-    # Distances do not change with a shift that all share, but its square would take the digits they have.
-    center = jnp.mean(f, axis=0, keepdims=True)
-    f, f_aug = f - center, f_aug - center
     negative = ~jnp.eye(len(f), dtype=bool)
     if both:
         f, f_aug = jnp.concatenate([f, f_aug]), jnp.concatenate([f_aug, f])
         negative = jnp.tile(negative, (2, 2))
     positive = jnp.sum((f - f_aug) ** 2, axis=1, keepdims=True) / 2
-    return Pairs(positive - half_squared_distances(f), negative)
+    return Pairs(positive - half_squared_distances(f, f), negative)
 
 
-def half_squared_distances(f: Float[Array, "m o"]) -> Float[Array, "m m"]:
-    """d_ij^2 = |f_i - f_j|^2 / 2 of centered rows; rounding leaves none below zero."""
-    squares = jnp.sum(f**2, axis=1) / 2
-    return jnp.maximum(squares[:, None] + squares[None] - f @ f.T, 0)
+def half_squared_distances(f: Float[Array, "m o"], g: Float[Array, "n o"]) -> Float[Array, "m n"]:
+    """|f_i - g_j|^2 / 2; rounding leaves none below zero, and all have the derivatives of the square."""
+    # A shift that all share changes no distance, but its square would take the digits that they have.
+    center = jnp.mean(g, axis=0, keepdims=True)
+    f, g = f - center, g - center
+    squares = (jnp.sum(f**2, axis=1)[:, None] + jnp.sum(g**2, axis=1)[None]) / 2 - f @ g.T
+    return squares + jax.lax.stop_gradient(jnp.maximum(-squares, 0))
 
 
 def require_hyper(name: Name | str, given: Mapping[str, Any], dtype: Any) -> dict[str, Array]:
@@ -139,7 +142,7 @@ def anchor_losses(name: Name | str, pairs: Pairs, hyper: Mapping[str, Array]) ->
     tau = hyper.get("temperature", jnp.ones((), u.dtype))
     total = _log_sum(u / tau, negative)
     if name == "infonce":
-        return tau * jnp.logaddexp(jnp.log(hyper["epsilon"]), total)
+        return tau * _log_weighted(hyper["epsilon"], total)
     if name == "soft_triplet":
         return tau * jax.nn.softplus(total + hyper["epsilon"])
     if name == "lifted":
@@ -153,6 +156,24 @@ def _sum(values, negative):
 
 def _log_sum(logits, negative):
     return jax.nn.logsumexp(jnp.where(negative, logits, -jnp.inf), axis=1)
+
+
+def _log_weighted(epsilon, total):
+    """log(epsilon + exp(total)), with its derivatives also at epsilon = 0."""
+    small, shift, odds = _odds(epsilon, total)
+    return jnp.where(small, total + jnp.log1p(odds), jnp.logaddexp(shift, total))
+
+
+def _odds(epsilon, total):
+    """Whether epsilon is at most exp(total), its logarithm where it is more, and its share of it where not.
+
+    The slope of a logarithm at zero would be infinite, and times zero NaN.
+    """
+    none = ~(epsilon > 0)
+    small = none | (jnp.log(jnp.where(none, 1, epsilon)) <= total)
+    most = math.log(jnp.finfo(total.dtype).max) - 1  # of which the exponential is finite
+    odds = jnp.where(small, epsilon, 0) * jnp.exp(jnp.minimum(-total, most))
+    return small, jnp.log(jnp.where(small, 1, epsilon)), odds
 
 
 def pairwise_importance(
@@ -173,7 +194,7 @@ def pairwise_importance(
 
     Where alpha is held, the loss and minus half the energy tr C_alpha[f, f] have the same gradient in f.
 
-    Source: tian2022contrastive, family of losses, Theorem 1.
+    Source: tian2022contrastive, the talk's slides on a general family and on coordinate-wise optimization.
 
     Args:
         name: the loss.
@@ -194,7 +215,10 @@ def pairwise_importance(
         [0.0, 0.5, 0.5]
     """
     pairs = contrastive_pairs(f, f_aug, negatives=negatives)
-    return _importance(name, pairs, require_hyper(name, hyper, pairs.excess.dtype))
+    checked = require_hyper(name, hyper, pairs.excess.dtype)
+    # Comparisons with NaN, and what does not depend on features, would hide what is wrong with them.
+    good = all_finite(checked) & ~jnp.any(jnp.isnan(pairs.excess))
+    return nan_unless(good, _importance(name, pairs, checked))
 
 
 @eqx.filter_jit
@@ -218,7 +242,8 @@ def _importance(name, pairs, hyper):
 def _of_row(name, total, hyper):
     """The sum of a row of importances, from log sum_j exp(u_ij / temperature)."""
     if name == "infonce":
-        return jax.nn.sigmoid(total - jnp.log(hyper["epsilon"]))
+        small, shift, odds = _odds(hyper["epsilon"], total)
+        return jnp.where(small, 1 / (1 + odds), jax.nn.sigmoid(total - shift))
     if name == "lifted":
         return 2 * jax.nn.relu(total + hyper["epsilon"])
     if name in ("soft_triplet", "n_plus_1_tuplet"):

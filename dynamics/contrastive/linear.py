@@ -12,10 +12,12 @@ from jaxtyping import Array, Float
 
 from dynamics.arguments import (
     ArrayLike,
+    brief,
     cast,
     require_arrays,
     require_every,
     require_shapes,
+    require_sizes,
     require_symmetric,
 )
 from dynamics.flow import Trajectory, integrate
@@ -27,8 +29,9 @@ class PrincipalComponent(NamedTuple):
     """The best that a deep linear network of unit weights can do.
 
     Attributes:
-        energy: its energy, the largest eigenvalue, or 0 where that is negative.
-        direction: the eigenvector v_0, (d,), up to its sign; one of many where the eigenvalue is repeated.
+        energy: its energy, the largest eigenvalue, or 0 where that is negative and the product can vanish.
+        direction: the eigenvector v_0 of that eigenvalue, (d,), up to its sign; one of many where it is
+            repeated. Weights whose energy is 0 need not be along it.
     """
 
     energy: Array
@@ -38,7 +41,7 @@ class PrincipalComponent(NamedTuple):
 def deep_linear_energy(weights: Weights, X: ArrayLike) -> Float[Array, ""]:
     r"""Energy of a deep linear network, tr(W_L ... W_1 X W_1^T ... W_L^T), with X = C_alpha[x, x].
 
-    Source: tian2022contrastive, Section 4.
+    Source: tian2022contrastive, the talk's slide on feature collapsing.
 
     Args:
         weights: matrices that follow each other, input side first: (d_1, d), (d_2, d_1), ...
@@ -57,30 +60,40 @@ def deep_linear_energy(weights: Weights, X: ArrayLike) -> Float[Array, ""]:
     return _energy(*_require(weights, X))
 
 
-def deep_linear_maximum(X: ArrayLike) -> PrincipalComponent:
-    r"""The global maximum of `deep_linear_energy` over weights of unit Frobenius norm, at any depth.
+def deep_linear_maximum(X: ArrayLike, hidden: Sequence[int] = (2,)) -> PrincipalComponent:
+    r"""The global maximum of `deep_linear_energy` over weights of unit Frobenius norm.
 
     Where the largest eigenvalue lambda of X is positive it is E* = lambda, with W_l = v_l v_{l-1}^T for unit
-    vectors v_l, where v_0 is its eigenvector: the output has rank one, whatever the widths are. Otherwise it
-    is zero for two layers and more, whose product can vanish.
+    vectors v_l, where v_0 is its eigenvector: the output has rank one, whatever depth and widths are.
+    Where it is negative they count. A hidden layer of two units and more lets the matrices around it have
+    the product zero, which is the maximum then; one matrix alone, or hidden layers of one unit each, have
+    products of unit norm, and E* = lambda.
 
-    Source: tian2022contrastive, Theorem 3.
+    Source: tian2022contrastive, Theorem 3 (what holds for lambda < 0 is derived here).
 
     Args:
         X: a symmetric matrix, (d, d).
+        hidden: widths d_1, ..., d_{L-1} of the hidden layers; () for one matrix.
 
     Returns:
         A `PrincipalComponent`.
 
     Raises:
-        ValueError: `X` has another shape, or is not symmetric, or not finite.
+        ValueError: `X` has another shape, or is not symmetric, or not finite, or a width is no positive
+            integer.
 
     Example:
         >>> float(deep_linear_maximum([[3.0, 0.0], [0.0, 1.0]]).energy)
         3.0
+        >>> [float(deep_linear_maximum([[-2.0]], hidden).energy) for hidden in ((), (1,), (2,))]
+        [-2.0, -2.0, 0.0]
     """
     values, vectors = jnp.linalg.eigh(_require_square(X))
-    return PrincipalComponent(jnp.maximum(values[-1], 0), vectors[:, -1])
+    if isinstance(hidden, (str, bytes)) or not isinstance(hidden, Sequence):
+        raise ValueError(f"hidden must be a list of widths, got {brief(hidden)}")
+    widths = require_sizes(**{f"hidden[{index}]": width for index, width in enumerate(hidden)})
+    vanishes = max(widths, default=1) > 1
+    return PrincipalComponent(jnp.maximum(values[-1], 0) if vanishes else values[-1], vectors[:, -1])
 
 
 def deep_linear_flow(weights: Weights, X: ArrayLike, ts: ArrayLike, **options: Any) -> Trajectory:
@@ -135,9 +148,7 @@ def _sphere_field(t, weights, X):
 
 def _require(weights: Weights, X: ArrayLike) -> tuple[list[Array], Array]:
     X = _require_square(X)
-    if isinstance(weights, (str, bytes)) or not isinstance(weights, Sequence) or not len(weights):
-        raise ValueError(f"weights must be a list of matrices, got {type(weights).__name__}")
-    named = {f"weights[{index}]": W for index, W in enumerate(weights)}
+    named = _require_list(weights)
     matrices = [cast(W, X.dtype) for W in require_arrays(**named)]
     width = len(X)
     for name, W in zip(named, matrices, strict=True):
@@ -145,6 +156,13 @@ def _require(weights: Weights, X: ArrayLike) -> tuple[list[Array], Array]:
             raise ValueError(f"{name} must have shape (m, {width}), got shape {W.shape}")
         width = W.shape[0]
     return matrices, X
+
+
+def _require_list(weights: Weights) -> dict[str, ArrayLike]:
+    """The weights by name, one at least."""
+    if isinstance(weights, (str, bytes)) or not isinstance(weights, Sequence) or not len(weights):
+        raise ValueError(f"weights must be a list of matrices, got {brief(weights)}")
+    return {f"weights[{index}]": W for index, W in enumerate(weights)}
 
 
 def _require_square(X: ArrayLike) -> Array:
@@ -162,7 +180,7 @@ def encoder_flow(weights: Weights, X: ArrayLike, ts: ArrayLike, **options: Any) 
     shrinks along directions of X with negative eigenvalues, which strong augmentation makes, and two layers
     grow along few of them from small weights; W_{l+1}^T W_{l+1} - W_l W_l^T is conserved.
 
-    Source: jing2022, Sections 4 and 5.
+    Source: jing2022, the talk's slide on representation collapse (this flow is derived here).
 
     Args:
         weights: matrices that follow each other, input side first.
@@ -193,7 +211,7 @@ def _encoder_field(t, weights, X):
 def balance(weights: Weights) -> list[Float[Array, "... m m"]]:
     r"""W_{l+1}^T W_{l+1} - W_l W_l^T of all neighbours: what `encoder_flow` conserves.
 
-    Source: jing2022, Section 5.
+    Source: jing2022, the talk's slide on representation collapse (this is derived here).
 
     Args:
         weights: matrices that follow each other, input side first; leading axes, such as that of time, are
@@ -203,16 +221,21 @@ def balance(weights: Weights) -> list[Float[Array, "... m m"]]:
         The matrices, (..., d_l, d_l), one less than there are weights.
 
     Raises:
-        ValueError: a matrix does not fit the one before, or numbers are not finite.
+        ValueError: there are no matrices, one does not fit the one before or has other leading axes, or
+            numbers are not finite.
 
     Example:
         >>> [part.tolist() for part in balance([[[1.0], [2.0]], [[3.0, 1.0]]])]
         [[[8.0, 1.0], [1.0, -3.0]]]
     """
-    matrices = require_arrays(**{f"weights[{index}]": W for index, W in enumerate(weights)})
+    named = _require_list(weights)
+    matrices = require_arrays(**named)
     for W, after in itertools.pairwise(matrices):
-        if min(W.ndim, after.ndim) < 2 or after.shape[-1] != W.shape[-2]:
-            raise ValueError(f"weights must be matrices that follow each other, got {W.shape}, {after.shape}")
+        if min(W.ndim, after.ndim) < 2 or (*after.shape[:-2], after.shape[-1]) != W.shape[:-1]:
+            raise ValueError(
+                "weights must be matrices that follow each other, with the same leading axes, got "
+                f"{W.shape}, {after.shape}"
+            )
     return [
         jnp.swapaxes(after, -1, -2) @ after - W @ jnp.swapaxes(W, -1, -2)
         for W, after in itertools.pairwise(matrices)
@@ -224,7 +247,7 @@ def aligned_flow(values: ArrayLike, gain: ArrayLike, ts: ArrayLike, **options: A
 
         ds_1/dt = s_1 s_2^2 v^T X v,   ds_2/dt = s_2 s_1^2 v^T X v
 
-    Source: jing2022, Theorem 3.
+    Source: jing2022, the talk's slide on representation collapse (this flow is derived here).
 
     Args:
         values: singular values of both layers, (2, r).

@@ -53,7 +53,8 @@ def min_player(
     the other view has no part, since it is the same for a whole row. For the losses that are of psi = exp(x /
     t), `pairwise_importance` is the entropy's minimum for its own row sums.
 
-    Source: tian2022contrastive, Theorem 2 and alpha-CL (minima are derived here).
+    Source: tian2022contrastive, the talk's slides on the min player and on alpha-CL (minima are
+    derived here).
 
     Args:
         regularizer: "entropy", "inverse", "square" or "direct".
@@ -104,7 +105,7 @@ def _require_sums(row_sums: ArrayLike, f: Array) -> Array:
 @eqx.filter_jit
 def _player(regularizer, f, sums, hyper):
     negative = ~jnp.eye(len(f), dtype=bool)
-    distances = half_squared_distances(f - jnp.mean(f, axis=0, keepdims=True))
+    distances = half_squared_distances(f, f)
     # What a row shares has no part. No number is infinite before it was divided by the temperature: the
     # quotient's derivative would be NaN.
     least = jnp.min(jnp.where(negative, distances, jnp.inf), axis=1, keepdims=True)

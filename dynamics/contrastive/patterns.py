@@ -46,7 +46,7 @@ def homogeneous_activation(kind: Kind | str, power: int = 2, slope: ArrayLike = 
 
     For monomials w^T A(w) w is p^2 times the energy of the node, and 2 A(w) w is p times its gradient.
 
-    Source: tian2023nonlinear, homogeneous activations.
+    Source: tian2023nonlinear, the talk's slide on the overview of nonlinear analysis.
 
     Args:
         kind: "linear", "relu", "leaky_relu" or "monomial".
@@ -80,6 +80,8 @@ def _linear(x):
 
 
 def _leaky_relu(slope, x):
+    x = jnp.asarray(x)
+    x = x.astype(jnp.result_type(x, 1.0))
     return jnp.where(x > 0, x, slope.astype(x.dtype) * x)
 
 
@@ -94,7 +96,7 @@ def gated_covariance(
 
     The energy of a node h(w^T x) is w^T A(w) w for h(x) = h'(x) x, and its gradient 2 A(w) w.
 
-    Source: tian2023nonlinear, one-layer networks.
+    Source: tian2023nonlinear, the talk's slide on the nonlinear setting.
 
     Args:
         w: weights of a node, (d,).
@@ -136,7 +138,7 @@ def power_flow(
     steps that adapt to errors shrink without end: these are fixed, of order four where gates stay as they are
     and of order one where they turn. A node whose gates are all closed does not move.
 
-    Source: tian2023nonlinear, training dynamics of one-layer networks.
+    Source: tian2023nonlinear, the talk's slide on training dynamics.
 
     Args:
         w0: nodes at ts[0], of unit norm, (d,) or (K, d).
@@ -178,7 +180,7 @@ def power_flow(
 def pattern_coverage(shares: ArrayLike, nodes: int) -> Float[Array, ""]:
     r"""How many patterns some node learns on average, sum_m 1 - (1 - q_m)^K, of K nodes that start at random.
 
-    Source: tian2023nonlinear, nodes and patterns (this mean is derived here).
+    Source: tian2023nonlinear, the talk's slide on several nodes (this mean is derived here).
 
     Args:
         shares: q, of starts that end at each pattern, (M,), between 0 and 1.

@@ -107,6 +107,41 @@ def test_the_min_player_of_entropy_is_the_importance_of_losses_with_exponentials
         np.testing.assert_allclose(found, alpha, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("temperature", [0.05, 0.5, 2.0])
+def test_importance_is_the_formula_of_raw_differences(temperature):
+    f, f_aug = views(9, n=8)
+    near = np.sum((f[:, None] - f[None]) ** 2, axis=-1) / 2
+    own = np.sum((f - f_aug) ** 2, axis=-1) / 2
+    gibbs = np.exp(-near / temperature) * (1 - np.eye(8))
+    softmax = gibbs / gibbs.sum(axis=1, keepdims=True)
+    tight: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-300}
+    without = pairwise_importance("infonce", f, f_aug, temperature=temperature, epsilon=0.0)
+    np.testing.assert_allclose(without, softmax, **tight)
+    np.testing.assert_allclose(min_player("entropy", f, f_aug, temperature=temperature), softmax, **tight)
+    for epsilon in (0.0, 0.7):
+        alpha = pairwise_importance("infonce", f, f_aug, temperature=temperature, epsilon=epsilon)
+        xi = np.sum(np.exp((own[:, None] - near) / temperature) * (1 - np.eye(8)), axis=1)
+        np.testing.assert_allclose(alpha.sum(axis=1), xi / (epsilon + xi), **tight)
+        for i in range(8):
+            j, k = np.array([(j, k) for j in range(8) for k in range(8) if i not in (j, k)]).T
+            ratio = np.exp((near[i, k] - near[i, j]) / temperature)
+            np.testing.assert_allclose(alpha[i, j] / alpha[i, k], ratio, **tight)
+            rest = np.delete(np.arange(8), i)
+            nearer = rest[np.argsort(near[i, rest])]
+            assert np.all(np.diff(alpha[i, nearer]) < 0)  # near pairs count more
+
+
+@pytest.mark.parametrize("name", ["triplet", "ji", "coria", "lifted"])
+def test_traced_features_that_are_no_numbers_give_no_importance(name):
+    f, f_aug = views(1, n=3)
+    alpha = jax.jit(lambda f, f_aug: pairwise_importance(name, f, f_aug))
+    np.testing.assert_allclose(alpha(f, f_aug), pairwise_importance(name, f, f_aug), rtol=1e-12)
+    for bad in (np.nan, np.inf):
+        spoilt = f_aug.copy()
+        spoilt[2, 1] = bad
+        assert np.all(np.isnan(alpha(f, spoilt)))
+
+
 @pytest.mark.parametrize("regularizer", ["entropy", "inverse", "square", "direct"])
 def test_extreme_and_equal_distances(regularizer):
     f, f_aug = views(6, n=5)

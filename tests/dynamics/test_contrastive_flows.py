@@ -4,6 +4,7 @@ import itertools
 
 import diffrax
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.linalg import expm
@@ -65,6 +66,29 @@ def test_negative_energies_end_at_a_vanishing_product():
     assert deep_linear_maximum(X).energy == 0
 
 
+@pytest.mark.parametrize("hidden", [(), (1,), (1, 1), (2,), (1, 3), (3, 1)])
+def test_the_maximum_of_negative_energies_depends_on_hidden_widths(hidden):
+    X, Q = rotated(np.array([-0.2, -0.5, -1.0]))
+    best = deep_linear_maximum(X, hidden)
+    vanishing = max(hidden, default=1) > 1
+    assert best.energy == pytest.approx(0 if vanishing else -0.2, rel=1e-12)
+    # None of many does better, and one reaches it: along v_0, or with two matrices whose product is zero.
+    sizes = [3, *hidden, 4]
+    energies = [float(deep_linear_energy(random_weights(seed, sizes), X)) for seed in range(50)]
+    assert max(energies) <= best.energy + 1e-12
+    reached = [np.zeros((m, n)) for n, m in itertools.pairwise(sizes)]
+    for W in reached:
+        W[0, 0] = 1
+    reached[0][0] = Q[:, 0]
+    if vanishing:
+        wide = hidden.index(max(hidden))
+        reached[wide + 1] = np.roll(reached[wide + 1], 1, axis=1)
+    assert deep_linear_energy(reached, X) == pytest.approx(float(best.energy), abs=1e-15)
+    positive = deep_linear_maximum(-X, hidden)
+    assert positive.energy == pytest.approx(1, rel=1e-12)
+    assert abs(positive.direction @ Q[:, 2]) == pytest.approx(1, rel=1e-12)
+
+
 def test_a_repeated_largest_eigenvalue_leaves_the_direction_open():
     X, Q = rotated(np.array([1.0, 1.0, 0.3, -0.2]))
     end = [W[-1] for W in deep_linear_flow(random_weights(4, [4, 5, 5]), X, [0.0, 400.0]).ys]
@@ -96,6 +120,14 @@ def test_gated_covariances_give_energies_of_nodes_and_their_gradients(kind):
     np.testing.assert_allclose(jax.grad(energy)(w), 2 / p * A @ w, rtol=1e-12)
     if kind == "linear":
         np.testing.assert_allclose(A, contrastive_covariance(alpha, x, x_aug), rtol=1e-12)
+
+
+@pytest.mark.parametrize("number", [-3, -3.0, np.float32(-3), np.array([-3.0, 2.0])])
+def test_activations_take_plain_numbers(number):
+    negative = {"linear": -3, "relu": 0, "leaky_relu": -0.9, "monomial": -9}
+    for kind, hyper in KINDS.items():
+        found = jnp.atleast_1d(homogeneous_activation(kind, **hyper)(number))
+        assert found[0] == pytest.approx(negative[kind], rel=1e-6)
 
 
 def tokens(count=4, d=5):
@@ -219,6 +251,10 @@ def test_aligned_layers_stay_aligned():
         (lambda X: pattern_coverage([-0.5], 2), r"shares must be in \[0, 1\]"),
         (lambda X: aligned_flow([[1.0]], [1.0], [0.0, 1.0]), r"shapes \(2, r\) and \(r,\)"),
         (lambda X: balance([X, np.ones((2, 3))]), "weights must be matrices that follow each other"),
+        (lambda X: balance([X, X[None]]), "with the same leading axes"),
+        (lambda X: balance([np.stack([X, X]), np.stack([X, X, X])]), "with the same leading axes"),
+        (lambda X: balance([]), "weights must be a list of matrices"),
+        (lambda X: deep_linear_maximum(X, [2, 0]), r"hidden\[1\] must be a positive integer"),
     ],
 )
 def test_bad_arguments(call, message):

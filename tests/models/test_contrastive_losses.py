@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from dynamics.contrastive import contrastive_energy, min_player, pairwise_importance
 from models.losses import alpha_cl_loss, contrastive_loss
+from models.self_supervised import infonce, soft_triplet
 
 LOSSES = {
     "infonce": {"temperature": 0.3, "epsilon": 0.7},
@@ -116,6 +118,55 @@ def test_equal_features_have_finite_losses_and_gradients(name):
     assert np.all(np.isfinite(gradient))
 
 
+@pytest.mark.parametrize("temperature", [0.05, 0.5])
+def test_infonce_has_slopes_in_epsilon_where_that_is_zero(temperature):
+    f, f_aug = views(6)
+
+    @jax.jit
+    def values(epsilon):
+        hyper = {"temperature": temperature, "epsilon": epsilon}
+        alpha = pairwise_importance("infonce", f, f_aug, **hyper)
+        return contrastive_loss("infonce", f, f_aug, **hyper), jnp.sum(alpha**2)
+
+    # One-sided differences of order three, as none is below zero; steps are small beside every xi.
+    u = np.sum((f - f_aug) ** 2, axis=1)[:, None] / 2 - np.sum((f[:, None] - f[None]) ** 2, axis=-1) / 2
+    xi = np.sum(np.exp(u / temperature) * (1 - np.eye(len(f))), axis=1)
+    h = 1e-4 * np.min(xi)
+    near = np.array([values(step * h) for step in range(4)])
+    differences = np.array([-11, 18, -9, 2]) @ near / (6 * h)
+    slopes = jax.jit(jax.jacfwd(values))(0.0)
+    np.testing.assert_allclose(slopes, differences, rtol=1e-7)
+    assert slopes[0] == pytest.approx(temperature * np.sum(1 / xi), rel=1e-12)
+    # From above they tend to the same, and lose no digits on the way.
+    np.testing.assert_allclose(jax.jit(jax.jacfwd(values))(1e-13 * np.min(xi)), slopes, rtol=1e-11)
+    curvature = jax.jit(jax.hessian(lambda e: values(e)[0]))(0.0)
+    assert curvature == pytest.approx(-temperature * np.sum(1 / xi**2), rel=1e-10)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_far_negatives_leave_values_and_slopes_in_epsilon_finite(dtype):
+    f = np.array([[0.0], [100.0]], dtype)
+
+    def values(epsilon):
+        hyper = {"temperature": 0.01, "epsilon": epsilon}
+        alpha = pairwise_importance("infonce", f, f, **hyper)
+        return contrastive_loss("infonce", f, f, **hyper), jnp.sum(alpha)
+
+    np.testing.assert_allclose(values(0.0), [-10_000, 2], rtol=1e-6)
+    np.testing.assert_allclose(values(1.0), [0, 0], atol=1e-30)
+    assert np.all(np.isfinite(jax.jacfwd(values)(0.0)))
+
+
+@pytest.mark.parametrize("name", ["ji", "n_plus_1_tuplet", "infonce"])
+def test_curvature_is_that_of_the_squares_also_where_features_are_equal(name):
+    f = np.zeros((3, 1))
+    # There u and its slopes are zero, so that the loss has the curvature of sum_ij alpha_ij u_ij.
+    alpha = np.asarray(pairwise_importance(name, f, f))
+    found = jax.hessian(lambda f: contrastive_loss(name, f, f))(f)[:, 0, :, 0]
+    both = alpha + alpha.T
+    np.testing.assert_allclose(found, both - np.diag(both.sum(axis=1)), atol=1e-14)
+
+
 @pytest.mark.parametrize("epsilon", [0.0, 1.0])
 def test_cold_losses_are_safe_in_32_bit(epsilon):
     f, f_aug = views(7, n=8, dtype=np.float32)
@@ -144,9 +195,46 @@ def test_the_surrogate_is_minus_half_the_energy_and_may_stop_gradients():
     np.testing.assert_allclose(gradient, loss, rtol=1e-10, atol=1e-13)
 
 
+def test_the_surrogate_of_both_views_has_the_gradient_of_their_loss():
+    f, f_aug = views(8, n=4)
+    alpha = pairwise_importance("infonce", f, f_aug, negatives="both", temperature=0.3)
+
+    def surrogate(f, f_aug):
+        return alpha_cl_loss(alpha, jnp.concatenate([f, f_aug]), jnp.concatenate([f_aug, f]))
+
+    def loss(f, f_aug):
+        return contrastive_loss("infonce", f, f_aug, negatives="both", temperature=0.3)
+
+    found, wanted = (jax.grad(function, (0, 1))(f, f_aug) for function in (surrogate, loss))
+    np.testing.assert_allclose(found, wanted, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("value", ["no", None, 0])
+def test_whether_gradients_stop_is_a_truth_value(value):
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        with pytest.raises(ValueError, match="stop_gradient must be True or False"):
+            alpha_cl_loss(np.ones((2, 2)), [[1.0], [2.0]], [[1.0], [2.0]], stop_gradient=value)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def test_losses_of_the_same_name_differ_as_is_written():
+    f = views(3, n=5)[0]
+    ours = contrastive_loss("infonce", f, f, temperature=1.0, epsilon=0.0)
+    assert ours == pytest.approx(5 * (float(infonce(f, f)) + np.log(4)), rel=1e-13)
+    assert contrastive_loss("soft_triplet", f[:2], f[:2], temperature=1.0) == pytest.approx(
+        2 * float(soft_triplet(f[:2], f[:2])), rel=1e-13
+    )
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (
+            lambda f: contrastive_loss("infonce", f, f, temperature=1e-320),
+            "temperature must be at least 2.23e-308",
+        ),
         (lambda f: contrastive_loss("nce", f, f), "name must be one of .*'soft_triplet'"),
         (lambda f: contrastive_loss("infonce", f[:1], f[:1]), "f must hold at least 2 samples"),
         (lambda f: contrastive_loss("infonce", f, f[:2]), r"must have one shape \(N, o\)"),

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from dynamics.collapse import infonce_loss
 from models.collapse import random_weights, weights
 from models.functional import as_function
+from models.locations import LocalNet
 from models.self_supervised import (
     ConvEncoder,
     Encoder,
@@ -236,3 +238,11 @@ def test_what_makes_no_batch_is_refused():
     assert np.all(np.isfinite(draw(jnp.diag(jnp.array([1.0, -1e-16]))).first))
     with pytest.raises(ValueError, match="first and second must have one shape"):
         on_views(infonce, lambda params, x: x)(None, Views(jnp.ones((2, 1)), jnp.ones((3, 1))))
+
+
+def test_one_input_alone_is_not_normalized():
+    arguments = np.ones((2, 1, 1)), np.ones((1, 2)), nnx.relu
+    one = np.full((1, 2, 1), 3.0)
+    np.testing.assert_array_equal(LocalNet(*arguments, normalized=False)(one), [[6.0]])
+    with pytest.raises(ValueError, match="x must hold at least 2 inputs"):
+        LocalNet(*arguments)(one)
