@@ -37,6 +37,9 @@ LOSSES = get_args(Name)
 REGULARIZERS = ("entropy", "inverse", "square")
 GAMMA, POWER = 2.0, 4.0
 RULE_TEMPERATURES = (0.5, 1000.0)  # at the second the square regularizer keeps all pairs
+SOFTMAX_TEMPERATURES = (0.05, 0.5, 2.0)
+DIRECT_POWERS = (1.5, 3.0, 4.0)
+EPSILON = 0.7  # of an InfoNCE with the positive pair in its denominator
 
 
 @dataclass(frozen=True)
@@ -155,14 +158,14 @@ def _weights(config: Config) -> dict:
     far = jnp.linspace(0.05, 1.5, 40)
     f = jnp.concatenate([jnp.zeros(1), far])[:, None]
     f_aug = f + jnp.concatenate([jnp.full(1, 0.7), jnp.zeros(40)])[:, None]
-    temperature = config.temperature
     by_loss = {}
     for name in LOSSES:
-        hyper: dict[str, Any] = {"temperature": temperature} if name in WITH_TEMPERATURE else {}
+        # The other losses with an exponential psi have a temperature of one.
+        hyper: dict[str, Any] = {"temperature": 1.0} if name in WITH_TEMPERATURE else {}
         hyper |= {"epsilon": 0.2} if name == "triplet" else {}
         hyper |= {"scale": 8.0} if name == "coria" else {}
         by_loss[name] = pairwise_importance(name, f, f_aug, **hyper)[0, 1:]
-    tau = temperature / 2
+    tau = config.temperature / 2
     by_rule = {
         "entropy": min_player("entropy", f, f_aug, temperature=tau)[0, 1:],
         "inverse": min_player("inverse", f, f_aug, temperature=tau, gamma=GAMMA)[0, 1:],
@@ -205,6 +208,47 @@ def _rules(config: Config, key: Array) -> dict:
     }
 
 
+def _half_squares(f: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Half the squared distances from raw differences."""
+    return np.sum((f[:, None] - other[None]) ** 2, axis=-1) / 2
+
+
+def _explicit(config: Config, key: Array) -> dict:
+    """Importances as the library has them beside their definitions, which are written out in NumPy."""
+    f, f_aug = (np.asarray(view) for view in _draw(config, key))
+    far, near, others = _half_squares(f, f), np.diag(_half_squares(f, f_aug)), _others(config.samples)
+    far = np.take_along_axis(far, others, axis=1)
+
+    def library(alpha):
+        return np.take_along_axis(np.asarray(alpha), others, axis=1)
+
+    def at(temperature):
+        shares = np.exp(-far / temperature)
+        softmax = shares / np.sum(shares, axis=1, keepdims=True)
+        alpha = library(pairwise_importance("infonce", f, f_aug, temperature=temperature, epsilon=0.0))
+        ratio = np.exp((far[:, None, :] - far[:, :, None]) / temperature)
+        weighted = library(pairwise_importance("infonce", f, f_aug, temperature=temperature, epsilon=EPSILON))
+        xi = np.sum(np.exp((near[:, None] - far) / temperature), axis=1)
+        return {
+            "softmax": np.max(np.abs(alpha - softmax)),
+            "ratio": np.max(np.abs(alpha[:, :, None] / alpha[:, None, :] / ratio - 1)),
+            "sum": np.max(np.abs(np.sum(weighted, axis=1) - xi / (EPSILON + xi))),
+            "mean_sum": np.mean(np.sum(weighted, axis=1)),
+        }
+
+    def direct(power):
+        # The d that has this power has a half in its square, as everywhere.
+        weights = np.exp(-(np.sqrt(far) ** power) / config.temperature)
+        alpha = min_player("direct", f, f_aug, temperature=config.temperature, power=power)
+        return np.max(np.abs(library(alpha) - weights / np.sum(weights, axis=1, keepdims=True)))
+
+    found = [at(temperature) for temperature in SOFTMAX_TEMPERATURES]
+    return {
+        **{name: ("temperature", np.array([part[name] for part in found])) for name in found[0]},
+        "direct": ("power", np.array([direct(power) for power in DIRECT_POWERS])),
+    }
+
+
 def run(config: Config, context: Context) -> dict:
     """Closed forms beside searches, weights by distance, and rules that are in use."""
     first, second = jax.random.split(jax.random.key(context.seed))
@@ -214,6 +258,7 @@ def run(config: Config, context: Context) -> dict:
     context.progress("weights and rules", 0.8)
     weights, rules = jax.device_get((_weights(config), _rules(config, second)))
     return {
+        "explicit": _explicit(config, jax.random.fold_in(first, 1)),
         "search": {
             name: {key: (dims[key], value) if key in dims else value for key, value in entry.items()}
             for name, entry in searched.items()
@@ -233,6 +278,7 @@ def run(config: Config, context: Context) -> dict:
 
 def claims(config: Config, saved: Saved) -> Iterator[Claim]:
     """What the slides say of the min player, of losses, and of alpha that is set otherwise."""
+    yield _of_softmax(saved)
     yield _of_exponentials(saved)
     yield _of_near_pairs(saved)
     yield _of_regularizers(saved)
@@ -248,6 +294,44 @@ def _lower(saved: Saved, *names: str) -> float:
     """How far the losses of the best searches are from those of the closed forms."""
     parts = [saved[f"search/{name}"] for name in names]
     return largest([np.min(part["loss"]) - part["least"] for part in parts])
+
+
+def _of_softmax(saved: Saved) -> Claim:
+    part = {name: np.asarray(saved[f"explicit/{name}"]) for name in ("softmax", "ratio", "sum", "mean_sum")}
+    return qualified(
+        "softmax",
+        "The importance of InfoNCE is the softmax of -d_ij^2 / t over the other samples j",
+        f"{PAPER}, the talk's slide on the min player",
+        condition="epsilon = 0, as is printed",
+        inside=[
+            at_most(
+                "largest gap to the softmax of half squared differences",
+                np.max(part["softmax"]),
+                1e-12,
+                why=ROUNDING,
+            ),
+            at_most(
+                "alpha_ij / alpha_ik over exp((d_ik^2 - d_ij^2) / t), less one",
+                np.max(part["ratio"]),
+                1e-12,
+                why=ROUNDING,
+            ),
+        ],
+        outside=[
+            at_most(
+                f"epsilon {EPSILON}: sums of rows less xi_i / (epsilon + xi_i)",
+                np.max(part["sum"]),
+                1e-12,
+                why=ROUNDING,
+            ),
+            at_most(
+                "the same: largest mean of these sums, by t",
+                np.max(part["mean_sum"]),
+                0.99,
+                why="the positive pair has the rest",
+            ),
+        ],
+    )
 
 
 def _of_exponentials(saved: Saved) -> Claim:
@@ -311,7 +395,7 @@ def _of_regularizers(saved: Saved) -> Claim:
     why = "L-BFGS takes smooth losses to rounding"
     return stated(
         "regularizers",
-        "Alpha may as well be the minimum for other regularizers: inverse ones, or a square",
+        "Alpha may as well be set directly, or be the minimum for an inverse regularizer, or for a square",
         f"{PAPER}, the talk's slide on alpha-CL (minima are derived)",
         at_most("entropy: largest gap to what searches find", _gap(saved, "entropy"), 1e-10, why=why),
         at_most("inverse: the same", _gap(saved, "inverse"), 1e-10, why=why),
@@ -330,6 +414,12 @@ def _of_regularizers(saved: Saved) -> Claim:
         at_most(
             "inverse and square: largest sum of a row less one",
             largest([*(saved["rule/inverse_sum"] - 1), *np.ravel(saved["rule/exact_sum"] - 1)]),
+            1e-12,
+            why=ROUNDING,
+        ),
+        at_most(
+            "set directly: largest gap to exp(-d_ij^p / t) over the sum of its row",
+            np.max(saved["explicit/direct"]),
             1e-12,
             why=ROUNDING,
         ),
@@ -375,10 +465,12 @@ def figure(config: Config, saved: Saved) -> Figure:
     drawn, ((found, losses), (rules, sums)) = plotting.new_figure(2, 2, width=4.6)
     _search_panel(found, saved)
     at, names = np.asarray(saved["half_squared"]), list(saved["loss"])
-    for name in (EXPONENTIAL[0], "triplet", "coria", "ji"):
+    for name in (*EXPONENTIAL, "triplet", "coria", "ji"):
         weights = np.asarray(saved["by_loss"])[names.index(name)]
-        label = "psi exponential: five losses" if name in EXPONENTIAL else name
-        losses.plot(at, weights / np.max(weights), label=label)
+        look: dict[str, Any] = {"label": name}
+        if name in EXPONENTIAL:
+            look = {"color": "C0", "label": "psi = exp: five losses" if name == EXPONENTIAL[0] else None}
+        losses.plot(at, weights / np.max(weights), **look)
     plotting.finish(
         losses,
         "Weights by loss",
