@@ -1,5 +1,6 @@
 """Contrastive losses: against their table by loops, and their gradients against that of one energy."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -7,12 +8,13 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from dynamics.contrastive import contrastive_energy, min_player, pairwise_importance
 from models.losses import alpha_cl_loss, contrastive_loss
 from models.self_supervised import infonce, soft_triplet
+from tests.helpers import compiled
 
 LOSSES = {
     "infonce": {"temperature": 0.3, "epsilon": 0.7},
@@ -82,30 +84,52 @@ def test_losses_have_the_defaults_that_are_written(name):
         assert contrastive_loss(name, f, f_aug) != contrastive_loss(name, f, f_aug, **other)
 
 
+@partial(compiled, static_argnames=("name", "negatives"))
+def gradient_and_importance(name, negatives, f, f_aug, hyper):
+    gradient = jax.grad(lambda *f: contrastive_loss(name, *f, negatives=negatives, **hyper), (0, 1))
+    return gradient(f, f_aug), pairwise_importance(name, f, f_aug, negatives=negatives, **hyper)
+
+
+def slopes_of_the_energy(alpha, f, f_aug):
+    """Those of sum_ij alpha_ij (|f_i - f_j|^2 - |f_i - f'_i|^2) in f and in f', from differences."""
+    between = np.einsum("ij,ijk->ik", alpha + alpha.T, f[:, None] - f[None])
+    within = alpha.sum(axis=1)[:, None] * (f - f_aug)
+    return 2 * (between - within), 2 * within
+
+
 @given(
     name=st.sampled_from(sorted(LOSSES)),
-    n=st.sampled_from([2, 3, 64]),
-    temperature=st.sampled_from([0.01, 0.1, 2.0]),
-    seed=st.integers(0, 10**6),
     both=st.booleans(),
+    n=st.integers(2, 64),
+    width=st.integers(1, 8),
+    scale=st.floats(0.05, 5),
+    temperature=st.floats(0.01, 2),
+    distinct=st.integers(2, 64),
+    seed=st.integers(0, 10**6),
 )
-def test_a_loss_has_the_gradient_of_minus_half_its_energy(name, n, temperature, seed, both):
-    f, f_aug = views(seed, n)
-    hyper = {**LOSSES[name], **({"temperature": temperature} if "temperature" in LOSSES[name] else {})}
-    negatives = "both" if both else "view"
-    gradient = jax.grad(lambda *f: contrastive_loss(name, *f, negatives=negatives, **hyper), (0, 1))(f, f_aug)
-    alpha = pairwise_importance(name, f, f_aug, negatives=negatives, **hyper)
-
-    def energy(f, f_aug):
-        if both:
-            f, f_aug = jnp.concatenate([f, f_aug]), jnp.concatenate([f_aug, f])
-        return contrastive_energy(alpha, f, f_aug)
-
-    other = jax.grad(energy, (0, 1))(f, f_aug)
-    scale = max(np.linalg.norm(part) for part in gradient)
-    for ours, theirs in zip(gradient, other, strict=True):
+@example("infonce", True, 64, 3, 1.0, 0.01, 64, 0)
+@example("infonce", False, 2, 1, 1.0, 2.0, 64, 0)
+@example("soft_triplet", False, 8, 2, 5.0, 0.01, 3, 1)
+def test_a_loss_has_the_gradient_of_minus_half_its_energy(
+    name, both, n, width, scale, temperature, distinct, seed
+):
+    """Samples are duplicates where fewer of them are distinct than there are."""
+    distinct = min(distinct, n)
+    f, f_aug = (scale * view[np.arange(n) % distinct] for view in views(seed, distinct, width))
+    anchors, others = (np.concatenate([f, f_aug]), np.concatenate([f_aug, f])) if both else (f, f_aug)
+    hyper = LOSSES[name] | ({"temperature": temperature} if "temperature" in LOSSES[name] else {})
+    if name == "triplet":  # its kinks have no gradient
+        near = np.sum((anchors[:, None] - anchors[None]) ** 2, axis=-1) / 2
+        u = np.sum((anchors - others) ** 2, axis=1)[:, None] / 2 - near
+        assume(np.min(np.abs(u + hyper["epsilon"])) > 1e-6)
+    gradient, alpha = gradient_and_importance(name, "both" if both else "view", f, f_aug, hyper)
+    of_first, of_second = slopes_of_the_energy(np.asarray(alpha), anchors, others)
+    if both:
+        of_first, of_second = of_first[:n] + of_second[n:], of_second[:n] + of_first[n:]
+    size = max(np.linalg.norm(part) for part in gradient)
+    for ours, energy in zip(gradient, (of_first, of_second), strict=True):
         assert np.all(np.isfinite(ours))
-        np.testing.assert_allclose(ours, -theirs / 2, atol=1e-12 * scale, rtol=1e-12)
+        np.testing.assert_allclose(ours, -energy / 2, atol=1e-12 * size, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", LOSSES)
