@@ -98,7 +98,8 @@ def decoupled_flow(
 
     Returns:
         A `Trajectory` with `ys` the `Modes`, (T, ...) with the broadcast shape. On a mode that collapses tau
-        grows without bound where eta >= beta.
+        grows without bound where eta >= beta. From p < 0 the network may pass zero, where tau is infinite
+        and the solve fails, if the moving average is slow.
 
     Raises:
         ValueError: the shapes do not broadcast, a number is out of range and can be looked at, or `ema_rate`
