@@ -59,7 +59,7 @@ EMA_RATES = (0.02, 0.1, 0.5, 2.0, np.inf)  # the last is no moving average
 TARGETS = (0.5, 1.0, 1.5)  # tau at the start
 EDGE = 1e-3  # how far from a threshold, relatively, starts on both of its sides are
 LONG = 3000.0  # time after which starts near a threshold have left it
-PLANE = 0.12, 0.008  # the largest p and s of the portrait
+PLANE = 0.12, 0.01  # the largest p and s of the portrait
 STIFF = 1e4  # a moving average that is as good as none
 WALKERS = (0.02, 0.035, 0.06, 0.3)  # p of the modes of a network at the start
 
@@ -401,7 +401,7 @@ def _of_decay(saved: Saved) -> Claim:
 
 def _of_predictor_rate(saved: Saved) -> Claim:
     thresholds = np.asarray(saved["threshold/by_imbalance"])
-    c = np.asarray(saved["threshold/imbalance"])
+    c, rates = np.asarray(saved["threshold/imbalance"]), np.asarray(saved["threshold/rate"])
     return qualified(
         "predictor-rate",
         "A larger learning rate of the predictor makes the basin of collapse smaller",
@@ -413,7 +413,7 @@ def _of_predictor_rate(saved: Saved) -> Claim:
                 (np.diff(thresholds[c > 0], axis=1) < 0) | (thresholds[c > 0][:, 1:] == 0),
             ),
             at_most(
-                "the largest rate over the smallest: largest ratio of thresholds",
+                f"rate {rates[-1]:g} over rate {rates[0]:g}: largest ratio of thresholds",
                 np.max(thresholds[c > 0][:, -1] / thresholds[c > 0][:, 0]),
                 0.8,
                 why="the push is alpha_p c",
@@ -434,7 +434,7 @@ def _of_predictor_rate(saved: Saved) -> Claim:
 def _of_moving_average(saved: Saved) -> Claim:
     threshold, spacing = np.asarray(saved["momentum/threshold"]), saved["momentum/spacing"]
     below, above = np.asarray(saved["momentum/beside"])
-    half, even, more = threshold
+    (half, even, more), targets = threshold, np.asarray(saved["momentum/target"])
     return qualified(
         "moving-average",
         "A slow moving average makes the basin of collapse smaller",
@@ -442,7 +442,7 @@ def _of_moving_average(saved: Saved) -> Claim:
         condition="the target starts larger than the online network is, tau > 1",
         inside=[
             at_least(
-                "tau = 1.5: threshold without average less that with the slowest one, in spacings of starts",
+                f"tau = {targets[2]:g}: threshold without average less that with the slowest, in spacings",
                 (more[-1] - more[0]) / spacing,
                 3,
                 why="a larger target pulls for longer",
@@ -451,7 +451,10 @@ def _of_moving_average(saved: Saved) -> Claim:
         ],
         outside=[
             at_most(
-                "tau = 1: spread over averages, in spacings", np.ptp(even) / spacing, 0, why="it is p_minus"
+                f"tau = {targets[1]:g}: spread over averages, in spacings",
+                np.ptp(even) / spacing,
+                0,
+                why="it is p_minus",
             ),
             at_most(
                 "tau = 1, 0.1 % below p_minus: end, all averages", largest(below), 1e-6, why="they collapse"
@@ -460,7 +463,7 @@ def _of_moving_average(saved: Saved) -> Claim:
                 "tau = 1, 0.1 % above p_minus: least end", np.min(above), 0.75, why="they stay, near p_plus"
             ),
             at_least(
-                "tau = .5: threshold with the slowest average less that without, in spacings",
+                f"tau = {targets[0]:g}: threshold with the slowest average less that without, in spacings",
                 (half[0] - half[-1]) / spacing,
                 3,
                 why="a smaller target pulls less for longer",
@@ -524,7 +527,7 @@ def _of_walk(saved: Saved) -> Claim:
             (ends["trained"] > minus) == (np.asarray(saved["walk/trained/p"])[0] > minus),
         ),
         at_most(
-            "p at the end less that of the flow, at the smallest rate",
+            f"p at t = {saved['walk/time'][-1]:g} less that of the flow, at the smallest rate",
             largest(ends["trained"] - ends["theory"]),
             1e-3,
             why="both are at rest, but for modes that still fall",
@@ -582,5 +585,7 @@ def _portrait_panel(ax: Axes, saved: Saved) -> None:
         if start < p[-1]:
             way = (np.asarray(saved[f"walk/trained/{name}"])[:, index] for name in "ps")
             ax.plot(*way, ".-", color=f"C{2 + index}", ms=3, label=f"network, from p = {start:.3g}")
+            flow = (np.asarray(saved[f"walk/theory/{name}"])[:, index] for name in "ps")
+            ax.plot(*flow, **plotting.THEORY)
     ax.set(xlim=(0, p[-1]), ylim=(0, s[-1]))
     plotting.finish(ax, "Portrait (grey: collapses)", "p", "s", "upper left")
