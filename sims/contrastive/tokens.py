@@ -33,6 +33,7 @@ from sims.results import Context, Saved
 
 SECTION = "tian2023nonlinear, Section 5 (the public code's network of two layers)"
 TEMPERATURE = 0.1
+FOUND = 0.95  # the cosine from which on a node is one for a token
 RECORDS = 20
 
 
@@ -86,11 +87,11 @@ class Config:
                 raise ValueError(f"{name} must be at most {bound}, got {getattr(self, name)}")
 
 
-_REPORTED = Config(10, 20, 5, 40, 5, 25, 50, 128, 5000, 0.02, runs=2)
+_REPORTED = Config(10, 20, 5, 40, 5, 25, 50, 128, 5000, 0.02, runs=8)
 PRESETS: dict[Preset, Config] = {
     "quick": Config(),
     "standard": _REPORTED,
-    "paper": replace(_REPORTED, runs=8),
+    "paper": replace(_REPORTED, runs=32),
 }
 
 
@@ -119,16 +120,25 @@ def _weights(key: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _observe(present: Array, params: dict[str, Any]) -> dict[str, Array]:
-    """Mean cosines of tokens with their closest nodes, by network."""
+    """Cosines of tokens with their closest nodes, by network.
+
+    Of the tokens of patterns these are the mean, the least, and the share of tokens that no node is for; of
+    others the mean, the mean of what is positive, and the largest.
+    """
     overlaps = jnp.stack(
         [
             token_overlaps(params[name]["filters"]["kernel"][...], signed=NETS[name][0] is not _same)
             for name in NETS
         ]
     )
+    there, elsewhere = ({"axis": (1, 2), "where": which[None]} for which in (present, ~present))
     return {
-        "present": jnp.mean(overlaps, axis=(1, 2), where=present[None]),
-        "absent": jnp.mean(overlaps, axis=(1, 2), where=~present[None]),
+        "present": jnp.mean(overlaps, **there),
+        "least": jnp.min(overlaps, initial=1.0, **there),
+        "missed": jnp.mean(overlaps < FOUND, **there),
+        "absent": jnp.mean(overlaps, **elsewhere),
+        "left": jnp.mean(jnp.maximum(overlaps, 0), **elsewhere),
+        "most": jnp.max(overlaps, initial=-1.0, **elsewhere),
     }
 
 
@@ -172,16 +182,16 @@ def run(config: Config, context: Context) -> dict:
     return {
         "net": ("net", list(NETS)),
         "step": ("step", found["step"][0]),
-        "present": ("run step net", found["present"]),
-        "absent": ("run step net", found["absent"]),
+        **{name: ("run step net", value) for name, value in found.items() if name not in ("ok", "step")},
     }
 
 
 def claims(config: Config, saved: Saved) -> Iterator[Claim]:
     """Which tokens the network has nodes for, and what that needs."""
-    present, absent = (np.asarray(saved[name]) for name in ("present", "absent"))
+    present, left = (np.asarray(saved[name]) for name in ("present", "left"))
     # Runs by network: ReLU and normalized, linear, and not normalized.
-    (ours, linear, plain), (others, _, others_plain) = present[:, -1].T, absent[:, -1].T
+    (ours, linear, _), (others, _, others_plain) = present[:, -1].T, left[:, -1].T
+    most, signed = (np.asarray(saved[name])[:, -1, 0] for name in ("most", "absent"))
     yield stated(
         "contrast",
         "ReLU nodes come closer to the tokens of patterns than linear ones do, and normalized ones "
@@ -195,28 +205,46 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
     )
     yield qualified(
         "recovered",
-        "In a network of two layers that is trained by InfoNCE each token of the patterns has a node",
+        "In a network of two layers that is trained by InfoNCE each token of the patterns has a node, but "
+        "for few where nodes are normalized",
         SECTION,
         condition="its nodes are ReLU",
         preset="standard",
         inside=[
-            at_least("least mean cosine with the closest node", np.min(ours), 0.95, why="0.998 is reported"),
-            at_most("largest one at the start", np.max(present[:, 0, 0]), 0.6, why="nodes are random there"),
-            at_least("without normalization: least", np.min(plain), 0.95, why="the gate is what it takes"),
+            at_least("least mean cosine with the closest node", np.min(ours), FOUND, why="0.998 is reported"),
+            at_most(
+                f"largest share of tokens with a cosine below {FOUND} in a run",
+                np.max(np.asarray(saved["missed"])[:, -1, 0]),
+                0.08,
+                why=f"with cosines as at the start, about 0.4, more take the mean below {FOUND}",
+            ),
+            at_most("largest mean at the start", np.max(present[:, 0, 0]), 0.6, why="nodes are random there"),
+            at_least(
+                "without normalization: least cosine of all tokens and runs",
+                np.min(np.asarray(saved["least"])[:, -1, 2]),
+                FOUND,
+                why="the gate is what it takes",
+            ),
         ],
-        outside=[at_most("linear nodes, up to sign: largest", np.max(linear), 0.9, why="they mix tokens")],
+        outside=[
+            at_most("linear nodes, up to sign: largest mean", np.max(linear), 0.9, why="they mix tokens")
+        ],
     )
     yield qualified(
         "others",
-        "No node is left for a token that the patterns do not have at its location",
+        "On average no node is left for a token that the patterns do not have at its location",
         SECTION,
         condition="nodes are normalized over the batch",
         preset="standard",
         inside=[
             at_most(
-                "largest mean cosine with the closest node", np.max(others), 0.05, why="0.003 is reported"
+                "cosine with the closest node, zero where it is negative: largest mean of a run",
+                np.max(others),
+                0.05,
+                why="0.003 is reported of the mean with signs",
             ),
-            at_least("least one at the start", np.min(absent[:, 0, 0]), 0.2, why="nodes are random there"),
+            at_most("mean with signs: largest of a run", np.max(signed), 0.05, why="0.003 is reported"),
+            at_least("least mean at the start", np.min(left[:, 0, 0]), 0.2, why="nodes are random there"),
         ],
         outside=[
             at_least(
@@ -225,6 +253,12 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
                 0.05,
                 why="normalized nodes are to stay below",
             ),
+            at_least(
+                "single tokens: largest cosine of all runs",
+                np.max(most),
+                0.1,
+                why="a few tokens keep a node, which a mean does not show",
+            ),
         ],
     )
 
@@ -232,7 +266,7 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
 def figure(config: Config, saved: Saved) -> Figure:
     """Cosines over training, of the tokens of patterns and of others."""
     drawn, ((tokens, others),) = plotting.new_figure(1, 2)
-    panels = ((tokens, "present", "Tokens of the patterns"), (others, "absent", "Other tokens"))
+    panels = ((tokens, "present", "Tokens of the patterns"), (others, "left", "Other tokens"))
     for ax, name, title in panels:
         mean = np.mean(np.asarray(saved[name]), axis=0)
         for index, label in enumerate(NETS):
