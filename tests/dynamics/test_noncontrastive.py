@@ -285,11 +285,29 @@ def test_the_imbalance_of_a_mode_decays(eta, beta):
     np.testing.assert_allclose(c, np.exp(-2 * eta * ts)[:, None, None] * c[:1], atol=1e-8)
 
 
+def test_a_large_portrait_is_solved_in_pieces():
+    p0, s0 = np.linspace(0, 1, 43)[:, None], np.linspace(0.01, 1, 51)  # 2193 elements: more than a piece
+    ts = [0.0, 3.0, 20.0]
+    whole = decoupled_flow(p0, s0, 0.8, ts, **MODES)
+    assert whole.ys.p.shape == (3, 43, 51)
+    assert bool(whole.ok)
+    for rows in (slice(0, 3), slice(40, 43)):
+        part = decoupled_flow(p0[rows], s0, 0.8, ts, **MODES)
+        for large, small in zip(whole.ys, part.ys, strict=True):
+            np.testing.assert_allclose(large[:, rows], small, atol=1e-7)
+    with pytest.raises(RuntimeError, match="limit: 3 steps"):
+        decoupled_flow(p0, s0, 0.8, ts, **MODES, max_steps=3)
+    failed = decoupled_flow(p0, s0, 0.8, ts, **MODES, max_steps=3, throw=False)
+    assert not bool(failed.ok)
+    traced = jax.jit(lambda p0: decoupled_flow(p0, s0, 0.8, ts, **MODES, throw=False).ys.p)(p0)
+    np.testing.assert_allclose(traced, whole.ys.p, atol=1e-9)
+
+
 def test_a_target_that_collapses_more_slowly_grows_in_proportion():
     # As s vanishes tau tends to beta / (beta - eta), which a division by s would lose in 32-bit.
     rates = {"augmentation_variance": 0.25, "predictor_rate": 1.0, "ema_rate": 0.5, "weight_decay": 0.4}
     p0, s0 = np.float32(0.01), np.float32(1e-4)
-    path = decoupled_flow(p0, s0, np.float32(1), np.float32([0, 400]), **rates)
+    path = decoupled_flow(p0, s0, np.float32(1), np.array([0, 400], np.float32), **rates)
     assert path.ys.tau.dtype == np.float32
     assert path.ys.tau[-1] == pytest.approx(5, rel=1e-4)
     # A mode that has collapsed entirely is one, too.
@@ -352,7 +370,7 @@ def test_starts_on_either_side_of_the_threshold_end_apart():
         ends = decoupled_flow(
             p0, p0**2, 1.0, [0.0, 1500.0], **MODES | {"predictor_rate": 1.0, "ema_rate": beta}
         )
-        np.testing.assert_allclose(ends.ys.p[-1], [0, plus], atol=1e-2 if beta < 1 else 1e-6)
+        np.testing.assert_allclose(ends.ys.p[-1], [0, float(plus)], atol=1e-2 if beta < 1 else 1e-6)
 
 
 def test_a_sweep_compiles_nothing():
