@@ -34,7 +34,9 @@ Activation = Callable[[Any], Any]
 Kind = Literal["linear", "relu", "leaky_relu", "monomial"]
 
 
-def homogeneous_activation(kind: Kind | str, power: int = 2, slope: ArrayLike = 0.1) -> Activation:
+def homogeneous_activation(
+    kind: Kind | str, power: int | None = None, slope: ArrayLike | None = None
+) -> Activation:
     r"""An activation h with h(x) = h'(x) x, by name; monomials have that up to their constant.
 
     | kind | h(x) |
@@ -50,22 +52,26 @@ def homogeneous_activation(kind: Kind | str, power: int = 2, slope: ArrayLike = 
 
     Args:
         kind: "linear", "relu", "leaky_relu" or "monomial".
-        power: p, an integer from 1 on, of monomials.
-        slope: of the leaky ReLU where x is negative, a number between 0 and 1.
+        power: p, an integer from 1 on, of monomials alone; 2 where None.
+        slope: of the leaky ReLU alone, where x is negative, a number between 0 and 1; 0.1 where None.
 
     Returns:
         h, a function of a number.
 
     Raises:
-        ValueError: the kind is unknown, or a number is out of range.
+        ValueError: the kind is unknown or has no such number, or that is out of range.
 
     Example:
         >>> float(homogeneous_activation("monomial", power=2)(3.0))
         4.5
     """
     require_choice("kind", kind, get_args(Kind))
-    power = require_integer("power", power, at_least=1)
-    slope = require_number("slope", slope, jnp.result_type(float), at_least=0, at_most=1)
+    for name, given, own in (("power", power, "monomial"), ("slope", slope, "leaky_relu")):
+        if given is not None and kind != own:
+            raise ValueError(f"{name} is no hyperparameter of {kind}, but of {own} alone")
+    power = require_integer("power", 2 if power is None else power, at_least=1)
+    dtype = jnp.result_type(float)
+    slope = require_number("slope", 0.1 if slope is None else slope, dtype, at_least=0, at_most=1)
     # Functions of the module, so that programs that were compiled for one are found again.
     return {
         "linear": Partial(_linear),

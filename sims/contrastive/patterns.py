@@ -171,7 +171,8 @@ def _identities(config: Config, key: Array) -> dict:
         data, noise, weights, node = jax.random.split(key, 4)
         x = normal(data, (sum(COUNTS), DIMENSION))
         x_aug, alpha = _augmented(noise, x), _uneven(weights, len(x))
-        (w,), h = _unit(node, 1), homogeneous_activation(kind, power=POWER)
+        hyper = {"power": POWER} if kind == "monomial" else {}
+        (w,), h = _unit(node, 1), homogeneous_activation(kind, **hyper)
         A = gated_covariance(w, x, x_aug, alpha, h)
         gradient, foretold = jax.grad(_energy)(w, x, alpha, h, x_aug), 2 * A @ w
         size = jnp.linalg.norm(foretold)
