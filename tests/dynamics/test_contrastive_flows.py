@@ -185,6 +185,30 @@ def test_steps_are_of_order_four_and_too_long_ones_are_told():
     assert power_flow(w0, x, x_aug, alpha, h, [0.0, 0.1, 0.2]).ys.shape == (3, 3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_nodes_start_along_the_field_that_is_written(kind):
+    x, x_aug, alpha = views(3)
+    alpha = alpha / 1000  # a field of order one, along which a step of 1e-6 is straight
+    x_aug = x_aug + np.random.default_rng(4).normal(size=x.shape)  # gates of both views differ
+    h, w = homogeneous_activation(kind, **KINDS[kind]), np.array([0.6, 0.0, 0.8])
+    assert np.any((x @ w > 0) != (x_aug @ w > 0))
+    ascent = gated_covariance(w, x, x_aug, alpha, h) @ w
+    path = power_flow(w, x, x_aug, alpha, h, [0.0, 1e-6], steps=1)
+    np.testing.assert_allclose((path.ys[1] - w) / 1e-6, ascent - (w @ ascent) * w, rtol=1e-4, atol=1e-5)
+
+
+def test_nodes_keep_unit_norm_and_the_fastest_tells_whether_steps_are_too_long():
+    _, x, alpha = tokens()
+    slow = -np.sum(tokens()[0], axis=0) / 2  # all of its gates are closed
+    nodes = np.stack([slow, np.sqrt([0.4, 0.3, 0.2, 0.1]) @ tokens()[0]])
+    short, long = (power_flow(nodes, x, x, alpha, jax.nn.relu, [0.0, 1.0], steps=n) for n in (40, 2))
+    assert bool(short.ok)
+    assert not bool(long.ok)
+    assert bool(power_flow(slow, x, x, alpha, jax.nn.relu, [0.0, 1.0], steps=2).ok)
+    for path in (short, long):
+        np.testing.assert_allclose(np.linalg.norm(path.ys, axis=-1), 1, rtol=1e-14)
+
+
 def test_another_call_with_an_activation_by_name_compiles_nothing():
     x, x_aug, alpha = views(2)
 
