@@ -166,12 +166,12 @@ def test_energies_rise_but_for_steps_across_gates():
         out = jax.nn.relu(x @ w)[:, None]
         return contrastive_energy(alpha, out, out)
 
-    falls = []
-    for steps in (4000, 32_000):
+    # How far steps across gates go too far depends on rounding, by a factor of some tens, so that bounds are
+    # shares of the largest energy.
+    largest = np.linalg.eigvalsh(contrastive_covariance(alpha, x, x))[-1]
+    for steps, share in ((4000, 2e-3), (32_000, 2e-4)):
         path = power_flow(w0, x, x, alpha, jax.nn.relu, np.linspace(0, 100, 5), steps=steps)
-        falls.append(-np.min(np.diff(energy(path.ys), axis=0)))
-    assert falls[0] < 2e-3
-    assert falls[1] < falls[0] / 4
+        assert -np.min(np.diff(energy(path.ys), axis=0)) < share * largest
 
 
 def test_steps_are_of_order_four_and_too_long_ones_are_told():
