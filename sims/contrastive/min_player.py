@@ -465,12 +465,11 @@ def figure(config: Config, saved: Saved) -> Figure:
     drawn, ((found, losses), (rules, sums)) = plotting.new_figure(2, 2, width=4.6)
     _search_panel(found, saved)
     at, names = np.asarray(saved["half_squared"]), list(saved["loss"])
-    for name in (*EXPONENTIAL, "triplet", "coria", "ji"):
+    others = {name: f"C{index + 1}" for index, name in enumerate(("triplet", "coria", "ji"))}
+    for name in (*EXPONENTIAL, *others):
         weights = np.asarray(saved["by_loss"])[names.index(name)]
-        look: dict[str, Any] = {"label": name}
-        if name in EXPONENTIAL:
-            look = {"color": "C0", "label": "psi = exp: five losses" if name == EXPONENTIAL[0] else None}
-        losses.plot(at, weights / np.max(weights), **look)
+        label = {EXPONENTIAL[0]: "psi = exp: five losses"}.get(name, name if name in others else None)
+        losses.plot(at, weights / np.max(weights), color=others.get(name, "C0"), label=label)
     plotting.finish(
         losses,
         "Weights by loss",
