@@ -3,6 +3,8 @@
 With weights of pairs that are held, and each matrix on the sphere of unit Frobenius norm, the energy of a
 linear network is tr(W_L ... W_1 X W_1^T ... W_L^T) with X = C_alpha[x, x]. Networks of several depths ascend
 it from random weights; data whose largest eigenvalue is repeated, or negative, tell what the theorem needs.
+Its condition besides is on the layers above the first: W_{>1}^T W_{>1}, with W_{>1} = W_L ... W_2, has a
+largest eigenvalue that is not repeated. A single layer has none above it, and W_{>1} = I.
 """
 
 from __future__ import annotations
@@ -45,10 +47,7 @@ from sims.results import Context, Saved
 THEOREM = "tian2022contrastive, Theorem 3"
 CASES = ("distinct", "repeated", "negative")  # the largest eigenvalue of X
 VARIANCES = (2.0, 0.4)  # of the inputs, from the largest to the least
-FLAT, FLAT_STEPS = (
-    5,
-    60,
-)  # layers from which on starts are close to a flat saddle, and how much longer they take
+FLAT = 5  # matrices from which on starts are close to a flat saddle, and take long
 TANGENT = along_spheres()  # one object: a new one would be compiled anew
 
 
@@ -65,22 +64,38 @@ class Config:
     depths: tuple[Count, ...] = (1, 2, 3, 4)
     """Numbers of matrices."""
     starts: Annotated[int, Range(at_least=2)] = 8
-    """Random starts at each depth."""
+    """Random starts at each depth; few of them are taken from five matrices on."""
+    few: Annotated[int, Range(at_least=2)] = 3
+    """Random starts at each of these depths."""
     rate: Positive = 0.2
     """Learning rate on half of the energy, whose largest value is 1 / 2."""
     steps: Annotated[int, Range(at_least=1000)] = 2000
-    """Steps of training; 60 times as many from five matrices on."""
+    """Steps of training, up to four matrices."""
+    many: Annotated[int, Range(at_least=1000)] = 120_000
+    """Steps of training from five matrices on."""
     descent: Descent = Descent(horizon=12.0, points=30, substeps=(2, 6, 20, 60))
     """Training of two matrices beside the flow, at several learning rates."""
 
     def __post_init__(self):
         check_ranges(self)
+        if self.few > self.starts:
+            raise ValueError(f"few must be at most the {self.starts} starts, got {self.few}")
+        if 1 not in self.depths or len(set(self.depths)) < 2:
+            raise ValueError(f"depths must have 1 and others beside it, got {self.depths}")
 
 
 PRESETS: dict[Preset, Config] = {
     "quick": Config(),
-    "standard": replace(Config(), steps=4000, starts=20, descent=Descent(12.0, 30, (2, 6, 20, 60, 200))),
-    "paper": replace(Config(), samples=200, inputs=20, width=30, depths=(1, 2, 3, 4, 6), starts=64),
+    "standard": replace(
+        Config(),
+        depths=(1, 2, 3, 4, 5, 6),
+        steps=4000,
+        starts=20,
+        descent=Descent(12.0, 30, (2, 6, 20, 60, 200)),
+    ),
+    "paper": replace(
+        Config(), samples=200, inputs=20, width=30, depths=(1, 2, 3, 4, 5, 6), starts=64, few=16, steps=4000
+    ),
 }
 
 
@@ -127,14 +142,17 @@ def _shape(matrices: list[Array], X: Array) -> dict[str, Array]:
     aligned = [jnp.abs(jnp.dot(after[2][0], before[0][:, 0])) for before, after in pairwise(parts)]
     vectors = jnp.linalg.eigh(X)[1]
     first = parts[0][2][0] @ vectors[:, ::-1]
-    product = partial(jax.tree.reduce, lambda before, W: W @ before)(matrices)
+    above = jax.tree.reduce(lambda before, W: W @ before, matrices[1:], jnp.eye(len(matrices[0])))
+    gram = jnp.linalg.eigvalsh(above.T @ above)
     return {
         "energy": deep_linear_energy(matrices, X),
         "second": jnp.max(jnp.stack([values[1] / values[0] for _, values, _ in parts])),
         "alignment": jnp.min(jnp.stack([jnp.ones(()), *aligned])),
+        "direction": parts[0][2][0],
         "component": jnp.abs(first[0]),
         "plane": jnp.linalg.norm(first[:2]),
-        "product": jnp.linalg.norm(product),
+        "product": jnp.linalg.norm(above @ matrices[0]),
+        "above": gram[-2] / gram[-1],
     }
 
 
@@ -142,7 +160,7 @@ def _shape(matrices: list[Array], X: Array) -> dict[str, Array]:
 def _trained(config: Config, depth: int, data: dict[str, Array], key: Array) -> dict:
     """Where networks of one depth end, by case and start, and their energies on the way."""
     sizes = (config.inputs, *[config.width] * depth)
-    steps = config.steps * (FLAT_STEPS if depth >= FLAT else 1)
+    steps, starts = (config.many, config.few) if depth >= FLAT else (config.steps, config.starts)
     optimizer = optax.chain(TANGENT, optax.sgd(config.rate))
 
     def one(key, data):
@@ -158,7 +176,7 @@ def _trained(config: Config, depth: int, data: dict[str, Array], key: Array) -> 
         )
         return _shape(weights(last), X) | {"path": path.ys}
 
-    keys = jax.random.split(key, config.starts)
+    keys = jax.random.split(key, starts)
     return jax.vmap(jax.vmap(one, (0, None)), (None, 0))(keys, data)
 
 
@@ -201,15 +219,22 @@ def run(config: Config, context: Context) -> dict:
     context.progress("training beside the flow", 0.8)
     X = jax.vmap(contrastive_covariance)(data["alpha"], data["x"], data["x_aug"])
     spectrum = np.linalg.eigvalsh(np.asarray(X))[:, ::-1]
-    ends = jax.tree.map(lambda *parts: np.stack(parts), *found)
-    paths = ends.pop("path")
+    paths = np.stack([part.pop("path")[0, 0] for part in found])
+    # Few starts of a depth are filled up with the first of them.
+    filled = [
+        jax.tree.map(lambda leaf: leaf[:, np.arange(config.starts) % leaf.shape[1]], part) for part in found
+    ]
+    ends = jax.tree.map(lambda *parts: np.stack(parts), *filled)
     return {
         "depth": ("depth", np.asarray(config.depths)),
         "case": ("case", list(CASES)),
         "spectrum": ("case eigenvalue", spectrum),
         "best": ("case", np.asarray(jax.vmap(lambda X: deep_linear_maximum(X).energy)(X))),
-        "end": ("depth case start", ends),
-        "path": ("depth record", paths[:, 0, 0]),
+        "end": {
+            name: ("depth case start" + (" input" if name == "direction" else ""), part)
+            for name, part in ends.items()
+        },
+        "path": ("depth record", paths),
         "descent": _followed(config, data, start),
     }
 
@@ -231,40 +256,95 @@ def _of_theorem(saved: Saved) -> Claim:
         for index in range(len(CASES))
     )
     best, spectrum = np.asarray(saved["best"]), np.asarray(saved["spectrum"])
-    layered = np.asarray(saved["depth"]) > 1
-    rest = "training has come to rest"
+    depth = np.asarray(saved["depth"])
+    layered, many = depth > 1, depth < FLAT
+    between = repeated["direction"] @ np.swapaxes(repeated["direction"], -1, -2)
+    rest, alone = "training has come to rest", "W_{>1} = I"
+    positive = (distinct, repeated)
     return qualified(
         "theorem",
         "Almost every local maximum of a deep linear network is global: all its matrices have rank one and "
-        "are aligned, the first along the leading eigenvector of X, and its energy is the eigenvalue",
-        THEOREM,
-        condition="the largest eigenvalue is positive and not repeated, and matrices have unit norm",
+        "are aligned, the first along a leading eigenvector of X, and its energy is the eigenvalue",
+        f"{THEOREM} (its unit norms are not on the slide; derived: one eigenvector, and one layer)",
+        condition="lambda_max(X) > 0, W_{>1}^T W_{>1} has a largest eigenvalue that is not repeated, and "
+        "matrices have unit norm",
         inside=[
             at_most(
-                "second eigenvalue over the largest", spectrum[0, 1] / spectrum[0, 0], 0.9, why="they differ"
+                "two layers and more, X with a repeated eigenvalue or without: second eigenvalue of "
+                "W_{>1}^T W_{>1} over the largest",
+                max(np.max(case["above"][layered]) for case in positive),
+                1e-12,
+                why="so the condition is met, whether X has it or not",
             ),
             at_most(
-                "all depths and starts: energy less the eigenvalue, over it",
-                largest(distinct["energy"] / best[0] - 1),
+                "the same: energy less the eigenvalue, over it",
+                max(
+                    largest(case["energy"][layered] / top - 1)
+                    for case, top in zip(positive, best, strict=False)
+                ),
                 1e-12,
                 why=rest,
             ),
-            at_most("second singular value over the first", largest(distinct["second"]), 1e-10, why=rest),
-            at_least("least cosine of neighbours", np.min(distinct["alignment"]), 1 - 1e-12, why=rest),
-            at_least("least cosine with the eigenvector", np.min(distinct["component"]), 1 - 1e-12, why=rest),
+            at_most(
+                "the same: second singular value of a matrix over the first",
+                max(largest(case["second"][layered]) for case in positive),
+                1e-10,
+                why=rest,
+            ),
+            at_least(
+                "the same: least cosine of neighbours",
+                min(np.min(case["alignment"][layered]) for case in positive),
+                1 - 1e-12,
+                why=rest,
+            ),
+            at_least(
+                "eigenvalue repeated: least part of v_0 in its plane",
+                np.min(repeated["plane"][layered]),
+                1 - 1e-12,
+                why=rest,
+            ),
+            at_most(
+                "eigenvalue not repeated: the second eigenvalue of X over it",
+                spectrum[0, 1] / spectrum[0, 0],
+                0.9,
+                why="they differ",
+            ),
+            at_least(
+                "the same: least cosine of v_0 with its eigenvector, one layer included",
+                np.min(distinct["component"]),
+                1 - 1e-12,
+                why=rest,
+            ),
+            at_most(
+                "the same, one layer: second singular value over the first",
+                largest(distinct["second"][~layered]),
+                1e-10,
+                why="all rows are along one eigenvector",
+            ),
         ],
         outside=[
-            at_most(
-                "eigenvalue repeated: energy less it",
-                largest(repeated["energy"] / best[1] - 1),
-                1e-12,
-                why="the energy is what it was",
-            ),
-            at_least("the same: least part in its plane", np.min(repeated["plane"]), 1 - 1e-12, why=rest),
             at_least(
-                "the same: spread of the cosine with one of its vectors",
-                np.min(np.ptp(repeated["component"], axis=-1)),
-                0.3,
+                "one layer: second eigenvalue of W_{>1}^T W_{>1} over the largest",
+                np.min(repeated["above"][~layered]),
+                1,
+                why=alone,
+            ),
+            at_least(
+                "one layer, eigenvalue repeated: least second singular value over the first",
+                np.min(repeated["second"][~layered]),
+                0.01,
+                why=f"rows end anywhere in the plane, as {alone}",
+            ),
+            at_most(
+                "the same: energy less the eigenvalue, over it",
+                largest(repeated["energy"][~layered] / best[1] - 1),
+                1e-12,
+                why="the maximum is global all the same",
+            ),
+            at_most(
+                f"eigenvalue repeated, below {FLAT} matrices: least cosine of two starts' v_0",
+                np.max(np.min(np.abs(between[many]), axis=(1, 2))),
+                0.9,
                 why="starts end anywhere in the plane",
             ),
             at_most(
@@ -283,7 +363,7 @@ def _of_theorem(saved: Saved) -> Claim:
 def figure(config: Config, saved: Saved) -> Figure:
     """Energies on the way, spectra of the data, singular values beside the flow, and the gap to it."""
     drawn, ((energy, spectra), (values, gaps)) = plotting.new_figure(2, 2, width=4.6)
-    _energy_panel(energy, saved)
+    _energy_panel(energy, config, saved)
     for index, (name, marker) in enumerate(zip(CASES, "osD", strict=True)):
         spectrum = np.asarray(saved["spectrum"])[index]
         spectra.plot(np.arange(1, spectrum.size + 1), spectrum, f"{marker}-", label=f"largest: {name}")
@@ -304,10 +384,10 @@ def figure(config: Config, saved: Saved) -> Figure:
     return drawn
 
 
-def _energy_panel(ax: Axes, saved: Saved) -> None:
+def _energy_panel(ax: Axes, config: Config, saved: Saved) -> None:
     steps = np.linspace(0, 1, np.asarray(saved["path"]).shape[1])
     for index, depth in enumerate(np.asarray(saved["depth"])):
-        more = f" (steps × {FLAT_STEPS})" if depth >= FLAT else ""
+        more = f" (steps × {config.many / config.steps:g})" if depth >= FLAT else ""
         path = np.asarray(saved["path"])[index] / np.asarray(saved["best"])[0]
         ax.semilogy(steps, np.maximum(path, 1e-6), label=f"{depth} matri{'x' if depth == 1 else 'ces'}{more}")
     plotting.finish(
