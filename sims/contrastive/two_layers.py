@@ -73,7 +73,7 @@ class Config:
     """Learning rate, on the mean loss of a sample."""
     steps: Annotated[int, Range(at_least=1000)] = 2000
     """Steps of training; a multiple of 100."""
-    descent: Descent = Descent(horizon=12.0, points=20, substeps=(40, 120, 400))
+    descent: Descent = Descent(horizon=12.0, points=20, substeps=(120, 400, 1200))
     """Training of two layers beside the flow, at several learning rates."""
 
     def __post_init__(self):
@@ -85,7 +85,7 @@ class Config:
 PRESETS: dict[Preset, Config] = {
     "quick": Config(),
     "standard": replace(
-        Config(), samples=64, draws=8, steps=3000, descent=Descent(12.0, 20, (40, 120, 400, 1200))
+        Config(), samples=64, draws=8, steps=3000, descent=Descent(12.0, 20, (120, 400, 1200, 4000))
     ),
     "paper": replace(Config(), samples=256, inputs=16, draws=16, steps=10_000),
 }
