@@ -78,7 +78,7 @@ def byol_flow(
         predictor_rate: alpha_p, the predictor's learning rate over that of the network, >= 0.
         ema_rate: beta >= 0, per unit of time. At infinity there is no average: W_a = W at every time, the
             first one included, and `Wa0` is ignored. A fast one is solved by Kvaerno5, with a dense system of
-            all weights, unless it is traced.
+            all weights, unless it or `ts` is traced or weights are 32-bit: then a step takes some 1 / beta.
         weight_decay: eta >= 0.
         **options: those of `dynamics.flow.integrate`.
 
@@ -151,7 +151,8 @@ def no_predictor_flow(
         weight_decay: eta >= 0.
 
     Returns:
-        A `Trajectory` of W, (T, n2, n1).
+        A `Trajectory` of W, (T, n2, n1). Where the matrix times t - t_0 is above 10^10, in 32-bit 10^5, it is
+        NaN and not `ok`: rounding of directions that are kept would be as large as they are.
 
     Raises:
         ValueError: the shapes do not fit, or a matrix or number is out of range and can be looked at.
@@ -170,7 +171,9 @@ def no_predictor_flow(
 @eqx.filter_jit
 def _decay(W0, rates, eta, ts):
     """W0 exp(-(rates + eta I) (t - t_0)), rates a symmetric matrix."""
-    grown = jax.vmap(lambda t: jax.scipy.linalg.expm(-t * rates))(ts - ts[0])
+    # The exponential is squared once for every doubling of the time, and its rounding doubles.
+    squarings = 32 if rates.dtype == jnp.float64 else 16
+    grown = jax.vmap(lambda t: jax.scipy.linalg.expm(-t * rates, max_squarings=squarings))(ts - ts[0])
     ys = jnp.exp(-eta * (ts - ts[0]))[:, None, None] * (W0[None] @ grown)
     return Trajectory(ts, ys, all_finite(ys) & all_finite(ts))
 
@@ -203,7 +206,8 @@ def no_stop_gradient_flow(
         weight_decay: eta >= 0.
 
     Returns:
-        A `Trajectory` of W, (T, n2, n1).
+        A `Trajectory` of W, (T, n2, n1). Where the matrix times t - t_0 is above 10^10, in 32-bit 10^5, it is
+        NaN and not `ok`: rounding of directions that are kept would be as large as they are.
 
     Raises:
         ValueError: the shapes do not fit, or a matrix or number is out of range and can be looked at.

@@ -50,12 +50,14 @@ def predictor_measures(W: ArrayLike, Wp: ArrayLike) -> PredictorMeasures:
     """
     W, Wp = require_arrays(W=W, Wp=Wp)
     require_shapes(W=(W, "... n2 n1"), Wp=(Wp, "... n2 n2"))
-    F, size = W @ W.mT, _norm(Wp)
+    # What has collapsed is small: products of its parts would vanish, and look aligned.
+    V, P = _of_size_one(W), _of_size_one(Wp)
+    F = V @ V.mT
     found = PredictorMeasures(
         jnp.linalg.eigvalsh((Wp + Wp.mT) / 2),
-        jnp.linalg.eigvalsh(F),
-        _share(_norm(F @ Wp - Wp @ F), _norm(F) * size),
-        _share(_norm(Wp - Wp.mT), size),
+        jnp.linalg.eigvalsh(W @ W.mT),
+        _norm(_of_size_one(F) @ P - P @ _of_size_one(F)),
+        _norm(P - P.mT),
     )
     good = all_finite((W, Wp))  # eigenvalues may be numbers where an entry is none
     return jax.tree.map(lambda leaf: nan_unless(good, leaf), found)
@@ -65,5 +67,7 @@ def _norm(A):
     return norm(A, axis=(-2, -1))
 
 
-def _share(part, whole):
-    return part / jnp.where(whole == 0, 1, whole)
+def _of_size_one(A):
+    """The matrices over their norms; zero where they are zero."""
+    size = _norm(A)[..., None, None]
+    return A / jnp.where(size == 0, 1, size)

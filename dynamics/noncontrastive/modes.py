@@ -92,7 +92,8 @@ def decoupled_flow(
         augmentation_variance: sigma^2 >= 0.
         predictor_rate: alpha_p >= 0.
         ema_rate: beta >= 0, concrete. At infinity tau = 1 at every time, the first one included, and `tau0`
-            is ignored. Fast rates are solved by an implicit method, whose systems are three by three.
+            is ignored. Fast rates are solved by an implicit method, whose systems are three by three, unless
+            `ts` is traced or starts are 32-bit: then a step takes some 1 / beta.
         weight_decay: eta >= 0.
         **options: those of `dynamics.flow.integrate`; the solver is `diffrax.Tsit5()` unless rates are fast.
 
@@ -292,9 +293,11 @@ def fixed_points(tau: ArrayLike, weight_decay: ArrayLike, augmentation_variance:
 
 @jax.jit
 def _fixed_points(tau, eta, spread):
-    discriminant = tau**2 - 4 * eta * spread
-    meet = abs(discriminant) <= 8 * jnp.finfo(tau.dtype).eps * tau**2
-    root = jnp.sqrt(jnp.where(meet, 0, discriminant))
+    # Over tau^2, which is beyond the range of numbers for a tau that is not.
+    share = 1 - 4 * spread * (eta / jnp.where(tau == 0, 1, tau)) / jnp.where(tau == 0, 1, tau)
+    discriminant = jnp.where((tau == 0) & (eta > 0), -1, share)
+    meet = abs(discriminant) <= 8 * jnp.finfo(tau.dtype).eps
+    root = abs(tau) * jnp.sqrt(jnp.where(meet, 0, discriminant))
     # The root of the larger magnitude has no cancellation, and tells the other one by their product.
     sum_of_both = tau + jnp.where(tau < 0, -root, root)
     larger = sum_of_both / (2 * spread)

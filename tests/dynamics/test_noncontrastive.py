@@ -23,6 +23,7 @@ from dynamics.noncontrastive import (
     no_predictor_flow,
     no_stop_gradient_flow,
     phase_velocity,
+    predictor_measures,
 )
 from dynamics.noncontrastive.target import _Elementwise
 from tests.helpers import count_compilations
@@ -50,17 +51,19 @@ def loss(weights, target, X, X_aug_cov):
     return (by_mean + jnp.trace(moving @ X_aug_cov @ moving.T) + jnp.trace(held @ X_aug_cov @ held.T)) / 2
 
 
-@pytest.mark.parametrize("rank", [None, 2])
-def test_the_flow_descends_the_loss_of_two_views(rank):
-    (W, Wp, Wa), X, X_aug_cov = setting(0, rank=rank)
+@pytest.mark.parametrize(("rank", "n1", "n2"), [(None, 4, 3), (2, 4, 3), (1, 2, 3)])
+def test_the_flow_descends_the_loss_of_two_views(rank, n1, n2):
+    (W, Wp, Wa), X, X_aug_cov = setting(0, n1, n2, rank)
     alpha_p, beta, eta = RATES.values()
 
     @jax.jit
     def field(t, flat):
-        W, Wp, Wa = jnp.split(flat, [12, 21])
-        W, Wp, Wa = W.reshape(3, 4), Wp.reshape(3, 3), Wa.reshape(3, 4)
-        dW, dWp = jax.grad(loss)((W, Wp), Wa, X, X_aug_cov)
-        parts = -dW - eta * W, -alpha_p * dWp - eta * Wp, beta * (W - Wa)
+        parts = jnp.split(flat, [W.size, W.size + Wp.size])
+        own, predictor, target = (
+            part.reshape(-1, size) for part, size in zip(parts, (n1, n2, n1), strict=True)
+        )
+        d_own, d_predictor = jax.grad(loss)((own, predictor), target, X, X_aug_cov)
+        parts = -d_own - eta * own, -alpha_p * d_predictor - eta * predictor, beta * (own - target)
         return jnp.concatenate([jnp.ravel(part) for part in parts])
 
     ts = [0.0, 0.5, 2.0]
@@ -139,10 +142,48 @@ def test_closed_forms_without_predictor_or_stop_gradient(seed, eta, t0):
     np.testing.assert_allclose(still.ys, np.broadcast_to(W, (3, 3, 4)), atol=1e-14)
 
 
+def test_closed_forms_long_after():
+    Q = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0]
+    moved = Q @ np.diag([0.0, 1.0, 3.0]) @ Q.T  # nothing moves the first direction
+    W, ts = np.ones((2, 3)), [0.0, 1e5, 1e6, 1e9]
+    kept = np.broadcast_to(W @ np.outer(Q[:, 0], Q[:, 0]), (3, 2, 3))
+    for path in (
+        no_predictor_flow(W, moved, ts, weight_decay=0.0),
+        no_stop_gradient_flow(W, np.eye(2), np.eye(3), moved, ts, weight_decay=0.0),
+    ):
+        np.testing.assert_allclose(path.ys[1:], kept, atol=1e-5)
+    gone = no_predictor_flow([[1.0]], [[1.0]], ts, weight_decay=0.0)
+    np.testing.assert_array_equal(np.ravel(gone.ys), [1, 0, 0, 0])
+    assert not bool(no_predictor_flow([[1.0]], [[1.0]], [0.0, 1e12], weight_decay=0.0).ok)
+
+
 def symmetric(seed, n=4):
     random = np.random.default_rng(seed)
     W, Wp = random.normal(size=(n, 2 * n)) / 2, random.normal(size=(n, n)) / 2
     return W @ W.T / n, (Wp + Wp.T) / 2
+
+
+def test_measures_of_a_predictor():
+    random = np.random.default_rng(4)
+    W, Wp = random.normal(size=(2, 3, 5)), random.normal(size=(2, 3, 3))
+    found = predictor_measures(W, Wp)
+    for i, (one, own) in enumerate(zip(W, Wp, strict=True)):
+        F, size = one @ one.T, np.linalg.norm(own)
+        np.testing.assert_allclose(found.p[i], np.linalg.eigvalsh((own + own.T) / 2), rtol=1e-12)
+        np.testing.assert_allclose(found.s[i], np.linalg.eigvalsh(F), rtol=1e-12)
+        assert found.commutator[i] == pytest.approx(
+            np.linalg.norm(F @ own - own @ F) / (np.linalg.norm(F) * size), rel=1e-12
+        )
+        assert found.asymmetry[i] == pytest.approx(np.linalg.norm(own - own.T) / size, rel=1e-12)
+    # A network that has collapsed is as far from aligned, though products of its weights are no numbers.
+    small = predictor_measures(np.float32(1e-25) * W.astype(np.float32), np.float32(1e-25) * Wp)
+    np.testing.assert_allclose(small.commutator, found.commutator, rtol=1e-5)
+    np.testing.assert_allclose(small.asymmetry, found.asymmetry, rtol=1e-5)
+    zero = predictor_measures(0 * W[0], Wp[0])
+    assert (float(zero.commutator), float(predictor_measures(W[0], 0 * Wp[0]).asymmetry)) == (0, 0)
+    # Where all commute, it is zero.
+    aligned = predictor_measures(W[0], W[0] @ W[0].T)
+    assert aligned.commutator <= 1e-14
 
 
 @given(seed=st.integers(0, 99), tau=st.floats(0.2, 2), eta=st.floats(0, 0.5), alpha_p=st.floats(0, 4))
@@ -251,6 +292,19 @@ def test_stiff_rates_close_in_on_no_average_and_mix_with_it():
     np.testing.assert_allclose(ends.p[..., -1], alone.p, atol=1e-7)
 
 
+def test_a_fast_rate_in_32_bit():
+    ts, rates = [0.0, 5.0], RATES | {"ema_rate": 2e3}
+    path = decoupled_flow(np.float32(0.3), 0.2, 0.7, ts, augmentation_variance=0.25, **rates)
+    exact = decoupled_flow(0.3, 0.2, 0.7, ts, augmentation_variance=0.25, **rates)
+    for found, expected in zip(path.ys, exact.ys, strict=True):
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, atol=2e-5)  # a step may be wrong by 10^-6
+    (W, Wp, Wa), X, X_aug_cov = setting(1)
+    small = byol_flow(W.astype(np.float32), Wp, Wa, X, X_aug_cov, ts, **rates)
+    large = byol_flow(W, Wp, Wa, X, X_aug_cov, ts, **rates)
+    np.testing.assert_allclose(small.ys.W, large.ys.W, atol=2e-5)
+
+
 @pytest.mark.slow
 def test_what_is_solved_implicitly_has_derivatives():
     def end(s0, rate, **options):
@@ -337,6 +391,12 @@ def test_where_fixed_points_meet_and_where_one_is_zero():
     np.testing.assert_allclose(lower, [0.4, 0.4, 0], rtol=1e-12)
     np.testing.assert_allclose(upper, [0.4, 0.4, 0.8], rtol=1e-12)
     np.testing.assert_array_equal(fixed_points(0.0, 0.0, 0.25), np.zeros(2))
+    assert np.all(np.isnan(fixed_points(0.0, 0.1, 0.25)))
+    # The square of tau is no number of 32 bits, and weight decay may be as small as that.
+    for tau in np.array([1e-25, 1e25], np.float32):
+        np.testing.assert_allclose(fixed_points(tau, 0.0, 0.25), [0, tau / 1.25], rtol=1e-6)
+    assert np.all(np.isnan(fixed_points(np.float32(1e-25), 1e-30, 0.25)))
+    assert fixed_points(np.float32(1e25), 1.0, 0.25).p_minus == pytest.approx(1e-25, rel=1e-6)
     slopes = jax.vmap(jax.grad(phase_velocity), (0, None, None, None))(
         jnp.array([0.0422291, 0.7577709]), 1.0, 0.04, 0.25
     )
