@@ -388,8 +388,8 @@ def _of_decay(saved: Saved) -> Claim:
     line = np.asarray(saved["threshold/line"])[0]
     return stated(
         "weight-decay",
-        "With little weight decay no mode that starts above balance collapses, with more only small ones do, "
-        "and with too much all",
+        "Of modes that start .01 above balance none collapses with little weight decay, with more only small "
+        "ones do, and with too much all",
         SLIDES,
         at_most("eta = .01, c = .01: threshold", small, 0, why="the imbalance carries a mode over it"),
         at_least("eta = .1, c = .01: threshold", medium, 0.05, why="the imbalance decays before"),
@@ -435,11 +435,13 @@ def _of_moving_average(saved: Saved) -> Claim:
     threshold, spacing = np.asarray(saved["momentum/threshold"]), saved["momentum/spacing"]
     below, above = np.asarray(saved["momentum/beside"])
     (half, even, more), targets = threshold, np.asarray(saved["momentum/target"])
+    saved_by_it, lost_by_it = _turned(saved)
     return qualified(
         "moving-average",
         "A slow moving average makes the basin of collapse smaller",
         SLIDES,
-        condition="the target starts larger than the online network is, tau > 1",
+        condition="the target starts larger than the online network is, tau > 1, or as large, with features "
+        "above balance",
         inside=[
             at_least(
                 f"tau = {targets[2]:g}: threshold without average less that with the slowest, in spacings",
@@ -448,6 +450,13 @@ def _of_moving_average(saved: Saved) -> Claim:
                 why="a larger target pulls for longer",
             ),
             every("the same: thresholds that do not fall from slower to faster averages", np.diff(more) >= 0),
+            at_least(
+                "tau = 1, above balance: share of the basin that the slowest average takes away",
+                saved_by_it[0],
+                0.05,
+                why="features shrink at first, and the target is larger then",
+            ),
+            at_most("the same: share that it adds", lost_by_it[0], 0, why="nothing pulls less"),
         ],
         outside=[
             at_most(
@@ -468,8 +477,31 @@ def _of_moving_average(saved: Saved) -> Claim:
                 3,
                 why="a smaller target pulls less for longer",
             ),
+            at_least(
+                "tau = 1, below balance: share of the basin that the slowest average adds",
+                lost_by_it[1],
+                0.05,
+                why="features grow at first, and the target lags behind",
+            ),
+            at_most("the same: share that it takes away", saved_by_it[1], 0, why="nothing pulls more"),
         ],
     )
+
+
+def _turned(saved: Saved) -> tuple[list[float], list[float]]:
+    """Starts of the portrait that the slowest average keeps from collapse, and that collapse by it alone.
+
+    Both are shares of the starts that collapse without an average, first above and then below balance.
+    """
+    half = np.asarray(saved["line/point"])[0, 1] / 2
+    imbalance = np.asarray(saved["portrait/s"])[None] - np.asarray(saved["portrait/p"])[:, None] ** 2
+    without, slow = (np.asarray(saved[f"portrait/end/{name}"]) < half for name in ("without", "slow"))
+    sides = [imbalance > 0, imbalance < 0]
+
+    def share(turned):
+        return [float(np.sum(turned & side) / np.sum(without & side)) for side in sides]
+
+    return share(without & ~slow), share(slow & ~without)
 
 
 def _of_speed(saved: Saved) -> Claim:
@@ -503,7 +535,7 @@ def _of_fast_average(saved: Saved) -> Claim:
             "rate 10^4: largest change of p at the end",
             largest(stiff - without),
             1e-4,
-            why="it is O(1 / rate)",
+            why="all rest at one of two points, and no start of this grid changes to the other one",
         ),
         at_least(
             "rate .02: starts whose end is another one",
