@@ -1,5 +1,7 @@
 """Linear BYOL as a network: its training is the flow, its views have their moments, and DirectPred is set."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,6 +103,16 @@ def test_any_optimizer_trains_beside_an_average(optimizer):
         with_average(optimizer, 0.9).update(params, with_average(optimizer, 0.9).init(params))
 
 
+def test_an_optimizer_beside_an_average_is_given_what_it_asks_for():
+    def scale(updates, state, params=None, **extra):
+        return jax.tree.map(lambda leaf: extra["value"] * leaf, updates), state
+
+    optimizer: Any = with_average(optax.GradientTransformationExtraArgs(lambda params: (), scale), 0.5)
+    params = {"online": jnp.array(2.0), "target": jnp.array(4.0)}
+    updates, _ = optimizer.update(params, optimizer.init(params), params, value=-0.25)
+    assert jax.tree.map(float, updates) == {"online": -0.5, "target": -1.25}  # 4 to (4 + 1.5) / 2
+
+
 def test_no_gradient_passes_through_the_target():
     weights, X, X_aug_cov = setting()
     views = exact_views(X, X_aug_cov)
@@ -151,6 +163,10 @@ def test_a_running_correlation_comes_to_that_of_its_batches():
     for _ in range(60):
         F = running_correlation(F, z, 0.5)
     np.testing.assert_allclose(F, z.T @ z / 7, rtol=1e-12)
+    # The rate is the part that is kept.
+    kept = running_correlation(np.diag([1.0, 2.0, 3.0]), z, 0.9)
+    np.testing.assert_allclose(kept, 0.9 * np.diag([1.0, 2.0, 3.0]) + 0.1 * F, rtol=1e-12)
+    np.testing.assert_array_equal(running_correlation(np.eye(3), z, 1.0), np.eye(3))
 
 
 def test_bad_arguments_are_refused_by_name():
