@@ -25,7 +25,7 @@ from dynamics.noncontrastive import (
     phase_velocity,
     predictor_measures,
 )
-from dynamics.noncontrastive.target import _Elementwise
+from dynamics.noncontrastive.target import _Elementwise, is_stiff
 from tests.helpers import count_compilations
 
 RATES = {"predictor_rate": 2.0, "ema_rate": 0.5, "weight_decay": 0.04}
@@ -293,6 +293,13 @@ def test_stiff_rates_close_in_on_no_average_and_mix_with_it():
     np.testing.assert_allclose(ends.p[-1, 1:], np.full((2, 2, 4), plus), atol=1e-7)
     alone = decoupled_flow(**GRID, tau0=3.0, ts=ts, ema_rate=jnp.inf, **rates).ys
     np.testing.assert_allclose(ends.p[..., -1], alone.p, atol=1e-7)
+
+
+@pytest.mark.parametrize("start", [-10.0, 0.0, 1e4])
+def test_what_is_fast_depends_on_durations_and_not_on_times(start):
+    ts = start + jnp.array([0.0, 10.0])
+    assert is_stiff(jnp.array([1e3, jnp.inf]), ts)
+    assert not is_stiff(jnp.array([1.0, jnp.inf]), ts)
 
 
 def test_a_fast_rate_in_32_bit():
