@@ -444,6 +444,9 @@ def test_the_threshold_of_collapse():
     time, _ = quad(lambda p: 1 / (p * (1.25 * p**2 - p + 0.21)), 0.4, 0.5)
     found = collapse_threshold(1.0, 0.21, 0.25, 0.0, rates, duration=time)
     np.testing.assert_allclose(found, 0.5, atol=1e-6)
+    # On balance p_minus parts all modes at every time, soon too.
+    found = collapse_threshold(1.0, 0.04, 0.25, 0.0, rates, duration=3.0)
+    np.testing.assert_allclose(found, fixed_points(1.0, 0.04, 0.25).p_minus, atol=1e-6)
     # A trajectory that overflows says nothing.
     assert np.all(np.isnan(collapse_threshold(1.0, 0.04, 0.25, 1e200, rates)))
     assert np.isnan(jax.grad(lambda eta: collapse_threshold(1.0, eta, 0.25))(0.04))
