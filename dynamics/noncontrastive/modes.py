@@ -56,6 +56,7 @@ class _Setting(NamedTuple):
     predictor_rate: Array
     ema_rate: Array
     weight_decay: Array
+    by_weights: Array  # where the state is p, the network's own size and that of its target, see _by_weights
 
 
 def decoupled_flow(
@@ -99,8 +100,9 @@ def decoupled_flow(
 
     Returns:
         A `Trajectory` with `ys` the `Modes`, (T, ...) with the broadcast shape. On a mode that collapses tau
-        grows without bound where eta >= beta. From p < 0 the network may pass zero, where tau is infinite
-        and the solve fails, if the moving average is slow.
+        grows without bound where eta >= beta. From p < 0 the network may pass zero, where tau is infinite:
+        such modes are solved by their weights, so that tau is as exact as W is above `atol`, and NaN at
+        W = 0.
 
     Raises:
         ValueError: the shapes do not broadcast, a number is out of range and can be looked at, or `ema_rate`
@@ -127,14 +129,35 @@ def decoupled_flow(
         "weight_decay": _not_negative("weight_decay", weight_decay, p0.dtype),
     }
     arrays = _broadcast(**start, **rates)
-    start, setting = Modes(*arrays[:3]), _Setting(*arrays[3:])
-    instant = jnp.isinf(setting.ema_rate)
+    start, instant = Modes(*arrays[:3]), jnp.isinf(arrays[5])
     start = start._replace(tau=jnp.where(instant, 1, start.tau))
+    setting = _Setting(*arrays[3:], by_weights=(start.p < 0) & ~instant)
+    start = _by_weights(start, setting.by_weights)
     if options.get("solver") is None:
         options["solver"] = stiff_solver(elementwise=True) if is_stiff(beta, ts) else diffrax.Tsit5()
-    if start.p.size <= _PIECE or jax.default_backend() != "cpu":
-        return integrate(_decoupled_field, start, ts, setting, **options)
-    return _in_pieces(start, ts, setting, options)
+    whole = start.p.size <= _PIECE or jax.default_backend() != "cpu"
+    solve = _at_once if whole else _in_pieces
+    path = solve(start, ts, setting, options)
+    return Trajectory(path.ts, _by_modes(path.ys, setting.by_weights), path.ok)
+
+
+@jax.jit
+def _by_weights(modes: Modes, where: Array) -> Modes:
+    """Modes with r = s^{1/2} and tau r in place of s and tau, where they may pass zero."""
+    alive = where & (modes.s > 0)  # the root has no derivative at zero
+    r = jnp.where(alive, jnp.sqrt(jnp.where(alive, modes.s, 1)), 0)
+    return Modes(modes.p, jnp.where(where, r, modes.s), jnp.where(where, modes.tau * r, modes.tau))
+
+
+@jax.jit
+def _by_modes(state: Modes, where: Array) -> Modes:
+    p, s, tau = state
+    where = jnp.broadcast_to(where, p.shape)
+    return Modes(p, jnp.where(where, s**2, s), jnp.where(where, tau / jnp.where(where, s, 1), tau))
+
+
+def _at_once(start: Modes, ts: Array, setting: _Setting, options: dict[str, Any]) -> Trajectory:
+    return integrate(_decoupled_field, start, ts, setting, **options)
 
 
 # Elements whose states and stages fit into a processor's cache: pieces of a thousand to four thousand are
@@ -175,11 +198,16 @@ def _map_pieces(pieces, ts, options):
 
 
 def _decoupled_field(t, modes, setting):
-    (p, s, tau), (spread, alpha_p, beta, eta) = modes, setting
+    (p, s, tau), (spread, alpha_p, beta, eta, by_weights) = modes, setting
     instant = jnp.isinf(beta)
+    beta = jnp.where(instant, 0, beta)
     e = tau - spread * p
-    following = jnp.where(instant, 0, beta) * (1 - tau) - tau * (p * e - eta)
-    return Modes(alpha_p * s * e - eta * p, 2 * p * s * e - 2 * eta * s, jnp.where(instant, 0, following))
+    following = jnp.where(instant, 0, beta * (1 - tau) - tau * (p * e - eta))
+    decoupled = Modes(alpha_p * s * e - eta * p, 2 * p * s * e - 2 * eta * s, following)
+    r, a = s, tau
+    M = a - spread * p * r
+    weights = Modes(alpha_p * r * M - eta * p, p * M - eta * r, beta * (r - a))
+    return jax.tree.map(lambda own, other: jnp.where(by_weights, own, other), weights, decoupled)
 
 
 def _not_negative(name: str, value: Any, dtype: Any) -> Array:

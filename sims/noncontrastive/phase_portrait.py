@@ -49,6 +49,7 @@ from sims.results import Context, Saved
 
 SLIDES = "tian2021directpred, the talk's slides on why there is no collapse"
 VARIANCE = 0.25  # sigma^2 of the augmentation
+VARIANCES = (0.0, 0.25, 1.0)  # where the critical weight decay is looked at
 DECAY = 0.04  # weight decay, where it is not swept
 SHARES = (0.2, 1.0, 1.25)  # weight decays of the phase lines, over the critical one
 DECAYS = (0.01, 0.04, 0.1, 0.19, 0.21)  # the last is above the critical 1 / (4 (1 + sigma^2)) = .2
@@ -184,9 +185,8 @@ def _thresholds() -> dict:
 
 def _long(config: Config, by_imbalance: np.ndarray) -> dict:
     """What many starts come to: beside fixed points that meet, beside thresholds, under moving averages."""
-    critical, meeting = 1 / (4 * (1 + VARIANCE)), 1 / (2 * (1 + VARIANCE))
-    decays = critical * (1 + EDGE * np.array([-1.0, 1.0]))
-    sides = 1 + EDGE * np.array([-1.0, 1.0])
+    sides, variances = 1 + EDGE * np.array([-1.0, 1.0]), np.array(VARIANCES)[:, None]
+    decays, meeting = sides / (4 * (1 + variances)), 1 / (2 * (1 + variances))
     beside, alpha_p = sides[:, None, None] * by_imbalance[None], np.array(PREDICTOR_RATES)
     minus, plus = (float(p) for p in fixed_points(1.0, DECAY, VARIANCE))
     betas, p0 = np.array(EMA_RATES), np.linspace(0, 0.2, config.starts + 1)[1:]
@@ -196,7 +196,11 @@ def _long(config: Config, by_imbalance: np.ndarray) -> dict:
     found = _flows(
         ts,
         {
-            "saddle_node": {"p0": np.full(2, 2 * meeting), "weight_decay": decays},
+            "saddle_node": {
+                "p0": np.broadcast_to(2 * meeting, decays.shape),
+                "weight_decay": decays,
+                "augmentation_variance": variances,
+            },
             "beside": {"p0": beside, "s0": on_line, "predictor_rate": alpha_p},
             "minus": {"p0": minus * sides[:, None], "ema_rate": betas},
             "walk": {"p0": np.full(len(betas), 0.1), "ema_rate": betas},
@@ -207,8 +211,9 @@ def _long(config: Config, by_imbalance: np.ndarray) -> dict:
     first = np.where(survive.any(-1), p0[np.argmax(survive, axis=-1)], np.inf)
     return {
         "saddle_node": {
-            "end": ("side", found["saddle_node"].p[-1]),
-            "plus": float(fixed_points(1.0, decays[0], VARIANCE).p_plus),
+            "variance": ("variance", variances[:, 0]),
+            "end": ("variance side", found["saddle_node"].p[-1]),
+            "plus": ("variance", np.asarray(fixed_points(1.0, decays[:, 0], variances[:, 0]).p_plus)),
         },
         "beside": ("side imbalance rate", found["beside"].p[-1]),
         "momentum": {
@@ -340,24 +345,31 @@ def _of_line(saved: Saved) -> Claim:
 
 
 def _of_saddle_node(saved: Saved) -> Claim:
-    below, above = np.asarray(saved["saddle_node/end"])
+    below, above = np.asarray(saved["saddle_node/end"]).T
     return stated(
         "saddle-node",
         "The stable point and the threshold meet at eta = tau^2 / (4 (1 + sigma^2)), and vanish beyond",
         SLIDES,
         at_most(
-            "at it: p_plus less p_minus",
-            float(np.ptp(np.asarray(saved["line/point"])[1])),
-            1e-12,
-            why="they meet",
-        ),
-        at_most(
-            "0.1 % below it: end of a mode from twice that place, less p_plus",
-            abs(below - saved["saddle_node/plus"]),
+            f"sigma^2 from 0 to {np.max(saved['saddle_node/variance']):g}, 0.1 % below: end of a mode from "
+            "twice that place, less p_plus",
+            largest(below - np.asarray(saved["saddle_node/plus"])),
             1e-6,
             why="it rests there",
         ),
-        at_most("0.1 % above it: end of the same", abs(above), 1e-6, why="nothing but zero is left"),
+        at_most("0.1 % above it: end of the same", largest(above), 1e-6, why="nothing but zero is left"),
+        at_most(
+            "thresholds at tau = .7 that differ from p_minus, or are finite above .7^2 / (4 (1 + sigma^2))",
+            np.count_nonzero(
+                ~np.isclose(
+                    np.asarray(saved["threshold/line"])[1],
+                    np.nan_to_num(np.asarray(saved["threshold/minus"])[1], nan=np.inf),
+                    atol=1e-4,
+                )
+            ),
+            0,
+            why="it scales with tau^2",
+        ),
     )
 
 

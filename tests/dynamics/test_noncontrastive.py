@@ -349,6 +349,31 @@ def test_the_imbalance_of_a_mode_decays(eta, beta):
     np.testing.assert_allclose(c, np.exp(-2 * eta * ts)[:, None, None] * c[:1], atol=1e-8)
 
 
+@pytest.mark.parametrize("beta", [0.02, 0.5, 2e3])
+def test_networks_that_pass_zero_do_not_spoil_a_portrait(beta):
+    ts, eta, spread = np.array([0.0, 3.0, 12.0]), 0.04, 1.25
+
+    def field(t, y):
+        p, r, a = y
+        M = a - spread * p * r
+        return r * M - eta * p, p * M - eta * r, beta * (r - a)
+
+    p0, s0 = np.array([-0.5, -0.1, 0.5])[:, None], np.array([0.0, 0.01, 0.3])
+    rates = {"augmentation_variance": 0.25, "predictor_rate": 1.0, "weight_decay": eta, "ema_rate": beta}
+    path = decoupled_flow(p0, s0, 0.8, ts, **rates, **TIGHT)
+    assert bool(path.ok)
+    passed = []
+    for i, j in np.ndindex(3, 3):
+        y0 = p0[i, 0], s0[j] ** 0.5, 0.8 * s0[j] ** 0.5
+        p, r, a = solve_ivp(field, (0, 12), y0, "LSODA", t_eval=ts, rtol=1e-11, atol=1e-13).y
+        np.testing.assert_allclose(path.ys.p[:, i, j], p, atol=1e-7)
+        np.testing.assert_allclose(path.ys.s[:, i, j], r**2, atol=1e-7)
+        if s0[j] > 0:
+            np.testing.assert_allclose(path.ys.tau[:, i, j] * r, a, atol=1e-7)
+        passed.append(np.any(r < 0))
+    assert any(passed) == (beta < 1)
+
+
 def test_a_large_portrait_is_solved_in_pieces():
     p0, s0 = np.linspace(0, 1, 43)[:, None], np.linspace(0.01, 1, 51)  # 2193 elements: more than a piece
     ts = [0.0, 3.0, 20.0]
