@@ -39,7 +39,7 @@ from models.losses import alpha_cl_loss
 from models.optimizers import along_spheres
 from models.training import Descent, train
 from sims import plotting
-from sims.claims import Claim, Preset, at_least, at_most, qualified, stated
+from sims.claims import Check, Claim, Preset, at_least, at_most, qualified, stated
 from sims.compare import SOLVE, first_order, lane_gaps, largest, require_ok, right_and_wrong
 from sims.ranges import Count, Positive, Range, check_ranges
 from sims.results import Context, Saved
@@ -251,16 +251,6 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
 
 
 def _of_theorem(saved: Saved) -> Claim:
-    distinct, repeated, negative = (
-        {name: np.asarray(part)[:, index] for name, part in saved["end"].items()}
-        for index in range(len(CASES))
-    )
-    best, spectrum = np.asarray(saved["best"]), np.asarray(saved["spectrum"])
-    depth = np.asarray(saved["depth"])
-    layered, many = depth > 1, depth < FLAT
-    between = repeated["direction"] @ np.swapaxes(repeated["direction"], -1, -2)
-    rest, alone = "training has come to rest", "W_{>1} = I"
-    positive = (distinct, repeated)
     return qualified(
         "theorem",
         "Almost every local maximum of a deep linear network is global: all its matrices have rank one and "
@@ -268,96 +258,117 @@ def _of_theorem(saved: Saved) -> Claim:
         f"{THEOREM} (its unit norms are not on the slide; derived: one eigenvector, and one layer)",
         condition="lambda_max(X) > 0, W_{>1}^T W_{>1} has a largest eigenvalue that is not repeated, and "
         "matrices have unit norm",
-        inside=[
-            at_most(
-                "two layers and more, X with a repeated eigenvalue or without: second eigenvalue of "
-                "W_{>1}^T W_{>1} over the largest",
-                max(np.max(case["above"][layered]) for case in positive),
-                1e-12,
-                why="so the condition is met, whether X has it or not",
-            ),
-            at_most(
-                "the same: energy less the eigenvalue, over it",
-                max(
-                    largest(case["energy"][layered] / top - 1)
-                    for case, top in zip(positive, best, strict=False)
-                ),
-                1e-12,
-                why=rest,
-            ),
-            at_most(
-                "the same: second singular value of a matrix over the first",
-                max(largest(case["second"][layered]) for case in positive),
-                1e-10,
-                why=rest,
-            ),
-            at_least(
-                "the same: least cosine of neighbours",
-                min(np.min(case["alignment"][layered]) for case in positive),
-                1 - 1e-12,
-                why=rest,
-            ),
-            at_least(
-                "eigenvalue repeated: least part of v_0 in its plane",
-                np.min(repeated["plane"][layered]),
-                1 - 1e-12,
-                why=rest,
-            ),
-            at_most(
-                "eigenvalue not repeated: the second eigenvalue of X over it",
-                spectrum[0, 1] / spectrum[0, 0],
-                0.9,
-                why="they differ",
-            ),
-            at_least(
-                "the same: least cosine of v_0 with its eigenvector, one layer included",
-                np.min(distinct["component"]),
-                1 - 1e-12,
-                why=rest,
-            ),
-            at_most(
-                "the same, one layer: second singular value over the first",
-                largest(distinct["second"][~layered]),
-                1e-10,
-                why="all rows are along one eigenvector",
-            ),
-        ],
-        outside=[
-            at_least(
-                "one layer: second eigenvalue of W_{>1}^T W_{>1} over the largest",
-                np.min(repeated["above"][~layered]),
-                1,
-                why=alone,
-            ),
-            at_least(
-                "one layer, eigenvalue repeated: least second singular value over the first",
-                np.min(repeated["second"][~layered]),
-                0.01,
-                why=f"rows end anywhere in the plane, as {alone}",
-            ),
-            at_most(
-                "the same: energy less the eigenvalue, over it",
-                largest(repeated["energy"][~layered] / best[1] - 1),
-                1e-12,
-                why="the maximum is global all the same",
-            ),
-            at_most(
-                f"eigenvalue repeated, below {FLAT} matrices: least cosine of two starts' v_0",
-                np.max(np.min(np.abs(between[many]), axis=(1, 2))),
-                0.9,
-                why="starts end anywhere in the plane",
-            ),
-            at_most(
-                "all eigenvalues negative, two layers and more: largest product of the matrices",
-                np.max(negative["product"][layered]),
-                0.05,
-                why="the best is zero, which is approached like a power of time",
-            ),
-            at_most(
-                "the same: largest energy", np.max(negative["energy"][layered]), 0, why="none is above zero"
-            ),
-        ],
+        inside=_where_one_vector_leads(saved),
+        outside=_where_none_does(saved),
     )
+
+
+def _ends(saved: Saved) -> tuple[dict[str, np.ndarray], ...]:
+    """What was found at the end in each of the cases, by depth and start."""
+    return tuple(
+        {name: np.asarray(part)[:, index] for name, part in saved["end"].items()}
+        for index in range(len(CASES))
+    )
+
+
+def _where_one_vector_leads(saved: Saved) -> list[Check]:
+    distinct, repeated, _ = _ends(saved)
+    best, spectrum = np.asarray(saved["best"]), np.asarray(saved["spectrum"])
+    layered, rest = np.asarray(saved["depth"]) > 1, "training has come to rest"
+    positive = (distinct, repeated)
+    return [
+        at_most(
+            "two layers and more, X with a repeated eigenvalue or without: second eigenvalue of "
+            "W_{>1}^T W_{>1} over the largest",
+            largest([case["above"][layered] for case in positive]),
+            1e-12,
+            why="so the condition is met, whether X has it or not",
+        ),
+        at_most(
+            "the same: energy less the eigenvalue, over it",
+            largest(
+                [case["energy"][layered] / top - 1 for case, top in zip(positive, best[:2], strict=True)]
+            ),
+            1e-12,
+            why=rest,
+        ),
+        at_most(
+            "the same: second singular value of a matrix over the first",
+            largest([case["second"][layered] for case in positive]),
+            1e-10,
+            why=rest,
+        ),
+        at_least(
+            "the same: least cosine of neighbours",
+            np.min([case["alignment"][layered] for case in positive]),
+            1 - 1e-12,
+            why=rest,
+        ),
+        at_least(
+            "eigenvalue repeated: least part of v_0 in its plane",
+            np.min(repeated["plane"][layered]),
+            1 - 1e-12,
+            why=rest,
+        ),
+        at_most(
+            "eigenvalue not repeated: the second eigenvalue of X over it",
+            spectrum[0, 1] / spectrum[0, 0],
+            0.9,
+            why="they differ",
+        ),
+        at_least(
+            "the same: least cosine of v_0 with its eigenvector, one layer included",
+            np.min(distinct["component"]),
+            1 - 1e-12,
+            why=rest,
+        ),
+        at_most(
+            "the same, one layer: second singular value over the first",
+            largest(distinct["second"][~layered]),
+            1e-10,
+            why="all rows are along one eigenvector",
+        ),
+    ]
+
+
+def _where_none_does(saved: Saved) -> list[Check]:
+    _, repeated, negative = _ends(saved)
+    best, depth = np.asarray(saved["best"]), np.asarray(saved["depth"])
+    layered, many, alone = depth > 1, depth < FLAT, "W_{>1} = I"
+    between = repeated["direction"] @ np.swapaxes(repeated["direction"], -1, -2)
+    return [
+        at_least(
+            "one layer: second eigenvalue of W_{>1}^T W_{>1} over the largest",
+            np.min(repeated["above"][~layered]),
+            1,
+            why=alone,
+        ),
+        at_least(
+            "one layer, eigenvalue repeated: least second singular value over the first",
+            np.min(repeated["second"][~layered]),
+            0.01,
+            why=f"rows end anywhere in the plane, as {alone}",
+        ),
+        at_most(
+            "the same: energy less the eigenvalue, over it",
+            largest(repeated["energy"][~layered] / best[1] - 1),
+            1e-12,
+            why="the maximum is global all the same",
+        ),
+        at_most(
+            f"eigenvalue repeated, below {FLAT} matrices: least cosine of two starts' v_0",
+            np.max(np.min(np.abs(between[many]), axis=(1, 2))),
+            0.9,
+            why="starts end anywhere in the plane",
+        ),
+        at_most(
+            "all eigenvalues negative, two layers and more: largest product of the matrices",
+            np.max(negative["product"][layered]),
+            0.05,
+            why="the best is zero, which is approached like a power of time",
+        ),
+        at_most("the same: largest energy", np.max(negative["energy"][layered]), 0, why="none is above zero"),
+    ]
 
 
 def figure(config: Config, saved: Saved) -> Figure:

@@ -188,22 +188,35 @@ def run(config: Config, context: Context) -> dict:
 
 def claims(config: Config, saved: Saved) -> Iterator[Claim]:
     """Which tokens the network has nodes for, and what that needs."""
-    present, left = (np.asarray(saved[name]) for name in ("present", "left"))
-    # Runs by network: ReLU and normalized, linear, and not normalized.
-    (ours, linear, _), (others, _, others_plain) = present[:, -1].T, left[:, -1].T
-    most, signed = (np.asarray(saved[name])[:, -1, 0] for name in ("most", "absent"))
-    yield stated(
+    yield _of_contrast(saved)
+    yield _of_tokens(saved)
+    yield _of_others(saved)
+
+
+def _by_network(saved: Saved, name: str) -> np.ndarray:
+    """A measure at the end, by network (ReLU and normalized, linear, and not normalized) and run."""
+    return np.asarray(saved[name])[:, -1].T
+
+
+def _of_contrast(saved: Saved) -> Claim:
+    ours, linear, _ = _by_network(saved, "present")
+    others, _, others_plain = _by_network(saved, "left")
+    start = np.asarray(saved["present"])[:, 0, 0]
+    return stated(
         "contrast",
         "ReLU nodes come closer to the tokens of patterns than linear ones do, and normalized ones "
         "forget more of the other tokens",
         SECTION,
         every("runs in which linear nodes are farther by 0.05", ours > linear + 0.05),
         every("runs in which others are left if not normalized", others < others_plain),
-        at_least(
-            "gain over the start, least", np.min(ours - present[:, 0, 0]), 0.3, why="it is near a half there"
-        ),
+        at_least("gain over the start, least", np.min(ours - start), 0.3, why="it is near a half there"),
     )
-    yield qualified(
+
+
+def _of_tokens(saved: Saved) -> Claim:
+    ours, linear, _ = _by_network(saved, "present")
+    start = np.asarray(saved["present"])[:, 0, 0]
+    return qualified(
         "recovered",
         "In a network of two layers that is trained by InfoNCE each token of the patterns has a node, but "
         "for few where nodes are normalized",
@@ -214,14 +227,14 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
             at_least("least mean cosine with the closest node", np.min(ours), FOUND, why="0.998 is reported"),
             at_most(
                 f"largest share of tokens with a cosine below {FOUND} in a run",
-                np.max(np.asarray(saved["missed"])[:, -1, 0]),
+                np.max(_by_network(saved, "missed")[0]),
                 0.08,
                 why=f"with cosines as at the start, about 0.4, more take the mean below {FOUND}",
             ),
-            at_most("largest mean at the start", np.max(present[:, 0, 0]), 0.6, why="nodes are random there"),
+            at_most("largest mean at the start", np.max(start), 0.6, why="nodes are random there"),
             at_least(
                 "without normalization: least cosine of all tokens and runs",
-                np.min(np.asarray(saved["least"])[:, -1, 2]),
+                np.min(_by_network(saved, "least")[2]),
                 FOUND,
                 why="the gate is what it takes",
             ),
@@ -230,7 +243,11 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
             at_most("linear nodes, up to sign: largest mean", np.max(linear), 0.9, why="they mix tokens")
         ],
     )
-    yield qualified(
+
+
+def _of_others(saved: Saved) -> Claim:
+    others, _, others_plain = _by_network(saved, "left")
+    return qualified(
         "others",
         "On average no node is left for a token that the patterns do not have at its location",
         SECTION,
@@ -243,8 +260,18 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
                 0.05,
                 why="0.003 is reported of the mean with signs",
             ),
-            at_most("mean with signs: largest of a run", np.max(signed), 0.05, why="0.003 is reported"),
-            at_least("least mean at the start", np.min(left[:, 0, 0]), 0.2, why="nodes are random there"),
+            at_most(
+                "mean with signs: largest of a run",
+                np.max(_by_network(saved, "absent")[0]),
+                0.05,
+                why="0.003 is reported",
+            ),
+            at_least(
+                "least mean at the start",
+                np.min(np.asarray(saved["left"])[:, 0, 0]),
+                0.2,
+                why="nodes are random there",
+            ),
         ],
         outside=[
             at_least(
@@ -255,7 +282,7 @@ def claims(config: Config, saved: Saved) -> Iterator[Claim]:
             ),
             at_least(
                 "single tokens: largest cosine of all runs",
-                np.max(most),
+                np.max(_by_network(saved, "most")[0]),
                 0.1,
                 why="a few tokens keep a node, which a mean does not show",
             ),

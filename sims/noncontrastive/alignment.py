@@ -7,7 +7,7 @@ trained on exact moments and on batches, tell what is left of it where the assum
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, NamedTuple
@@ -40,6 +40,7 @@ from models.training import Descent, train
 from sims import plotting
 from sims.claims import (
     ROUNDING,
+    Check,
     Claim,
     Preset,
     at_least,
@@ -446,80 +447,94 @@ def _of_equation(saved: Saved) -> Claim:
     )
 
 
+BOUND = "all times: |L| / |L(0)| less exp(-2 lambda_0 t)"
+ALIGNS = "largest |L| / (|F| |W_p|) at the end"
+
+
 def _of_theorem(config: Config, saved: Saved) -> Claim:
-    commutator, lowest, end = (_by_setting(saved, path) for path in ("commutator", "lowest", "aligned"))
-    least = {name: np.min(values, axis=-1) for name, values in lowest.items()}
-    time, strong = np.asarray(saved["time"]), SETTINGS["strong_decay"]
-
-    def over_bound(names):
-        """The largest excess of the commutator over its bound exp(-2 lambda_0 t) |L(0)|, over |L(0)|."""
-        return np.max(
-            [
-                np.max(commutator[name] / commutator[name][:, :1] - np.exp(-2 * least[name][:, None] * time))
-                for name in names
-            ]
-        )
-
-    floor = 1.5 * strong.weight_decay - strong.tau**2 / (4 * (1 + config.augmentation_variance))
-    bound = "all times: |L| / |L(0)| less exp(-2 lambda_0 t)"
-    aligns = "largest |L| / (|F| |W_p|) at the end"
-    decaying = [name for name in OUTSIDE if name not in ("no_decay", "small_target")]
     return qualified(
         "theorem",
         "F W_p - W_p F goes to zero, and the eigenspaces align",
         THEOREM,
         condition="the least eigenvalue of K(t) is at least some lambda_0 > 0; it also does so without that",
-        inside=[
-            at_least(
-                "starts near the end of modes: lambda_0",
-                np.min(least["near"]),
-                0.01,
-                why="K is positive there",
-            ),
-            at_least(
-                "weight decay above 2/3 of the critical one: lambda_0",
-                np.min(least["strong_decay"]),
-                floor,
-                1e-9,
-                why="no p makes (1 + sigma^2) p^2 - tau p lower than -tau^2 / (4 (1 + sigma^2))",
-            ),
-            at_most(bound, over_bound(INSIDE), 0, 1e-9, why="the equation gives it; the solver's error"),
-            at_most(
-                aligns,
-                max(largest(end[name]) for name in INSIDE),
-                FALLEN,
-                why="exponential decay over the time",
-            ),
-        ],
-        outside=[
-            every(
-                "tau = 1 and eta = 0.04: starts with lambda_0 < 0",
-                np.concatenate([least[name] < 0 for name in decaying]),
-            ),
-            *(
-                at_most(
-                    f"{words}: least lambda_0",
-                    np.min(least[name]),
-                    -1e-3,
-                    why="it is negative, but for few starts",
-                )
-                for name, words in (("no_decay", "eta = 0"), ("small_target", "tau = 0.6"))
-            ),
-            at_most(bound, over_bound(OUTSIDE), 0, 1e-9, why="it holds, and allows growth"),
-            at_most(
-                f"tau = 1 and weight decay: {aligns}",
-                max(largest(end[name]) for name in decaying),
-                FALLEN,
-                why="K is positive once modes have grown",
-            ),
-            at_most(
-                f"no weight decay, and tau = 0.6: {aligns}",
-                max(largest(end[name]) for name in ("no_decay", "small_target")),
-                1e-3,
-                why="the same, but slower",
-            ),
-        ],
+        inside=_where_positive(config, saved),
+        outside=_where_not(saved),
     )
+
+
+def _least(saved: Saved) -> dict[str, np.ndarray]:
+    """The lambda_0 of every start, by setting: the least eigenvalue of K at all times."""
+    return {name: np.min(values, axis=-1) for name, values in _by_setting(saved, "lowest").items()}
+
+
+def _over_bound(saved: Saved, names: Iterable[str]) -> float:
+    """The largest excess of the commutator over its bound exp(-2 lambda_0 t) |L(0)|, over |L(0)|."""
+    commutator, least, time = _by_setting(saved, "commutator"), _least(saved), np.asarray(saved["time"])
+    excess = [
+        commutator[name] / commutator[name][:, :1] - np.exp(-2 * least[name][:, None] * time)
+        for name in names
+    ]
+    return float(np.max(excess))
+
+
+def _where_positive(config: Config, saved: Saved) -> list[Check]:
+    least, end, strong = _least(saved), _by_setting(saved, "aligned"), SETTINGS["strong_decay"]
+    floor = 1.5 * strong.weight_decay - strong.tau**2 / (4 * (1 + config.augmentation_variance))
+    return [
+        at_least(
+            "starts near the end of modes: lambda_0",
+            np.min(least["near"]),
+            0.01,
+            why="K is positive there",
+        ),
+        at_least(
+            "weight decay above 2/3 of the critical one: lambda_0",
+            np.min(least["strong_decay"]),
+            floor,
+            1e-9,
+            why="no p makes (1 + sigma^2) p^2 - tau p lower than -tau^2 / (4 (1 + sigma^2))",
+        ),
+        at_most(BOUND, _over_bound(saved, INSIDE), 0, 1e-9, why="the equation gives it; the solver's error"),
+        at_most(
+            ALIGNS,
+            max(largest(end[name]) for name in INSIDE),
+            FALLEN,
+            why="exponential decay over the time",
+        ),
+    ]
+
+
+def _where_not(saved: Saved) -> list[Check]:
+    least, end = _least(saved), _by_setting(saved, "aligned")
+    decaying = [name for name in OUTSIDE if name not in ("no_decay", "small_target")]
+    return [
+        every(
+            "tau = 1 and eta = 0.04: starts with lambda_0 < 0",
+            np.concatenate([least[name] < 0 for name in decaying]),
+        ),
+        *(
+            at_most(
+                f"{words}: least lambda_0",
+                np.min(least[name]),
+                -1e-3,
+                why="it is negative, but for few starts",
+            )
+            for name, words in (("no_decay", "eta = 0"), ("small_target", "tau = 0.6"))
+        ),
+        at_most(BOUND, _over_bound(saved, OUTSIDE), 0, 1e-9, why="it holds, and allows growth"),
+        at_most(
+            f"tau = 1 and weight decay: {ALIGNS}",
+            max(largest(end[name]) for name in decaying),
+            FALLEN,
+            why="K is positive once modes have grown",
+        ),
+        at_most(
+            f"no weight decay, and tau = 0.6: {ALIGNS}",
+            max(largest(end[name]) for name in ("no_decay", "small_target")),
+            1e-3,
+            why="the same, but slower",
+        ),
+    ]
 
 
 def _falls(saved: Saved) -> dict[str, np.ndarray]:
