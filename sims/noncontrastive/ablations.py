@@ -295,7 +295,7 @@ def _of_collapse(config: Config, saved: Saved) -> Claim:
                 f"{way}: size of the trained network at the end, over the first",
                 _sizes(saved, way, "trained")[-1] / _sizes(saved, way, "trained")[0],
                 LATE,
-                why="weight decay alone leaves exp(-2.4) = .09, augmentation takes most of it",
+                why=f"weight decay alone leaves {np.exp(-eta * ts[-1]):.2g}, augmentation takes most of that",
             ),
         ]
     value = np.asarray(saved["way/both/value/trained"])
@@ -304,7 +304,7 @@ def _of_collapse(config: Config, saved: Saved) -> Claim:
             "predictor and stop-gradient: least singular value of the trained network at the end",
             value[-1, -1],
             0.3,
-            why="at the stable point p is near .76, and s = p^2 on balance",
+            why="with isotropic data it would be p_plus, about .75 at the usual rates",
         )
     ]
     return stated(
