@@ -497,7 +497,7 @@ def _where_positive(config: Config, saved: Saved) -> list[Check]:
         at_most(BOUND, _over_bound(saved, INSIDE), 0, 1e-9, why="the equation gives it; the solver's error"),
         at_most(
             ALIGNS,
-            max(largest(end[name]) for name in INSIDE),
+            largest([end[name] for name in INSIDE]),
             FALLEN,
             why="exponential decay over the time",
         ),
@@ -524,13 +524,13 @@ def _where_not(saved: Saved) -> list[Check]:
         at_most(BOUND, _over_bound(saved, OUTSIDE), 0, 1e-9, why="it holds, and allows growth"),
         at_most(
             f"tau = 1 and weight decay: {ALIGNS}",
-            max(largest(end[name]) for name in decaying),
+            largest([end[name] for name in decaying]),
             FALLEN,
             why="K is positive once modes have grown",
         ),
         at_most(
             f"no weight decay, and tau = 0.6: {ALIGNS}",
-            max(largest(end[name]) for name in ("no_decay", "small_target")),
+            largest([end[name] for name in ("no_decay", "small_target")]),
             1e-3,
             why="the same, but slower",
         ),
