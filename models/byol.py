@@ -15,14 +15,13 @@ from dynamics.arguments import (
     ArrayLike,
     as_real,
     require_arrays,
-    require_covariance,
     require_number,
     require_shapes,
 )
 from dynamics.noncontrastive import ByolWeights
 from models.collapse import linear_layers
 from models.functional import Frozen
-from models.self_supervised import Views
+from models.self_supervised import Views, covariance_root
 
 
 class LinearByol(nnx.Module):
@@ -231,15 +230,9 @@ def exact_views(X: ArrayLike, X_aug_cov: ArrayLike) -> Views:
     X, X_aug_cov = require_arrays(X=X, X_aug_cov=X_aug_cov)
     require_shapes(X=(X, "n n"), X_aug_cov=(X_aug_cov, "n n"))
     n = len(X)
-    clean = n**0.5 * _root(require_covariance("X", X))
-    noise = n**0.5 * _root(require_covariance("X_aug_cov", X_aug_cov))
+    clean = n**0.5 * covariance_root("X", X)
+    noise = n**0.5 * covariance_root("X_aug_cov", X_aug_cov)
     signs = jnp.array([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]], X.dtype)
     views = clean[:, None, None, None] + signs[None, None, :, :, None] * noise[None, :, None, None]
     first, second = jnp.moveaxis(views.reshape(-1, 2, n), 1, 0)
     return Views(first, second)
-
-
-def _root(C: Array) -> Array:
-    """The symmetric root of a covariance."""
-    values, vectors = jnp.linalg.eigh(C)
-    return (vectors * jnp.sqrt(jnp.maximum(values, 0))[None]) @ vectors.T

@@ -28,6 +28,7 @@ from dynamics.arguments import (
     require_shapes,
     require_sizes,
     require_symmetric,
+    slack,
 )
 from dynamics.contrastive.family import half_squared_distances
 from models.collapse import linear_layers
@@ -384,17 +385,32 @@ def two_views(key: Array, x: ArrayLike, augmentation: ArrayLike) -> Views:
 
 
 def _root(C: Array, x: Array) -> Array:
-    """The symmetric root of a covariance."""
+    """The root of the covariance of an augmentation of x."""
     if C.ndim == 0:
         return jnp.sqrt(require_number("augmentation", C, x.dtype, at_least=0))
     if x.ndim != 2 or C.shape != (x.shape[1], x.shape[1]):
         raise ValueError(f"augmentation must be a number or of shape (d, d) for x (n, d), got {C.shape}")
-    C = require_symmetric("augmentation", require_finite("augmentation", C))
+    return covariance_root("augmentation", C)
+
+
+def covariance_root(name: str, C: ArrayLike) -> Array:
+    """The symmetric root of a covariance, (d, d); the error tells the name of one that is none.
+
+    Raises:
+        ValueError: C is not symmetric, not finite, or has a negative eigenvalue, and can be looked at.
+
+    Example:
+        >>> covariance_root("C", jnp.array([[4.0, 0.0], [0.0, 0.0]])).tolist()
+        [[2.0, 0.0], [0.0, 0.0]]
+    """
+    (C,) = require_arrays(**{name: C})
+    require_shapes(**{name: (C, "d d")})
+    C = require_symmetric(name, C)
     values, vectors = jnp.linalg.eigh(C)
-    semidefinite = values[0] >= -len(C) * jnp.finfo(C.dtype).eps * jnp.max(jnp.abs(values))
+    semidefinite = values[0] >= -slack(C) * jnp.max(jnp.abs(values))
     looked_at = as_concrete(semidefinite)
     if looked_at is not None and not looked_at:
-        raise ValueError(f"augmentation must be positive semidefinite, got an eigenvalue of {values[0]:.3g}")
+        raise ValueError(f"{name} must be positive semidefinite, got an eigenvalue of {values[0]:.3g}")
     return nan_unless(semidefinite, (vectors * jnp.sqrt(jnp.maximum(values, 0))[None]) @ vectors.T)
 
 

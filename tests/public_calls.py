@@ -1065,6 +1065,7 @@ CALLS: dict[str, Call] = {
         lambda f, first, second: f(spectral_contrastive, lambda params, x: x)(None, Views(first, second)),
         **EMBEDDINGS,
     ),
+    "models.self_supervised.covariance_root": call(name="C", C=Real(COVARIANCE.value, COVARIANCE.bad)),
     "models.self_supervised.Encoder": call(
         lambda f, matrices, x: f([matrices, np.array([[0.5]])])(x),
         # ReLU of minus infinity is zero; inputs of another length tell of x, so that matrices may be of any.
