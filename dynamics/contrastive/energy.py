@@ -95,13 +95,17 @@ def require_importance(alpha: ArrayLike, x: Array) -> Array:
 @eqx.filter_jit
 def covariance(alpha, x, x_aug, y, y_aug):
     """`contrastive_covariance` of arrays that fit."""
+    rows, laplacian = importance_laplacian(alpha)
+    # A shift that all samples share has no part.
+    x_between, y_between = (part - jnp.mean(part, axis=0, keepdims=True) for part in (x, y))
+    return x_between.T @ (laplacian @ y_between) - (x - x_aug).T @ (rows[:, None] * (y - y_aug))
+
+
+def importance_laplacian(alpha):
+    """Sums of the rows of alpha, and the L of sum_ij alpha_ij (x_i - x_j) (y_i - y_j)^T = X^T L Y."""
     alpha = _off_diagonal(alpha)
     rows, columns = jnp.sum(alpha, axis=1), jnp.sum(alpha, axis=0)
-    # A shift that all samples share has no part.
-    between = (part - jnp.mean(part, axis=0, keepdims=True) for part in (x, y))
-    x_between, y_between = between
-    both = (rows + columns)[:, None] * y_between - alpha @ y_between - alpha.T @ y_between
-    return x_between.T @ both - (x - x_aug).T @ (rows[:, None] * (y - y_aug))
+    return rows, jnp.diag(rows + columns) - alpha - alpha.T
 
 
 @eqx.filter_jit

@@ -25,7 +25,7 @@ from dynamics.arguments import (
     require_times,
     require_vector,
 )
-from dynamics.contrastive.energy import covariance, require_importance
+from dynamics.contrastive.energy import covariance, importance_laplacian, require_importance
 from dynamics.contrastive.family import require_views
 from dynamics.flow import Trajectory, all_finite
 
@@ -228,35 +228,49 @@ def _gated(w, x, activation):
     return x * jax.vmap(jax.grad(activation))(x @ w)[:, None]
 
 
-def _ascent(w, x, x_aug, alpha, activation):
-    """A(w) w, without the matrix."""
-    gated, gated_aug = _gated(w, x, activation), _gated(w, x_aug, activation)
-    out, out_aug = gated @ w, gated_aug @ w
-    return covariance(alpha, gated, gated_aug, out[:, None], out_aug[:, None])[:, 0]
+def _ascents(nodes, x, x_aug, alpha, activation):
+    """A(w) w of each node as products of matrices: what is gated is never built, nor are the matrices."""
+    rows, laplacian = importance_laplacian(alpha)
+    slopes = jax.vmap(jax.vmap(jax.grad(activation)))
+
+    def gated(view):
+        pre = nodes @ view.T
+        gate = slopes(pre)
+        return gate, gate * pre
+
+    (gate, out), (gate_aug, out_aug) = gated(x), gated(x_aug)
+    # A shift that all samples share has no part.
+    between = (out - jnp.mean(out, axis=1, keepdims=True)) @ laplacian
+    within = (out - out_aug) * rows[None]
+    return (gate * (between - within)) @ x + (gate_aug * within) @ x_aug
 
 
 @eqx.filter_jit
 def _flown(nodes, x, x_aug, alpha, activation, ts, substeps):
-    ascents = jax.vmap(lambda w: _ascent(w, x, x_aug, alpha, activation))
+    def ascent(w):
+        return _ascents(w, x, x_aug, alpha, activation)
 
-    def field(w):
-        a = ascents(w)
+    def along(w, a):
         return a - jnp.sum(a * w, axis=1, keepdims=True) * w
 
+    def field(w):
+        return along(w, ascent(w))
+
     def step(carry, _, dt):
-        w, speed = carry
-        first = field(w)
+        w, a, speed = carry
+        first = along(w, a)
         second = field(w + dt / 2 * first)
         third = field(w + dt / 2 * second)
         w = w + dt / 6 * (first + 2 * second + 2 * third + field(w + dt * third))
         w = w / jnp.linalg.norm(w, axis=1, keepdims=True)
-        return (w, jnp.maximum(speed, jnp.max(jnp.linalg.norm(ascents(w), axis=1)) * dt)), None
+        a = ascent(w)
+        return (w, a, jnp.maximum(speed, jnp.max(jnp.linalg.norm(a, axis=1)) * dt)), None
 
     def until_next(carry, span):
         carry, _ = jax.lax.scan(partial(step, dt=span / substeps), carry, length=substeps)
         return carry, carry[0]
 
-    start = nodes, jnp.zeros((), nodes.dtype)
-    (_, speed), path = jax.lax.scan(until_next, start, jnp.diff(ts))
+    start = nodes, ascent(nodes), jnp.zeros((), nodes.dtype)
+    (*_, speed), path = jax.lax.scan(until_next, start, jnp.diff(ts))
     path = jnp.concatenate([nodes[None], path])
     return path, (speed <= _LONGEST) & jnp.all(jnp.isfinite(path))

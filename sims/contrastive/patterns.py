@@ -33,7 +33,7 @@ from models.functional import as_function
 from models.losses import alpha_cl_loss
 from models.optimizers import along_spheres
 from models.self_supervised import Nodes
-from models.training import Descent
+from models.training import Descent, map_lanes
 from sims import plotting
 from sims.claims import (
     ROUNDING,
@@ -141,7 +141,8 @@ def _ends(kind: str, w0: Array, patterns: Array, x: Array, alpha: Array, steps: 
 def _watched(nodes: Array, patterns: Array, x: Array, alpha: Array, length: Array) -> dict:
     """Changes of the energy of ReLU nodes by step, and the steps in which some gate is within reach."""
     path = power_flow(nodes, x, x, alpha, jax.nn.relu, length * jnp.arange(STEPS + 1), steps=STEPS)
-    energy = jax.vmap(jax.vmap(lambda w: _energy(w, x, alpha, jax.nn.relu)))(path.ys)
+    energies = jax.vmap(lambda w: _energy(w, x, alpha, jax.nn.relu))
+    energy = map_lanes(energies, path.ys, at_once=3)  # each has distances of all pairs of samples
     # The field varies little within a step that crosses no edge: its stages go less than twice as far.
     reach = 2 * jnp.linalg.norm(jnp.diff(path.ys, axis=0), axis=-1)
     edge = jnp.min(jnp.abs(path.ys @ patterns.T), axis=-1)
