@@ -114,12 +114,13 @@ def _searched(config: Config, key: Array) -> dict:
     starts = normal(drawn, (config.starts, n, n - 1))
     others = _others(n)
 
-    def entry(alpha, regularizer, tau, sums, factor=1.0):
+    def search(problem):
         """The closed form, the best of all searches, and their losses."""
+        alpha, kind, tau, sums = problem
         closed = jnp.take_along_axis(alpha, others, axis=1)
 
         def penalized(rows):
-            penalty = factor * _regularizer(regularizer, rows, tau)
+            penalty = jax.lax.switch(kind, [partial(_regularizer, name) for name in REGULARIZERS], rows, tau)
             alpha = jnp.zeros((n, n)).at[jnp.arange(n)[:, None], others].set(rows)
             return contrastive_energy(alpha, f, f_aug) - penalty
 
@@ -134,20 +135,23 @@ def _searched(config: Config, key: Array) -> dict:
             "least": penalized(closed),
         }
 
-    found = {}
+    problems = {}
     for name in EXPONENTIAL:
         hyper: dict[str, Any] = {"temperature": temperature} if name in WITH_TEMPERATURE else {}
         alpha = pairwise_importance(name, f, f_aug, **hyper)
         tau = temperature if hyper else 1.0
-        found[name] = entry(alpha, "entropy", tau, jnp.sum(alpha, axis=1))
-    alpha = pairwise_importance("infonce", f, f_aug, temperature=temperature)
+        problems[name] = alpha, REGULARIZERS.index("entropy"), tau, jnp.sum(alpha, axis=1)
     # The same with the regularizer halved, which a reader who drops the 2 would take.
-    halved = entry(alpha, "entropy", temperature, jnp.sum(alpha, axis=1), 0.5)
-    found["halved"] = {name: halved[name] for name in ("closed", "found")}
-    for name in REGULARIZERS:
+    alpha, kind, tau, sums = problems["infonce"]
+    problems["halved"] = alpha, kind, tau / 2, sums
+    for kind, name in enumerate(REGULARIZERS):
         hyper: dict[str, Any] = {"gamma": GAMMA} if name == "inverse" else {}
         alpha = min_player(name, f, f_aug, temperature=temperature, **hyper)
-        found[name] = entry(alpha, name, temperature, jnp.ones(n))
+        problems[name] = alpha, kind, temperature, jnp.ones(n)
+    # One after another: side by side, each problem would compute all three regularizers.
+    entries = jax.lax.map(search, jax.tree.map(lambda *parts: jnp.stack(parts), *problems.values()))
+    found = {name: jax.tree.map(lambda part, i=i: part[i], entries) for i, name in enumerate(problems)}
+    found["halved"] = {name: found["halved"][name] for name in ("closed", "found")}
     return found
 
 
@@ -199,7 +203,7 @@ def _rules(config: Config, key: Array) -> dict:
     used = normalized((squared + tau) ** (-1 / GAMMA))
     rows = jnp.take_along_axis(squared, _others(30), axis=1)
     sums = jax.vmap(lambda tau: jnp.sum(jax.vmap(lambda row: dropped(row, tau))(rows), axis=1))(cold)
-    exact = jnp.stack([min_player("square", f, f_aug, temperature=tau).sum(axis=1) for tau in cold])
+    exact = jax.vmap(lambda tau: min_player("square", f, f_aug, temperature=tau).sum(axis=1))(cold)
     return {
         "inverse": jnp.sum(jnp.abs(used - inverse), axis=1),
         "sum": sums,
