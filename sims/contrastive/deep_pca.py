@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -99,8 +99,9 @@ PRESETS: dict[Preset, Config] = {
 }
 
 
-def _views(config: Config, key: Array) -> dict[str, Array]:
-    """Inputs and their augmentations by case, (case, samples, inputs), and weights of pairs for each."""
+@partial(jax.jit, static_argnames="config")
+def _views(config: Config, key: Array) -> tuple[dict[str, Array], Array, Array]:
+    """Inputs, their augmentations and weights of pairs by case; the X of each case, and the best energy."""
     one, other = jax.random.split(key)
     x = normal(one, (config.samples, config.inputs))
     # Their covariance is as it is meant, and not as it is drawn.
@@ -108,21 +109,23 @@ def _views(config: Config, key: Array) -> dict[str, Array]:
     x = x * jnp.geomspace(*VARIANCES, config.inputs)[None] ** 0.5
     noise = normal(other, x.shape)
 
-    def case(strength):
-        augmented = x + strength * noise
-        alpha = min_player("entropy", x, augmented, temperature=4.0)
-        X = contrastive_covariance(alpha, x, augmented)
-        return augmented, alpha / jnp.max(jnp.abs(jnp.linalg.eigvalsh(X)))
+    def augmented(strength):
+        x_aug = x + strength * noise
+        alpha = min_player("entropy", x, x_aug, temperature=4.0)
+        X = contrastive_covariance(alpha, x, x_aug)
+        return x_aug, alpha / jnp.max(jnp.abs(jnp.linalg.eigvalsh(X)))
 
-    (plain, alpha), (strong, strong_alpha) = case(0.3), case(3.0)
+    (plain, strong), (alpha, strong_alpha) = jax.vmap(augmented)(jnp.array([0.3, 3.0]))
     # A linear map of the data maps X alike: this one makes its two largest eigenvalues equal.
     values, vectors = jnp.linalg.eigh(contrastive_covariance(alpha, x, plain))
     equal = vectors * jnp.ones_like(values).at[-2].set((values[-1] / values[-2]) ** 0.5)[None]
-    return {
+    data = {
         "x": jnp.stack([x, x @ equal, x]),
         "x_aug": jnp.stack([plain, plain @ equal, strong]),
         "alpha": jnp.stack([alpha, alpha, strong_alpha]),
     }
+    X = jax.vmap(contrastive_covariance)(data["alpha"], data["x"], data["x_aug"])
+    return data, X, jax.vmap(lambda X: deep_linear_maximum(X).energy)(X)
 
 
 def _unit(matrices: list[Array]) -> list[Array]:
@@ -135,37 +138,35 @@ def _loss(predict: Any, params: Any, data: dict[str, Array]) -> Array:
     return alpha_cl_loss(data["alpha"], *embedded)
 
 
-def _shape(matrices: list[Array], X: Array) -> dict[str, Array]:
-    """How far the matrices are from v_l v_{l-1}^T with v_0 the eigenvector of X, and their energy."""
-    matrices = _unit(matrices)
-    parts = [jnp.linalg.svd(W, full_matrices=False) for W in matrices]
-    aligned = [jnp.abs(jnp.dot(after[2][0], before[0][:, 0])) for before, after in pairwise(parts)]
-    vectors = jnp.linalg.eigh(X)[1]
-    first = parts[0][2][0] @ vectors[:, ::-1]
-    above = jax.tree.reduce(lambda before, W: W @ before, matrices[1:], jnp.eye(len(matrices[0])))
-    gram = jnp.linalg.eigvalsh(above.T @ above)
+def _shape(matrices: list[np.ndarray], X: np.ndarray) -> dict[str, np.ndarray]:
+    """By case and start, how far matrices are from v_l v_{l-1}^T with v_0 the eigenvector of X."""
+    matrices = [W / np.linalg.norm(W, axis=(-2, -1), keepdims=True) for W in matrices]
+    parts = [np.linalg.svd(W, full_matrices=False) for W in matrices]
+    direction = parts[0].Vh[..., 0, :]
+    cosines = [np.abs(np.sum(a.Vh[..., 0, :] * b.U[..., 0], axis=-1)) for b, a in pairwise(parts)]
+    first = direction @ np.linalg.eigh(X).eigenvectors[..., ::-1]
+    one = np.broadcast_to(np.eye(matrices[0].shape[-2]), (*matrices[0].shape[:-1], matrices[0].shape[-2]))
+    above = reduce(lambda before, W: W @ before, matrices[1:], one)
+    gram = np.linalg.eigvalsh(above.mT @ above)
     return {
-        "energy": deep_linear_energy(matrices, X),
-        "second": jnp.max(jnp.stack([values[1] / values[0] for _, values, _ in parts])),
-        "alignment": jnp.min(jnp.stack([jnp.ones(()), *aligned])),
-        "direction": parts[0][2][0],
-        "component": jnp.abs(first[0]),
-        "plane": jnp.linalg.norm(first[:2]),
-        "product": jnp.linalg.norm(above @ matrices[0]),
-        "above": gram[-2] / gram[-1],
+        "second": np.max([part.S[..., 1] / part.S[..., 0] for part in parts], axis=0),
+        "alignment": np.min([np.ones(direction.shape[:-1]), *cosines], axis=0),
+        "direction": direction,
+        "component": np.abs(first[..., 0]),
+        "plane": np.linalg.norm(first[..., :2], axis=-1),
+        "product": np.linalg.norm(above @ matrices[0], axis=(-2, -1)),
+        "above": gram[..., -2] / gram[..., -1],
     }
 
 
-@partial(jax.jit, static_argnames=("config", "depth"))
-def _trained(config: Config, depth: int, data: dict[str, Array], key: Array) -> dict:
-    """Where networks of one depth end, by case and start, and their energies on the way."""
-    sizes = (config.inputs, *[config.width] * depth)
-    steps, starts = (config.many, config.few) if depth >= FLAT else (config.steps, config.starts)
+@partial(jax.jit, static_argnames="config")
+def _trained(config: Config, starts: list[Array], data: dict[str, Array], X: Array) -> tuple:
+    """Networks after training, by case and start, and their energies on the way."""
+    steps = config.many if len(starts) >= FLAT else config.steps
     optimizer = optax.chain(TANGENT, optax.sgd(config.rate))
 
-    def one(key, data):
-        X = contrastive_covariance(data["alpha"], data["x"], data["x_aug"])
-        predict, params = as_function(StochasticLinear(_unit(random_weights(key, sizes, 1.0))))
+    def one(start, data, X):
+        predict, params = as_function(StochasticLinear(_unit(start)))
         last, path = train(
             Partial(_loss, predict, data=data),
             params,
@@ -174,24 +175,31 @@ def _trained(config: Config, depth: int, data: dict[str, Array], key: Array) -> 
             every=steps // 100,
             observe=lambda params: deep_linear_energy(_unit(weights(params)), X),
         )
-        return _shape(weights(last), X) | {"path": path.ys}
+        return weights(last), path.ys
 
-    keys = jax.random.split(key, starts)
-    return jax.vmap(jax.vmap(one, (0, None)), (None, 0))(keys, data)
+    return jax.vmap(jax.vmap(one, (0, None, None)), (None, 0, 0))(starts, data, X)
 
 
-def _followed(config: Config, data: dict[str, Array], key: Array) -> dict:
+def _of_depth(config: Config, depth: int, data: dict[str, Array], X: Array, key: Array) -> dict:
+    """Where networks of one depth end, by case and start, and their energies on the way."""
+    starts = config.few if depth >= FLAT else config.starts
+    sizes = (config.inputs, *[config.width] * depth)
+    drawn = jax.vmap(lambda key: random_weights(key, sizes, 1.0))(jax.random.split(key, starts))
+    last, energy = jax.device_get(_trained(config, drawn, data, X))
+    return {"energy": energy[..., -1], "path": energy, **_shape(last, np.asarray(X))}
+
+
+def _followed(config: Config, data: dict[str, Array], X: Array, key: Array) -> dict:
     """Two matrices that are trained at several learning rates, beside the flow."""
     start = _unit(random_weights(key, (config.inputs, config.width, config.width), 1.0))
     plain = {name: part[0] for name, part in data.items()}
-    X = contrastive_covariance(plain["alpha"], plain["x"], plain["x_aug"])
     predict, params = as_function(StochasticLinear(start))
     rates, trained = jax.device_get(
         config.descent.train(Partial(_loss, predict, data=plain), params, weights, TANGENT)
     )
     ts = config.descent.times
     # Descent on half of the energy has half of its speed.
-    flows = right_and_wrong(lambda factor: deep_linear_flow(start, X, factor * ts / 2, **SOLVE))
+    flows = right_and_wrong(lambda factor: deep_linear_flow(start, X[0], factor * ts / 2, **SOLVE))
     flows = {name: Trajectory(ts, path.ys, path.ok) for name, path in flows.items()}
     require_ok("the flow and training", trained, *flows.values())
     finest = [np.asarray(W)[int(np.argmin(rates))] for W in trained.ys]
@@ -211,13 +219,12 @@ def _followed(config: Config, data: dict[str, Array], key: Array) -> dict:
 def run(config: Config, context: Context) -> dict:
     """Where networks of every depth end, on three kinds of data, and one of them beside its flow."""
     drawn, starts, start = jax.random.split(jax.random.key(context.seed), 3)
-    data = jax.jit(partial(_views, config))(drawn)
+    data, X, best = _views(config, drawn)
     found = []
     for index, depth in enumerate(config.depths):
         context.progress(f"depth {depth}", 0.8 * index / len(config.depths))
-        found.append(jax.device_get(_trained(config, depth, data, jax.random.fold_in(starts, depth))))
+        found.append(_of_depth(config, depth, data, X, jax.random.fold_in(starts, depth)))
     context.progress("training beside the flow", 0.8)
-    X = jax.vmap(contrastive_covariance)(data["alpha"], data["x"], data["x_aug"])
     spectrum = np.linalg.eigvalsh(np.asarray(X))[:, ::-1]
     paths = np.stack([part.pop("path")[0, 0] for part in found])
     # Few starts of a depth are filled up with the first of them.
@@ -229,13 +236,13 @@ def run(config: Config, context: Context) -> dict:
         "depth": ("depth", np.asarray(config.depths)),
         "case": ("case", list(CASES)),
         "spectrum": ("case eigenvalue", spectrum),
-        "best": ("case", np.asarray(jax.vmap(lambda X: deep_linear_maximum(X).energy)(X))),
+        "best": ("case", np.asarray(best)),
         "end": {
             name: ("depth case start" + (" input" if name == "direction" else ""), part)
             for name, part in ends.items()
         },
         "path": ("depth record", paths),
-        "descent": _followed(config, data, start),
+        "descent": _followed(config, data, X, start),
     }
 
 
