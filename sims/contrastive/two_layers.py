@@ -46,7 +46,7 @@ from sims.claims import (
     slope,
     stated,
 )
-from sims.compare import SOLVE, first_order, lane_gaps, largest, orders, require_ok, right_and_wrong
+from sims.compare import SOLVE, WRONG_FACTOR, first_order, lane_gaps, largest, orders, require_ok
 from sims.contrastive._linear import covariance, dead, mean_loss, moving_field, noisy_views, product, rotation
 from sims.ranges import Positive, Range, check_ranges
 from sims.results import Context, Saved
@@ -91,36 +91,29 @@ PRESETS: dict[Preset, Config] = {
 }
 
 
-def _start(config: Config, key: Array, large: Any) -> tuple[list[Array], Views]:
-    """Two layers of equal singular values, one for all where they are large, and weakly augmented data."""
-    data, *keys = jax.random.split(key, 5)
-    values = jnp.where(large, 1.0, 0.5 * jnp.exp(-0.7 * jnp.arange(config.inputs)))
-    first, second, third, fourth = (rotation(each, config.inputs) for each in keys)
-    matrices = [(first * values[None]) @ second, (third * values[None]) @ fourth]
-    return matrices, noisy_views(data, config.samples, jnp.full(config.inputs, WEAK))
+@partial(jax.jit, static_argnames="config")
+def _starts(config: Config, keys: Array, large: Array) -> tuple[list[Array], Views]:
+    """By key, two layers of equal singular values, one for all where large, and weakly augmented data."""
+
+    def one(key, large):
+        data, *keys = jax.random.split(key, 5)
+        values = jnp.where(large, 1.0, 0.5 * jnp.exp(-0.7 * jnp.arange(config.inputs)))
+        first, second, third, fourth = _rotations(jnp.stack(keys), config.inputs)
+        matrices = [(first * values[None]) @ second, (third * values[None]) @ fourth]
+        return matrices, noisy_views(data, config.samples, jnp.full(config.inputs, WEAK))
+
+    return jax.vmap(one)(keys, large)
 
 
-def _seen(matrices: list[Array], loss: Array) -> dict[str, Array]:
-    """The loss, singular values of the product and its effective rank."""
-    W = product(matrices)
-    return {"loss": loss, "value": jnp.linalg.svd(W, compute_uv=False), "rank": effective_rank(W)}
+_rotations = jax.vmap(rotation, (0, None))
 
 
-def _shared(matrices: list[Array]) -> Array:
-    """Cosines of the second layer's right singular vectors with the left ones of the first."""
-    W1, W2 = matrices
-    return jnp.abs(jnp.sum(jnp.linalg.svd(W2)[2] * jnp.linalg.svd(W1)[0].T, axis=1))
+@partial(jax.jit, static_argnames="config")
+def _trained(config: Config, starts: list[Any], views: Views) -> tuple[dict[str, Array], list[Array]]:
+    """By lane, the loss and the product of the layers over time, and the layers at the end."""
 
-
-@partial(jax.jit, static_argnames=("config", "layers"))
-def _trained(config: Config, layers: int, key: Array) -> tuple[dict, Array]:
-    """Layers over time by start and draw, and of two layers the cosines before and after."""
-    keys = jax.random.split(key, config.draws)
-    cases = jax.vmap(lambda large: jax.vmap(lambda key: _start(config, key, large))(keys))(jnp.arange(2) == 1)
-
-    def one(case):
-        matrices, views = case
-        matrices = matrices if layers == 2 else [product(matrices)]
+    def one(lane):
+        matrices, views = lane
         predict, params = as_function(StochasticLinear(matrices))
         loss = Partial(mean_loss, predict, views=views)
         last, path = train(
@@ -129,13 +122,39 @@ def _trained(config: Config, layers: int, key: Array) -> tuple[dict, Array]:
             optax.sgd(config.rate),
             steps=config.steps,
             every=config.steps // RECORDS,
-            observe=lambda params: _seen(weights(params), loss(params)),
+            observe=lambda params: {"loss": loss(params), "product": product(weights(params))},
         )
-        ends = [matrices, weights(last)] if layers == 2 else []
-        return path.ys, jnp.stack([_shared(end) for end in ends]) if ends else jnp.zeros(())
+        return path.ys, weights(last)
 
-    found = map_lanes(one, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), cases))
-    return jax.tree.map(lambda leaf: leaf.reshape(len(STARTS), -1, *leaf.shape[1:]), found)
+    return map_lanes(one, (starts, views))
+
+
+def _shared(matrices: list[np.ndarray]) -> np.ndarray:
+    """Cosines of the second layer's right singular vectors with the left ones of the first."""
+    first, second = (np.linalg.svd(W) for W in matrices)
+    return np.abs(np.sum(second.Vh * first.U.mT, axis=-1))
+
+
+@jax.jit
+def _seen(loss: Array, product: Array) -> dict[str, Array]:
+    """The loss, singular values of the product and its effective rank."""
+    return {
+        "loss": loss,
+        "value": jnp.linalg.svd(product, compute_uv=False),
+        "rank": effective_rank(product),
+    }
+
+
+def _swept(config: Config, starts: list[np.ndarray], views: Views) -> tuple[dict, np.ndarray]:
+    """One layer and two over time by start and draw; from small weights the cosines before and after."""
+    (one, _), (two, last) = (_trained(config, W, views) for W in ([starts[1] @ starts[0]], starts))
+    found = jax.device_get([_seen(**path) for path in (one, two)])
+    lanes = len(STARTS), config.draws
+    path = jax.tree.map(
+        lambda *parts: np.stack([part.reshape(*lanes, *part.shape[1:]) for part in parts], axis=1), *found
+    )
+    small = jax.tree.map(lambda W: np.asarray(W)[: config.draws], [starts, last])
+    return path, np.stack([_shared(matrices) for matrices in small], axis=1)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -145,7 +164,7 @@ def _identities(config: Config, keys: Array) -> dict:
     def one(aligned, key):
         data, drawn, *keys = jax.random.split(key, 6)
         views = noisy_views(data, config.samples, 1.0 * (jnp.arange(config.inputs) >= config.inputs // 2))
-        first, second, third, other = (rotation(each, config.inputs) for each in keys)
+        first, second, third, other = _rotations(jnp.stack(keys), config.inputs)
         s1, s2 = 1 + jnp.abs(normal(drawn, (2, config.inputs)))
         shared = jnp.where(aligned, second, other)
         W1, W2 = matrices = [(second * s1[None]) @ first.T, (third * s2[None]) @ shared.T]
@@ -169,71 +188,57 @@ def _identities(config: Config, keys: Array) -> dict:
 
 
 @partial(jax.jit, static_argnames="config")
-def _to_follow(config: Config, key: Array) -> tuple[list[Array], Views, dict]:
-    """Two layers of small weights with their data, and layers along eigenvectors of X, which is held."""
-    other = jax.random.fold_in(key, 1)
-    matrices, views = _start(config, key, jnp.asarray(False))
+def _to_hold(config: Config, key: Array, matrices: list[Any], views: Views) -> dict[str, Array]:
+    """Two layers along eigenvectors of the X of others, which is held, and two that are not."""
     values, vectors = jnp.linalg.eigh(covariance(matrices, views))
     # Every other direction shrinks, and the others grow slowly enough to stay finite.
     gain = 0.03 * values / jnp.max(jnp.abs(values)) * jnp.where(jnp.arange(len(values)) % 2 == 0, 1, -1)
-    s = 0.2 + 0.6 * jax.random.uniform(other, (2 * config.inputs,)).reshape(2, -1)
-    hidden, turned = (rotation(each, config.inputs) for each in jax.random.split(other))
+    s = 0.2 + 0.6 * jax.random.uniform(key, (2 * config.inputs,)).reshape(2, -1)
+    hidden, turned = _rotations(jax.random.split(key), config.inputs)
     # In the order of the cases: aligned layers, and layers whose singular vectors between them differ.
     between = jnp.stack([jnp.eye(config.inputs), turned])
-    return (
-        matrices,
-        views,
-        {
-            "X": (vectors * gain[None]) @ vectors.T,
-            "gain": gain,
-            "values": s,
-            "first": (hidden * s[0][None]) @ vectors.T,
-            "second": s[1][None, :, None] * (between @ hidden.T[None]),
-        },
-    )
+    return {
+        "X": (vectors * gain[None]) @ vectors.T,
+        "gain": gain,
+        "values": s,
+        "first": (hidden * s[0][None]) @ vectors.T,
+        "second": s[1][None, :, None] * (between @ hidden.T[None]),
+    }
 
 
-def _aligned(ts: np.ndarray, held: dict) -> dict:
+def _aligned(ts: np.ndarray, held: dict[str, np.ndarray]) -> dict:
     """Singular values of two layers by time: by the flow of the layers, and by that of aligned ones."""
-
-    @jax.jit
-    def solve(ts, held):
-        by_layers = [
-            encoder_flow([held["first"], W], held["X"], ts, **SOLVE)
-            for W in (held["second"][0], held["second"][1])
-        ]
-        return by_layers, aligned_flow(held["values"], held["gain"], ts, **SOLVE)
-
-    by_layers, by_values = jax.device_get(solve(ts, held))
+    by_layers = [encoder_flow([held["first"], W], held["X"], ts, **SOLVE) for W in held["second"]]
+    by_values = aligned_flow(held["values"], held["gain"], ts, **SOLVE)
     require_ok("flows of aligned layers", *by_layers, by_values)
 
     def spectra(path):
         return np.stack([np.linalg.svd(W, compute_uv=False) for W in path.ys], axis=1)
 
-    foretold = -np.sort(-by_values.ys, axis=-1)
+    foretold = -np.sort(-np.asarray(by_values.ys), axis=-1)
     return {
         "aligned_gap": largest(spectra(by_layers[0]) - foretold),
         "apart_gap": largest(spectra(by_layers[1]) - foretold),
     }
 
 
-def _followed(config: Config, key: Array) -> dict:
+def _followed(config: Config, matrices: list[np.ndarray], views: Views, key: Array) -> dict:
     """Two layers that are trained at several learning rates, beside their flow."""
-    matrices, views, held = _to_follow(config, key)
     predict, params = as_function(StochasticLinear(matrices))
     rates, trained = jax.device_get(
         config.descent.train(Partial(mean_loss, predict, views=views), params, weights)
     )
-    ts = config.descent.times
-    flows = right_and_wrong(lambda factor: integrate(moving_field, matrices, factor * ts, views, **SOLVE))
-    flows = {name: Trajectory(ts, path.ys, path.ok) for name, path in flows.items()}
+    ts, flows = config.descent.times, {}
+    for name, factor in (("right", 1.0), ("wrong", WRONG_FACTOR)):
+        path = integrate(moving_field, matrices, factor * ts, views, **SOLVE)
+        flows[name] = Trajectory(ts, path.ys, path.ok)
     require_ok("the flow and training", trained, *flows.values())
     return {
         "rate": ("rate", rates),
         "gap": ("rate", {name: lane_gaps(path, trained) for name, path in flows.items()}),
         "drift": ("rate", _drift([np.asarray(W) for W in trained.ys])),
         "kept": _drift([np.asarray(W)[None] for W in flows["right"].ys])[0],
-        **_aligned(ts, held),
+        **_aligned(ts, jax.device_get(_to_hold(config, key, matrices, views))),
     }
 
 
@@ -247,23 +252,24 @@ def _drift(paths: list[Any]) -> np.ndarray:
 def run(config: Config, context: Context) -> dict:
     """One layer and two from small and large weights, and two beside their flow."""
     first, second, third = jax.random.split(jax.random.key(context.seed), 3)
-    paths = []
-    for layers in (1, 2):
-        context.progress(f"training of {LAYERS[layers - 1]}", 0.3 * (layers - 1))
-        path, shared = jax.device_get(_trained(config, layers, first))
-        paths.append(path)
+    draws = jax.random.split(first, config.draws)
+    # The last one, of small weights too, is trained beside its flow.
+    large = np.append(np.repeat([False, True], config.draws), False)
+    matrices, views = jax.device_get(_starts(config, jnp.stack([*draws, *draws, second]), large))
+    context.progress("training of one and of two", 0.0)
+    path, alignment = _swept(config, *jax.tree.map(lambda leaf: leaf[:-1], (matrices, views)))
     context.progress("training beside the flow", 0.6)
-    followed = _followed(config, second)
+    matrices, views = jax.tree.map(lambda leaf: leaf[-1], (matrices, views))
+    followed = _followed(config, matrices, views, jax.random.fold_in(second, 1))
     context.progress("gradients", 0.95)
     identities = jax.device_get(_identities(config, jax.random.split(third, config.draws)))
-    path = jax.tree.map(lambda *parts: np.stack(parts, axis=1), *paths)
     dims = {"loss": "", "value": " value", "rank": ""}
     return {
         "start": ("start", list(STARTS)),
         "layers": ("layers", list(LAYERS)),
         "moment": ("moment", config.rate * config.steps / RECORDS * np.arange(RECORDS + 1)),
         "path": {name: (f"start layers draw moment{more}", path[name]) for name, more in dims.items()},
-        "alignment": ("draw when value", shared[STARTS.index("small")]),
+        "alignment": ("draw when value", alignment),
         "identity": {
             name: ("aligned draw layer" if name == "gradient" else "aligned draw", value)
             for name, value in identities.items()
