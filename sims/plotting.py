@@ -84,8 +84,9 @@ def gap_panel(
         color = "0.45" if index == last > 1 else f"C{2 * index}"
         ax.loglog(scales, gap, markers[index], color=color, label=label)
     reference_slope(ax, scales, next(iter(gaps.values())), 1, "slope 1")
-    if max(scales) < 15 * min(scales):  # Matplotlib would write its own labels one over another
-        label_ticks(ax, scales, "{:.2g}")
+    powers_of_ten = np.floor(np.log10(max(scales))) - np.ceil(np.log10(min(scales))) + 1
+    if max(scales) < 15 * min(scales) or powers_of_ten < 2:
+        label_ticks(ax, scales, "{:.2g}")  # Matplotlib would write its own labels one over another
     make_room(ax, above=0.5)
     return finish(ax, title, xlabel, ylabel, "upper left")
 

@@ -281,6 +281,7 @@ def _draw_ends(ax: Axes, saved: Saved) -> None:
     ax.plot([], [], "s-", color="C1", label="no ridge: size at the end")
     median = np.median(saved["distance"], axis=0)
     plotting.reference_slope(ax, lams, median, -1, "slope −1")
+    plotting.label_ticks(ax, lams, "{:.0f}")
     plotting.finish(ax, "All problems, as alpha falls", "log(1/α)", "distance, size")
     plotting.make_room(ax, above=0.45)
     ax.legend(loc="upper left", fontsize=8)

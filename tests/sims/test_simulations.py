@@ -3,6 +3,7 @@
 import io
 import json
 import warnings
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ def test_simulation(name, tmp_path):
         figure, drawn = draw_and_watch(loaded)
     assert not compiled, "claims and figures read what was saved, and compute nothing that compiles"
     assert_panels_are_complete(figure)
+    assert_labels_are_apart(figure)
     assert points_under_legends(figure) <= UNDER_LEGENDS.get(name, 0)
     judged = assert_every_claim_can_fail(loaded)
     coordinates = {path for path, dims in loaded.record["dims"].items() if dims == [path]}
@@ -107,9 +109,24 @@ def assert_panels_are_complete(figure):
         assert any(finite) or ax.patches or ax.collections or ax.images, f"{title}: nothing is drawn"
 
 
+def assert_labels_are_apart(figure):
+    """No two labels of ticks of an axis lie one over another."""
+    figure.draw_without_rendering()  # places everything
+    for axis in (axis for ax in figure.axes if ax.axison for axis in (ax.xaxis, ax.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        shown = [tick for which in (False, True) for tick in axis.get_ticklabels(minor=which)]
+        place = 0 if axis.axis_name == "x" else 1
+        shown = [label for label in shown if label.get_text() and low <= label.get_position()[place] <= high]
+        # The box of a slanted label is larger than the label.
+        boxes = [label.get_window_extent() for label in shown if label.get_rotation() % 90 == 0]
+        over = [one.overlaps(other) for one, other in combinations(boxes, 2)]
+        assert not any(over), (
+            f"{axis.axes.get_title('left')}: labels overlap: {[t.get_text() for t in shown]}"
+        )
+
+
 def points_under_legends(figure) -> int:
     """How many points of visible lines lie under a legend of their panel."""
-    figure.canvas.draw()
     count = 0
     for ax in figure.axes:
         if (legend := ax.get_legend()) is None:
