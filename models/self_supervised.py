@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -301,15 +302,13 @@ class ConvEncoder(nnx.Module):
                     use_bias=False,
                     dtype=dtype,
                     param_dtype=dtype,
+                    kernel_init=_lecun_normal,
                     rngs=rngs,
                 )
             )
             before, height, width = count, -(-height // 2), -(-width // 2)
-        layers.append(
-            nnx.Linear(
-                before * height * width, outputs, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs
-            )
-        )
+        sizes, like = (before * height * width, outputs), {"dtype": dtype, "param_dtype": dtype}
+        layers.append(nnx.Linear(*sizes, use_bias=False, **like, kernel_init=_lecun_normal, rngs=rngs))
         self.layers = nnx.List(layers)
 
     def __call__(self, x: ArrayLike) -> Float[Array, "n k"]:
@@ -321,6 +320,14 @@ class ConvEncoder(nnx.Module):
         for layer in hidden:
             h = nnx.relu(layer(h))
         return head(h.reshape(len(h), -1))
+
+
+def _lecun_normal(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Numbers of `jax.nn.initializers.lecun_normal`, drawn in one row as by `models.draws.normal`."""
+    deviation = jnp.sqrt(jnp.array(1 / math.prod(shape[:-1]), dtype))
+    drawn = jax.random.truncated_normal(key, -2, 2, (math.prod(shape),), dtype)
+    # The last number is the standard deviation of a normal law that is cut off at -2 and 2.
+    return drawn.reshape(shape) * (deviation / jnp.array(0.87962566103423978, dtype))
 
 
 def scale_embedding(params: PyTree, scales: ArrayLike) -> PyTree:

@@ -14,10 +14,10 @@ strength, from random weights and from those of the weakest one, to see what is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +118,11 @@ def _encoder(name: str, config: Config, key: Array) -> nnx.Module:
     return Encoder([W / W.shape[1] ** 0.5 for W in drawn])
 
 
+def _built(network: Callable[[Array], nnx.Module], key: Array) -> tuple[Any, PyTree]:
+    """A network as a function, and its parameters, which one program draws."""
+    return jax.jit(lambda key: as_function(network(key)))(key)
+
+
 def _contrast(predict: Partial, attraction: Array | float) -> Partial:
     """InfoNCE of an encoder's parameters and views."""
     return on_views(partial(infonce, attraction=attraction), predict)
@@ -165,23 +170,23 @@ def _turned(predict, params, images, key):
 
 @jax.jit
 def _second_differences(predict, params, images, key, lanes):
-    """Those of the loss at zero, along each of two rows, (strength, 2)."""
+    """Those of the loss at zero along one row in each lane, (lane,), of encoders that are stacked."""
     many = jnp.concatenate([images] * COPIES)
 
     def along(lane):
-        variance, attraction, direction = lane
-        views = two_views(key, many, variance)
+        which, variance, attraction, direction = lane
+        views, own = two_views(key, many, variance), jax.tree.map(lambda leaf: leaf[which], params)
         loss = _contrast(predict, attraction)
         return collapse.rescaled_curvature(
-            lambda scales: loss(scale_embedding(params, scales), views), direction, STEP
+            lambda scales: loss(scale_embedding(own, scales), views), direction, STEP
         )
 
     return map_lanes(along, lanes, at_once=1)
 
 
 @jax.jit
-def _landscapes(predict, params, images, key, lanes, along, grid):
-    """The loss along a rescaling of both rows, (lane, a), and of each by its own, (lane, r, r)."""
+def _landscapes(predict, params, images, key, lanes, scales):
+    """The loss where both rows are rescaled, each by its own number: (lane, place) for scales (place, 2)."""
 
     def of(lane):
         variance, attraction = lane
@@ -190,17 +195,15 @@ def _landscapes(predict, params, images, key, lanes, along, grid):
         def loss(scales):
             return _contrast(predict, attraction)(scale_embedding(params, scales), views)
 
-        line = collapse.rescaled_loss(loss, jnp.ones(2), along)
-        pairs = jnp.stack(jnp.meshgrid(grid, grid, indexing="ij"), axis=-1)
-        return line, jax.lax.map(jax.vmap(loss), pairs)
+        return jax.lax.map(loss, scales)
 
     return jax.lax.map(of, lanes)
 
 
-def _of_encoder(name: str, config: Config, images: Array, key: Array) -> dict:
+def _of_encoder(name: str, config: Config, images: np.ndarray, key: Array) -> dict:
     """An encoder trained at all strengths, and the landscapes of the one that the weakest leaves."""
     drawn, first, again, views = jax.random.split(key, 4)
-    predict, random = as_function(_encoder(name, config, drawn))
+    predict, random = _built(partial(_encoder, name, config), drawn)
 
     def trained(key, start, variance, attraction=ATTRACTION):
         settings = (config.steps, config.batch, predict, images)
@@ -218,24 +221,29 @@ def _of_encoder(name: str, config: Config, images: Array, key: Array) -> dict:
     _, plain = trained(first, random, STRONG, PLAIN)
 
     turned, start = (_turned(predict, params, images, views) for params in (weakest, random))
-    variances = jnp.array([*config.strengths, STRONG])
-    attractions = jnp.array([ATTRACTION] * len(config.strengths) + [PLAIN])
-    rows = jnp.tile(jnp.eye(2), (variances.size, 1))
-    lanes = (jnp.repeat(variances, 2), jnp.repeat(attractions, 2), rows)
-    second = _second_differences(predict, turned, images, views, lanes).reshape(-1, 2)
-    middle = (jnp.full(2, MEDIUM), jnp.full(2, ATTRACTION), jnp.eye(2))
-    second_at_start = _second_differences(predict, start, images, views, middle)
-    shown = (jnp.array([*SHOWN, STRONG]), jnp.array([ATTRACTION] * len(SHOWN) + [PLAIN]))
-    line, grid = _landscapes(predict, turned, images, views, shown, *_along(config))
+    strengths, attractions = [*config.strengths, STRONG], [ATTRACTION] * len(config.strengths) + [PLAIN]
+    # Along both rows: of the trained encoder at all strengths, of the random one at the medium one.
+    which = np.repeat([0, 1], [len(strengths), 1])
+    lanes = which, np.array([*strengths, MEDIUM]), np.array([*attractions, ATTRACTION])
+    rows = np.tile(np.eye(2), (which.size, 1))
+    both = jax.tree.map(lambda *leaves: np.stack(leaves), turned, start)
+    lanes = (*(np.repeat(each, 2) for each in lanes), rows)
+    second = np.asarray(_second_differences(predict, both, images, views, lanes)).reshape(-1, 2)
+    along, grid = _along(config)
+    pairs = np.stack(np.meshgrid(grid, grid, indexing="ij"), axis=-1)
+    scales = np.concatenate([np.stack([along, along], axis=1), pairs.reshape(-1, 2)])
+    shown = np.array([*SHOWN, STRONG]), np.array([ATTRACTION] * len(SHOWN) + [PLAIN])
+    loss = np.asarray(_landscapes(predict, turned, images, views, shown, scales))
+    line, quadrants = loss[:, : along.size], loss[:, along.size :].reshape(-1, grid.size, grid.size)
     return {
-        "cold": jnp.stack([seen["spread"] for seen in fresh]),
-        "warm": jnp.stack([seen["spread"] for seen in warm]),
-        "loss": jnp.stack([jnp.stack([seen["loss"] for seen in part]) for part in (fresh, warm)]),
-        "second": second[:-1],
-        "start": second_at_start,
+        "cold": np.stack([seen["spread"] for seen in fresh]),
+        "warm": np.stack([seen["spread"] for seen in warm]),
+        "loss": np.stack([[seen["loss"] for seen in part] for part in (fresh, warm)]),
+        "second": second[:-2],
+        "start": second[-1],
         "line": line[:-1],
-        "map": grid[:-1],
-        "plain": {"spread": plain["spread"], "second": second[-1]},
+        "map": quadrants[:-1],
+        "plain": {"spread": plain["spread"], "second": second[-2]},
         "plain_line": line[-1],
     }
 
@@ -301,15 +309,20 @@ def _autoencoder_landscapes(predict, params, x, noise, betas, along):
 def _of_autoencoder(config: Config, images: np.ndarray, key: Array) -> dict:
     """Linear autoencoders trained at all beta, and the landscapes of the one of the least beta."""
     drawn, training, latents = jax.random.split(key, 3)
-    x, betas = jnp.asarray(images.reshape(len(images), -1)), jnp.array(config.strengths)
-    U, W = random_weights(drawn, (2, 64, 2), 0.1)
-    predict, start = as_function(LinearVae(VaeWeights(U, W.T, jnp.zeros(2))))
-    many = jax.tree.map(lambda leaf: jnp.stack([leaf] * betas.size), start)
-    lanes = (many, betas)
-    ends, ok, spread = _autoencoders_trained(4 * config.steps, config.batch, predict, x, training, lanes)
+    x, betas = images.reshape(len(images), -1), np.array(config.strengths)
+
+    def network(key):
+        U, W = random_weights(key, (2, 64, 2), 0.1)
+        return LinearVae(VaeWeights(U, W.T, jnp.zeros(2)))
+
+    predict, start = _built(network, drawn)
+    lanes = (jax.tree.map(lambda leaf: np.stack([leaf] * betas.size), start), betas)
+    ends, ok, spread = jax.device_get(
+        _autoencoders_trained(4 * config.steps, config.batch, predict, x, training, lanes)
+    )
     if not np.all(ok):
         raise RuntimeError("training of the autoencoder: the numbers are not finite")
-    order = np.argsort(-np.asarray(spread[0]))
+    order = np.argsort(-spread[0])
     (decoder, encoder, log_variance), structure = jax.tree.flatten(jax.tree.map(lambda leaf: leaf[0], ends))
     weakest = structure.unflatten([decoder[order], encoder[:, order], log_variance[order]])
     # Noise of unit covariance and of both signs stands for its mean: the loss is quadratic in it.
@@ -317,7 +330,7 @@ def _of_autoencoder(config: Config, images: np.ndarray, key: Array) -> dict:
     found = _autoencoder_landscapes(predict, weakest, x, noise, betas, _along(config)[0])
     shown = np.array([config.strengths.index(beta) for beta in SHOWN])
     return {
-        "spread": ("strength row", -np.sort(-np.asarray(spread), axis=1)),
+        "spread": ("strength row", -np.sort(-spread, axis=1)),
         "frozen": ("strength", found["frozen"]),
         "best": ("strength direction", found["best"]),
         "lines": ("shown variances along", np.asarray(found["lines"])[shown]),
@@ -350,12 +363,14 @@ def _supervised_trained(steps, batch, predict, x, y, key, lanes):
 def _of_supervised(config: Config, images: np.ndarray, signs: np.ndarray, key: Array) -> dict:
     """Networks trained at three strengths of regularization, and the landscapes of the weakest one."""
     drawn, training = jax.random.split(key)
-    x, y = jnp.asarray(images.reshape(len(images), -1)), jnp.asarray(signs)
-    moments = jax.device_get(collapse.moments(x, y[:, 0]))
-    gammas = jnp.asarray(SHARES) * np.linalg.norm(moments.c)
-    predict, start = as_function(StochasticLinear(random_weights(drawn, (64, HIDDEN, 1), 0.1)))
-    many = jax.tree.map(lambda leaf: jnp.stack([leaf] * gammas.size), start)
-    ends, ok = _supervised_trained(config.steps, config.batch, predict, x, y, training, (many, gammas))
+    x = images.reshape(len(images), -1)
+    moments = jax.device_get(jax.jit(collapse.moments)(x, signs[:, 0]))
+    gammas = np.asarray(SHARES) * np.linalg.norm(moments.c)
+    predict, start = _built(lambda key: StochasticLinear(random_weights(key, (64, HIDDEN, 1), 0.1)), drawn)
+    lanes = (jax.tree.map(lambda leaf: np.stack([leaf] * gammas.size), start), gammas)
+    ends, ok = jax.device_get(
+        _supervised_trained(config.steps, config.batch, predict, x, signs, training, lanes)
+    )
     if not np.all(ok):
         raise RuntimeError("training of the supervised network: the numbers are not finite")
     along = _along(config)[0]
@@ -371,7 +386,7 @@ def _of_supervised(config: Config, images: np.ndarray, signs: np.ndarray, key: A
 
     lines, second = map(np.stack, zip(*map(landscape, gammas), strict=True))
     return {
-        "norm": ("share", sum(jnp.sum(W**2, axis=(1, 2)) for W in ends)),
+        "norm": ("share", sum(np.sum(W**2, axis=(1, 2)) for W in ends)),
         "second": ("share", second),
         "lines": ("share along", lines),
     }
@@ -384,7 +399,7 @@ def run(config: Config, context: Context) -> dict:
     found = []
     for index, (name, key) in enumerate(zip(ENCODERS, keys, strict=True)):
         context.progress(f"{name} encoder", index / 5)
-        found.append(jax.device_get(_of_encoder(name, config, jnp.asarray(images), key)))
+        found.append(jax.device_get(_of_encoder(name, config, images, key)))
     stacked = jax.tree.map(lambda *parts: np.stack(parts), *found)
     context.progress("autoencoder and supervised network", 0.6)
     along, radii = _along(config)
