@@ -73,33 +73,40 @@ PRESETS: dict[Preset, Config] = {
 }
 
 
-class Model(NamedTuple):
-    """A loss of weights and data, and what theory says of its global minimum."""
+Loss = Callable[[list[Array]], Array]
 
-    loss: Callable[[list[Array], Any], Array]
+
+class Model(NamedTuple):
+    """A loss of weights, and what theory says of its global minimum."""
+
+    loss: Loss
     shapes: tuple[tuple[int, ...], ...]
-    data: Any
     least: Any
     rank: int
     encoder: int = 0  # place of the matrix that represents
 
 
-def _network(params: list[Array], data: tuple) -> Array:
-    return collapse.stochastic_linear_loss(params, *data)
+# Losses close over their data, which are checked once, before a program of them is compiled.
 
 
-def _autoencoder(params: list[Array], data: tuple) -> Array:
-    U, V, log_scale = params
-    Z, beta = data
-    return collapse.linear_vae_loss(U, V, jnp.exp(log_scale), Z, beta, 1.0, 1.0)
+def _network(*data: Any) -> Loss:
+    return lambda params: collapse.stochastic_linear_loss(params, *data)
 
 
-def _quartic(params: list[Array], data: tuple) -> Array:
-    return collapse.landau_loss(params[0], *data)
+def _autoencoder(Z: np.ndarray) -> Loss:
+    def loss(params):
+        U, V, log_scale = params
+        return collapse.linear_vae_loss(U, V, jnp.exp(log_scale), Z, BETA, 1.0, 1.0)
+
+    return loss
 
 
-def _contrastive(params: list[Array], data: tuple) -> Array:
-    return collapse.infonce_loss(params[0], *data)
+def _quartic(*data: Any) -> Loss:
+    return lambda params: collapse.landau_loss(params[0], *data)
+
+
+def _contrastive(*data: Any) -> Loss:
+    return lambda params: collapse.infonce_loss(params[0], *data)
 
 
 def _shapes(sizes: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
@@ -110,38 +117,54 @@ def _models() -> dict[str, Model]:
     """Losses of data and weights, with the loss and the rank of the global minimum."""
     gammas = {D: np.full(D + 1, DEEP_GAMMA.get(D, GAMMA)) for D in (0, 1, 2, 3)}
     ridge, shapes = collapse.ridge_minimum(LINEAR, GAMMA), _shapes((3, 3))
-    models = {"ridge": Model(_network, shapes, (LINEAR, 0.0, gammas[0]), ridge.loss, 2)}
+    models = {"ridge": Model(_network(LINEAR, 0.0, gammas[0]), shapes, ridge.loss, 2)}
     # For white inputs singular values of the best map are those of E[y x^T] less gamma.
     kept = np.maximum(np.linalg.svd(TWO.c, compute_uv=False) - GAMMA, 0)
     shapes, least = _shapes((3, *WIDTHS[1], 2)), TWO.y2 - np.sum(kept**2)
-    models["D = 1, two outputs"] = Model(_network, shapes, (TWO, 0.0, gammas[1]), least, 2)
+    models["D = 1, two outputs"] = Model(_network(TWO, 0.0, gammas[1]), shapes, least, 2)
     for D, name in enumerate(("D = 1, noise", *DEEP), start=1):
-        widths, data = WIDTHS[D], (SCALAR, NOISE, gammas[D])
-        least = collapse.deep_minimum(SCALAR, gammas[D], NOISE, widths).loss
-        models[name] = Model(_network, _shapes((3, *widths, 1)), data, least, 1)
+        shapes = _shapes((3, *WIDTHS[D], 1))
+        least = collapse.deep_minimum(SCALAR, gammas[D], NOISE, WIDTHS[D])
+        models[name] = Model(_network(SCALAR, NOISE, gammas[D]), shapes, least.loss, 1)
     modes, Z = len(ZETA), np.diag(ZETA)
     shapes, least = ((modes, 2), (modes, 2), (2,)), collapse.vae_minimum(Z, 2, BETA, 1.0, 1.0).loss
-    models["autoencoder"] = Model(_autoencoder, shapes, (Z, BETA), least, 2, 1)
+    models["autoencoder"] = Model(_autoencoder(Z), shapes, least, 2, 1)
     data = (np.diag(VARIANCES) - UNEVEN, np.diag(VARIANCES) + UNEVEN)
     least = collapse.landau_minimum(*data, 2, QUARTIC).loss
-    models["quartic"] = Model(_quartic, ((2, modes),), (*data, QUARTIC), least, 2)
+    models["quartic"] = Model(_quartic(*data, QUARTIC), ((2, modes),), least, 2)
     data = (np.diag(VARIANCES), AUGMENTATION * np.eye(modes), ATTRACTION)
     eigenvalues = collapse.infonce_minimum(VARIANCES, AUGMENTATION, ATTRACTION)
     least = collapse.infonce_loss(np.diag(np.sqrt(eigenvalues)), *data)
-    models["contrastive"] = Model(_contrastive, ((modes, modes),), data, least, 3)
+    models["contrastive"] = Model(_contrastive(*data), ((modes, modes),), least, 3)
     return models
 
 
 @partial(jax.jit, static_argnames=("loss", "shapes"))
-def _looked_at(loss, shapes, data, points) -> tuple[Array, Array, Array]:
+def _looked_at(loss, shapes, points) -> tuple[Array, Array, Array]:
     """The loss, its gradient and its Hessian at points (N, n)."""
 
-    def gradient(flat):
-        value, slopes = jax.value_and_grad(lambda flat: loss(_matrices(shapes, flat), data))(flat)
-        return slopes, (value, slopes)
+    def column(point, direction):
+        def gradient(flat):
+            value, slopes = jax.value_and_grad(lambda flat: loss(_matrices(shapes, flat)))(flat)
+            return slopes, (value, slopes)
 
-    hessian, (value, slopes) = jax.vmap(jax.jacfwd(gradient, has_aux=True))(points)
-    return value, slopes, hessian
+        _, curved, seen = jax.jvp(gradient, (point,), (direction,), has_aux=True)
+        return *seen, curved
+
+    # One axis of all points and directions compiles more quickly than two.
+    count, size = points.shape
+    value, slopes, columns = jax.vmap(column)(
+        jnp.repeat(points, size, axis=0), jnp.tile(jnp.eye(size), (count, 1))
+    )
+    return value[::size], slopes[::size], columns.reshape(count, size, size)
+
+
+def _seen(model: Model, batch: int, points: np.ndarray) -> list[np.ndarray]:
+    """What is seen at points, by calls of one size, so that it is compiled once."""
+    calls = -(-len(points) // batch)
+    parts = np.split(np.resize(points, (calls * batch, points.shape[1])), calls)
+    found = [jax.device_get(_looked_at(model.loss, model.shapes, part)) for part in parts]
+    return [np.concatenate(each)[: len(points)] for each in zip(*found, strict=True)]
 
 
 def _matrices(shapes: Sequence[tuple[int, ...]], flat: Any) -> list[Any]:
@@ -182,48 +205,46 @@ def _along(mask: np.ndarray, like: np.ndarray) -> np.ndarray:
     return mask.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _saddles() -> list[tuple[Model, list[np.ndarray], float]]:
+def _saddles(network: Model) -> list[tuple[Model, list[np.ndarray], float]]:
     """The three `SADDLES`, each with its model, its weights and its least curvature in closed form."""
     a, s, q = VARIANCES[:2], AUGMENTATION, QUARTIC
     B, Sigma, ratio = np.diag(a - s), np.diag(a + s), (a - s) / (a + s)
     least = collapse.landau_minimum(B, Sigma, 1, q)
     row = np.array([[0.0, np.sqrt(ratio[1] / (2 * q * (a + s)[1]))]])
-    quartic = Model(_quartic, ((1, 2),), (B, Sigma, q), least.loss, 1)
+    quartic = Model(_quartic(B, Sigma, q), ((1, 2),), least.loss, 1)
     found = [(quartic, [row], -2 * (a + s)[0] * (ratio[0] - ratio[1]))]
 
-    (units,), gammas = WIDTHS[1], np.full(2, GAMMA)
+    (units,) = WIDTHS[1]
     one = jax.device_get(collapse.two_layer_minimum(SCALAR, GAMMA, GAMMA, NOISE, 1))
     weights = [np.pad(one.W, ((0, units - 1), (0, 0))), np.pad(one.U[None], ((0, 0), (0, units - 1)))]
     rest = SCALAR.c - SCALAR.A @ one.W.T @ one.U
-    least = collapse.two_layer_minimum(SCALAR, GAMMA, GAMMA, NOISE, units).loss
-    model = Model(_network, _shapes((3, units, 1)), (SCALAR, NOISE, gammas), least, 1)
-    found.append((model, weights, 2 * (GAMMA - np.linalg.norm(rest))))
+    found.append((network, weights, 2 * (GAMMA - np.linalg.norm(rest))))
 
     zeta, of_second = ZETA[:2], collapse.vae_minimum(ZETA[1:2, None], 1, BETA, 1.0, 1.0)
     lam, theta, sigma2 = (np.asarray(part) for part in of_second[:3])
     weights = [np.pad(lam[:, None], ((1, 0), (0, 0))), np.pad(theta[:, None], ((1, 0), (0, 0)))]
     block = np.array([[theta[0] ** 2 + sigma2[0], -zeta[0]], [-zeta[0], lam[0] ** 2 + BETA]])
     least = collapse.vae_minimum(np.diag(zeta), 1, BETA, 1.0, 1.0).loss
-    model = Model(_autoencoder, ((2, 1), (2, 1), (1,)), (np.diag(zeta), BETA), least, 1, 1)
+    model = Model(_autoencoder(np.diag(zeta)), ((2, 1), (2, 1), (1,)), least, 1, 1)
     weights.append(np.log(sigma2) / 2)
     return [*found, (model, weights, np.linalg.eigvalsh(block)[0])]
 
 
 @partial(jax.jit, static_argnames=("loss", "shapes"))
-def _index(loss, shapes, data, flat) -> Array:
-    return collapse.hessian_index(lambda flat: loss(_matrices(shapes, flat), data), flat)
+def _index(loss, shapes, flat) -> Array:
+    return collapse.hessian_index(lambda flat: loss(_matrices(shapes, flat)), flat)
 
 
 def _looks(config: Config, model: Model, weights: list[np.ndarray], curvature: float) -> dict[str, Any]:
     """A saddle: its gradient, its index, its least curvature, its rank, and the loss along a way down."""
     flat, steps = np.concatenate([W.ravel() for W in weights]), REACH * np.linspace(-1, 1, config.points)
-    look = partial(_looked_at, model.loss, model.shapes, model.data)
-    _, gradient, hessian = jax.device_get(look(np.tile(flat, (config.points, 1))))
-    curvatures, vectors = np.linalg.eigh(hessian[0])
-    way, _, _ = jax.device_get(look(flat + steps[:, None] * vectors[:, 0]))
+    look = partial(_seen, model, 2 * config.starts)
+    _, (gradient,), (hessian,) = look(flat[None])
+    curvatures, vectors = np.linalg.eigh(hessian)
+    way, _, _ = look(flat + steps[:, None] * vectors[:, 0])
     return {
-        "gradient": np.linalg.norm(gradient[0]),
-        "index": _index(model.loss, model.shapes, model.data, flat),
+        "gradient": np.linalg.norm(gradient),
+        "index": _index(model.loss, model.shapes, flat),
         "curvature": curvatures[0],
         "predicted": curvature,
         "rank": np.linalg.matrix_rank(weights[model.encoder], tol=ALIVE),
@@ -237,10 +258,7 @@ def _search(config: Config, seed: int, model: Model) -> dict[str, np.ndarray]:
     rng, count = np.random.default_rng(seed), config.starts
     scales = np.geomspace(*SCALES, count)[:, None]
     points = scales * rng.standard_normal((count, sum(map(math.prod, model.shapes))))
-
-    def look(points):
-        return jax.device_get(_looked_at(model.loss, model.shapes, model.data, points))
-
+    look = partial(_seen, model, 2 * count)
     downhill = np.repeat([True, False], count)
     ends, (loss, gradient, hessian) = _settled(look, np.tile(points, (2, 1)), downhill, config.steps)
     curvatures = np.linalg.eigvalsh(hessian)
@@ -263,7 +281,7 @@ def run(config: Config, context: Context) -> dict:
     for index, (name, model) in enumerate(models.items()):
         context.progress(name, (1 + index) / (2 + len(models)))
         found.append(_search(config, context.seed, model))
-    saddles = [_looks(config, *saddle) for saddle in _saddles()]
+    saddles = [_looks(config, *saddle) for saddle in _saddles(models["D = 1, noise"])]
     dims = dict.fromkeys(saddles[0], "saddle") | {"way": "saddle along"}
     return {
         "model": ("model", np.array(list(models))),
