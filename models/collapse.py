@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -163,7 +164,8 @@ def multiplicative_noise(
     variance = require_number("variance", variance, jnp.result_type(float), at_least=0)
     if law == "normal":
         return 1 + jnp.sqrt(variance) * normal(key, shape, variance.dtype)
-    kept = jax.random.uniform(key, shape, variance.dtype) * (1 + variance) < 1
+    # In one row, since the compiler of a CPU unrolls short axes.
+    kept = jax.random.uniform(key, (math.prod(shape),), variance.dtype).reshape(shape) * (1 + variance) < 1
     return jnp.where(kept, 1 + variance, 0 * variance)
 
 

@@ -14,8 +14,7 @@ from dynamics.collapse.moments import Moments, Spectrum, resolvent
 # Two extrema are at least half an e-fold apart. The range has as many e-folds as the eigenvalues have, 32 in
 # 64-bit at most, and at small gammas about as many as these have.
 _GRID = 256
-_CANDIDATES = 4
-_ROUGH, _FINE = 26, 34  # halvings that tell candidates apart, and further ones of the best
+_CANDIDATES, _HALVINGS = 4, 60
 
 
 class Powers(NamedTuple):
@@ -66,10 +65,9 @@ def best_ridge(
         under = at(crossing, middle) < 0
         return jnp.where(under, middle, left), jnp.where(under, right, middle)
 
-    left, right = jax.lax.fori_loop(0, _ROUGH, halve, (grid[chosen], grid[chosen + 1]))
-    scores = jnp.where(crosses[chosen], at(score, right), jnp.inf)
-    found, best = exists & (jnp.min(scores) < below), jnp.argmin(scores)[None]
-    z = jax.lax.fori_loop(0, _FINE, halve, (left[best], right[best]))[1][0]
+    _, ends = jax.lax.fori_loop(0, _HALVINGS, halve, (grid[chosen], grid[chosen + 1]))
+    scores = jnp.where(crosses[chosen], at(score, ends), jnp.inf)
+    found, z = exists & (jnp.min(scores) < below), ends[jnp.argmin(scores)]
 
     def equation(unknown):
         return jnp.where(found, crossing(unknown, powers(unknown, moments, of)), unknown - z)
