@@ -129,8 +129,7 @@ def _hidden(depth: int, width: int = WIDTH) -> tuple[int, ...]:
 
 @partial(jax.jit, static_argnames="widths")
 def _least(widths, data, noise, gammas):
-    least = jax.vmap(lambda row: collapse.deep_minimum(data, row, noise, widths))(gammas)
-    return least.loss, jnp.sum(least.norms**2, axis=-1)
+    return jax.vmap(lambda row: collapse.deep_minimum(data, row, noise, widths))(gammas)
 
 
 def _in_calls(function: Callable[..., Any], lanes: Any, size: int) -> Any:
@@ -142,11 +141,17 @@ def _in_calls(function: Callable[..., Any], lanes: Any, size: int) -> Any:
     return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
 
 
-def minima(widths: tuple[int, ...], gammas: Any, data: Moments = EVEN, noise: float = NOISE) -> Any:
-    """Least losses and squared norms, (K,) each, at strengths (K,) or (K, D + 1)."""
+def _deep_minima(widths: tuple[int, ...], gammas: Any, data: Moments = EVEN, noise: float = NOISE) -> Any:
+    """Minima with an axis (K,) in front, at strengths (K,) or (K, D + 1)."""
     gammas = np.asarray(gammas, float)
     rows = gammas if gammas.ndim == 2 else np.repeat(gammas[:, None], len(widths) + 1, axis=1)
     return _in_calls(partial(_least, widths, data, noise), rows, CHUNK)
+
+
+def minima(widths: tuple[int, ...], gammas: Any, data: Moments = EVEN, noise: float = NOISE) -> Any:
+    """Least losses and squared norms, (K,) each, at strengths (K,) or (K, D + 1)."""
+    least = _deep_minima(widths, gammas, data, noise)
+    return least.loss, np.sum(least.norms**2, axis=-1)
 
 
 def _last(holds: Callable[[np.ndarray], np.ndarray], low: float, high: float) -> float:
@@ -405,8 +410,8 @@ def _sweeps(config: Config, seed: int, critical: Sequence[float]) -> dict:
     found, up = {}, np.array(PACE)
     paths, sizes = {"up": up, "down": up[::-1], "unkicked": up[::-1]}, (KICK, KICK, 0.0)
     for D in (1, 2):
-        least = collapse.deep_minimum(EVEN, np.full(D + 1, critical[D] * up[0]), NOISE, _hidden(D))
-        states, norms = [_held(least.weights)] * len(paths), []
+        least = _deep_minima(_hidden(D), [critical[D] * up[0]])
+        states, norms = [_held([W[0] for W in least.weights])] * len(paths), []
         for index, gammas in enumerate(critical[D] * np.array(list(paths.values())).T):
             kicks = _starts((seed, 5, index), _hidden(D), sizes)
             kicked = [[W + k for W, k in zip(*pair, strict=True)] for pair in zip(states, kicks, strict=True)]
