@@ -8,6 +8,7 @@ import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from dynamics.arguments import (
@@ -128,11 +129,7 @@ def decoupled_flow(
         "ema_rate": beta,
         "weight_decay": _not_negative("weight_decay", weight_decay, p0.dtype),
     }
-    arrays = _broadcast(**start, **rates)
-    start, instant = Modes(*arrays[:3]), jnp.isinf(arrays[5])
-    start = start._replace(tau=jnp.where(instant, 1, start.tau))
-    setting = _Setting(*arrays[3:], by_weights=(start.p < 0) & ~instant)
-    start = _by_weights(start, setting.by_weights)
+    start, setting = _prepared(*_that_broadcast(**start, **rates))
     if options.get("solver") is None:
         options["solver"] = stiff_solver(elementwise=True) if is_stiff(beta, ts) else diffrax.Tsit5()
     whole = start.p.size <= _PIECE or jax.default_backend() != "cpu"
@@ -142,6 +139,13 @@ def decoupled_flow(
 
 
 @jax.jit
+def _prepared(*arrays):
+    p, s, tau, *rates = jnp.broadcast_arrays(*arrays)
+    instant = jnp.isinf(rates[2])
+    setting = _Setting(*rates, by_weights=(p < 0) & ~instant)
+    return _by_weights(Modes(p, s, jnp.where(instant, 1, tau)), setting.by_weights), setting
+
+
 def _by_weights(modes: Modes, where: Array) -> Modes:
     """Modes with r = s^{1/2} and tau r in place of s and tau, where they may pass zero."""
     alive = where & (modes.s > 0)  # the root has no derivative at zero
@@ -166,7 +170,7 @@ _PIECE = 2048
 
 
 def _in_pieces(start: Modes, ts: Array, setting: _Setting, options: dict[str, Any]) -> Trajectory:
-    """The flow of many modes, solved in pieces of one size, one after another in one program."""
+    """The flow of many modes, solved in pieces of one size, one after another by one program."""
     shape, size = start.p.shape, start.p.size
 
     def cut(array):
@@ -174,12 +178,13 @@ def _in_pieces(start: Modes, ts: Array, setting: _Setting, options: dict[str, An
         return jnp.concatenate([flat, jnp.broadcast_to(flat[-1:], (-size % _PIECE,))]).reshape(-1, _PIECE)
 
     pieces = jax.tree.map(cut, (start, setting))
-    quiet = not is_traced(pieces, ts)
-    path = _map_pieces(pieces, ts, options | ({"throw": False} if quiet else {}))
-    if quiet and options.get("throw", True) and not bool(jnp.all(path.ok)):
-        first = int(jnp.argmin(path.ok))
-        modes, rates = jax.tree.map(lambda leaf: leaf[first], pieces)
-        integrate(_decoupled_field, modes, ts, rates, **options)  # raises, and tells why
+    if is_traced(pieces, ts):
+        path = _map_pieces(pieces, ts, options)
+    else:
+        pieces = jax.device_get(pieces)
+        each = [jax.tree.map(lambda leaf, i=i: leaf[i], pieces) for i in range(-(-size // _PIECE))]
+        paths = [_at_once(modes, ts, rates, options) for modes, rates in each]
+        path = jax.tree.map(lambda *leaves: np.stack(leaves), *paths)
 
     def joined(leaf):
         return jnp.moveaxis(leaf, 0, 1).reshape(ts.size, -1)[:, :size].reshape(ts.size, *shape)
@@ -190,11 +195,7 @@ def _in_pieces(start: Modes, ts: Array, setting: _Setting, options: dict[str, An
 
 @eqx.filter_jit
 def _map_pieces(pieces, ts, options):
-    def solve(piece):
-        modes, rates = piece
-        return integrate(_decoupled_field, modes, ts, rates, **options)
-
-    return jax.lax.map(solve, pieces)
+    return jax.lax.map(lambda piece: _at_once(piece[0], ts, piece[1], options), pieces)
 
 
 def _decoupled_field(t, modes, setting):
@@ -215,14 +216,14 @@ def _not_negative(name: str, value: Any, dtype: Any) -> Array:
     return require_every(name, cast(array, dtype), lambda x: x >= 0, ">= 0")
 
 
-def _broadcast(**arrays: Array) -> list[Array]:
-    """The arrays in their common shape."""
+def _that_broadcast(**arrays: Array) -> list[Array]:
+    """The arrays, whose shapes have a common one."""
     try:
-        shape = jnp.broadcast_shapes(*(array.shape for array in arrays.values()))
+        jnp.broadcast_shapes(*(array.shape for array in arrays.values()))
     except ValueError:
         shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
         raise ValueError(f"starts and rates must broadcast to one shape, got {shapes}") from None
-    return [jnp.broadcast_to(array, shape) for array in arrays.values()]
+    return list(arrays.values())
 
 
 def phase_velocity(
@@ -262,13 +263,14 @@ def phase_velocity(
     """
     (p,) = require_arrays(p=p)
     return _speed(
-        *_broadcast(
+        *_that_broadcast(
             p=p,
             **_phase_arguments(p.dtype, tau, weight_decay, augmentation_variance, imbalance, predictor_rate),
         )
     )
 
 
+@jax.jit
 def _speed(p, tau, eta, spread, imbalance, alpha_p):
     return p * (tau * p - spread * p**2 - eta) + alpha_p * imbalance * (tau - spread * p)
 
@@ -311,7 +313,7 @@ def fixed_points(tau: ArrayLike, weight_decay: ArrayLike, augmentation_variance:
         [0.042229, 0.757771]
     """
     (tau,) = require_arrays(tau=tau)
-    tau, eta, spread = _broadcast(
+    tau, eta, spread = _that_broadcast(
         tau=tau,
         weight_decay=_not_negative("weight_decay", weight_decay, tau.dtype),
         augmentation_variance=1 + _not_negative("augmentation_variance", augmentation_variance, tau.dtype),
@@ -375,7 +377,7 @@ def collapse_threshold(
     tau = require_every("tau", tau, lambda x: x > 0, "> 0")
     duration = require_positive("duration", duration, tau.dtype)
     named = _phase_arguments(tau.dtype, tau, weight_decay, augmentation_variance, imbalance, predictor_rate)
-    return _collapse_threshold(_broadcast(**named), duration)
+    return _collapse_threshold(_that_broadcast(**named), duration)
 
 
 # Halvings of a bracket that is a few units wide.
@@ -384,7 +386,7 @@ _HALVINGS = 30
 
 @eqx.filter_jit
 def _collapse_threshold(given, duration):
-    tau, eta, spread, imbalance, alpha_p = line = jax.lax.stop_gradient(given)
+    tau, eta, spread, imbalance, alpha_p = line = jnp.broadcast_arrays(*jax.lax.stop_gradient(given))
     held = fixed_points(tau, eta, spread - 1).p_minus
     held = jnp.where(jnp.isnan(held), tau / (2 * spread), held)
     times = jnp.stack([jnp.zeros_like(duration), jax.lax.stop_gradient(duration)])
@@ -393,17 +395,19 @@ def _collapse_threshold(given, duration):
         path = integrate(_line_field, p, times, line, solver=diffrax.Tsit5(), throw=False)
         return path.ys[-1] > held, path.ok
 
-    def halve(_, state):
-        low, high, ok = state
-        middle = (low + high) / 2
-        above, solved = survives(middle)
-        return jnp.where(above, low, middle), jnp.where(above, middle, high), ok & solved
-
     least = jnp.sqrt(jnp.maximum(-alpha_p * imbalance, 0))
     most = 2 * jnp.maximum(tau / spread, least)
-    (all_survive, first), (some_survive, second) = survives(least), survives(most)
-    _, high, ok = jax.lax.fori_loop(0, _HALVINGS, halve, (least, most, first & second))
-    found = jnp.where(all_survive, least, jnp.where(some_survive, high, jnp.inf))
+
+    def halve(step, state):
+        low, high, ok = state
+        # Both ends come first, the upper one again and again where it does not survive.
+        start = jnp.where(jnp.isinf(high), most, (low + high) / 2)
+        start = jnp.where(step == 1, least, start)
+        above, solved = survives(start)
+        return jnp.where(above, low, start), jnp.where(above, start, high), ok & solved
+
+    unknown = least, jnp.full_like(least, jnp.inf), jnp.array(True)
+    _, found, ok = jax.lax.fori_loop(0, 2 + _HALVINGS, halve, unknown)
     return nan_derivatives(jnp.array(True), nan_unless(ok, found), (given, duration))
 
 

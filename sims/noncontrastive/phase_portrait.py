@@ -73,7 +73,7 @@ class Config:
     """Starts of the portrait along each axis."""
     stiff_cells: Annotated[int, Range(at_least=10)] = 20
     """The same for the fast moving average."""
-    starts: Annotated[int, Range(at_least=50)] = 200
+    starts: Annotated[int, Range(at_least=50)] = 130
     """Starts between which a threshold is looked for, by moving average and target."""
     duration: Positive = 600.0
     """Time after which a mode of the portrait is looked at."""
@@ -139,7 +139,7 @@ def _lines() -> dict:
     p = np.linspace(-0.1, 1.0, 221)
     points = np.stack(fixed_points(1.0, decays, VARIANCE), axis=1)
     speed = jax.vmap(jax.vmap(jax.value_and_grad(phase_velocity), (0, None, None, None)), (0, None, 0, None))
-    at_points, slopes = speed(jnp.nan_to_num(points), 1.0, decays, VARIANCE)
+    at_points, slopes = jax.jit(speed)(jnp.nan_to_num(points), 1.0, decays, VARIANCE)
     return {
         "weight_decay": ("weight_decay", decays),
         "at": ("at", p),
@@ -243,6 +243,7 @@ def _portrait(config: Config) -> dict:
     }
 
 
+@jax.jit
 def _start(key: Array) -> tuple[Modes, ByolWeights, Array, Array]:
     """Aligned modes on both sides of the threshold, the network that has them, and their directions."""
     n = len(WALKERS)
