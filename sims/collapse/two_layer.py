@@ -126,6 +126,7 @@ PRESETS: dict[Preset, Config] = {
 }
 
 
+@partial(jax.jit, static_argnames="config")
 def _draw(config: Config, key: Array) -> tuple[Array, Array, Moments]:
     """Inputs of unequal variances, noisy targets that are linear in them, and their moments."""
     keys = jax.random.split(key, 3)
@@ -159,11 +160,11 @@ def _minima(gammas: Any, moments: Moments, noise: float, width: int) -> collapse
 def _theory(config: Config, moments: Moments, critical: float) -> dict:
     """The minimum over the strength of both layers, with that of ridge regression beside it."""
     share = np.linspace(0.01, 1.5, LANES)
-    both = critical * jnp.asarray([share, share])
+    both = critical * np.asarray([share, share])
     least = _minima(both, moments, config.noise_variance, config.width)
     ridge = jax.jit(jax.vmap(partial(collapse.ridge_minimum, moments)))(both[0])
-    b = jnp.linspace(-1.6, 1.6, 161) * least.b[0] / config.width**0.5
-    depths = jnp.asarray([0.3, 0.6, 1.0, 1.3])
+    b = np.linspace(-1.6, 1.6, 161) * least.b[0] / config.width**0.5
+    depths = np.asarray([0.3, 0.6, 1.0, 1.3])
     landscape = jax.jit(
         jax.vmap(
             lambda s: collapse.effective_landscape(
@@ -174,23 +175,23 @@ def _theory(config: Config, moments: Moments, critical: float) -> dict:
     return {
         "share": ("share", share),
         "b": ("share", least.b),
-        "ridge_norm": ("share", jnp.linalg.norm(ridge.W, axis=(1, 2))),
+        "ridge_norm": ("share", np.linalg.norm(ridge.W, axis=(1, 2))),
         "landscape": {"share": ("depth", depths), "b": ("at", b), "loss": ("depth at", landscape)},
     }
 
 
 def _near(config: Config, moments: Moments) -> dict:
     """The order parameter over the distance t = |c|^2 - gamma_u gamma_w, and its law close to zero."""
-    signal = jnp.sum(moments.c**2)
+    signal = np.sum(moments.c**2)
     t = np.geomspace(1e-6, 0.9, 80)
-    gamma_w = jnp.sqrt(signal / UNEQUAL)  # so that gamma_u / gamma_w is `UNEQUAL` at the transition
-    gammas = jnp.stack([signal * (1 - t) / gamma_w, jnp.full(t.shape, gamma_w)])
+    gamma_w = np.sqrt(signal / UNEQUAL)  # so that gamma_u / gamma_w is `UNEQUAL` at the transition
+    gammas = np.stack([signal * (1 - t) / gamma_w, np.full(t.shape, gamma_w)])
     stretch = moments.c @ moments.A @ moments.c
     law = gamma_w * signal * t / (2 * (config.noise_variance + config.width) * stretch)
     return {
         "t": ("t", t),
-        "b": ("t", _minima_of(gammas, moments, config.noise_variance, config.width).b),
-        "law": ("t", jnp.sqrt(law)),
+        "b": ("t", _minima(gammas, moments, config.noise_variance, config.width).b),
+        "law": ("t", np.sqrt(law)),
     }
 
 
@@ -199,18 +200,19 @@ def _kinks(config: Config, moments: Moments, critical: float) -> dict:
     width, noise = config.width, config.noise_variance
 
     @jax.jit
-    def squared_norm(gamma):
-        least = collapse.two_layer_minimum(moments, gamma, gamma, noise, width)
-        ridge = collapse.ridge_minimum(moments, gamma)
-        return {"network": 2 * width * least.b**2, "ridge": jnp.sum(ridge.W**2)}
+    def of_ridge(gamma):
+        return jnp.sum(collapse.ridge_minimum(moments, gamma).W ** 2)
 
-    around = critical * (1 + np.asarray(STEPS)[:, None] * np.asarray([-1.0, 0.0, 1.0]))
-    norm = jax.device_get(jax.vmap(jax.vmap(squared_norm))(around))
-    jump = np.abs(2 * width * critical**2 / ((noise + width) * (moments.c @ moments.A @ moments.c)))
-    orders = {
-        name: collapse.transition_order(lambda gamma, name=name: float(squared_norm(gamma)[name]), critical)
-        for name in ("network", "ridge")
+    squared_norm = {
+        "network": lambda gamma: (
+            2 * width * float(_minima([[gamma], [gamma]], moments, noise, width).b[0]) ** 2
+        ),
+        "ridge": lambda gamma: float(of_ridge(float(gamma))),
     }
+    around = critical * (1 + np.asarray(STEPS)[:, None] * np.asarray([-1.0, 0.0, 1.0]))
+    norm = {name: np.vectorize(of)(around) for name, of in squared_norm.items()}
+    jump = np.abs(2 * width * critical**2 / ((noise + width) * (moments.c @ moments.A @ moments.c)))
+    orders = {name: collapse.transition_order(of, critical) for name, of in squared_norm.items()}
     return {
         "step": ("step", np.asarray(STEPS)),
         "bend": {
@@ -321,7 +323,7 @@ def _followed(config: Config, key: Array, moments: Moments) -> dict:
 def run(config: Config, context: Context) -> dict:
     """Minima over the strength of regularization, and networks that are trained on both sides."""
     data, starts, drawn, start = jax.random.split(jax.random.key(context.seed), 4)
-    x, y, moments = _draw(config, data)
+    x, y, moments = jax.device_get(_draw(config, data))
     critical = float(collapse.critical_gamma(moments, config.noise_variance, (config.width,)))
     context.progress("minima", 0.0)
     found = {"critical": critical, "theory": _theory(config, moments, critical)}
@@ -329,9 +331,9 @@ def run(config: Config, context: Context) -> dict:
     context.progress("descent from many starts", 0.3)
     found["starts"] = _starts(config, starts, moments, critical)
     context.progress("SGD with drawn noise", 0.6)
-    strengths = critical * jnp.asarray(config.shares)
+    strengths = critical * np.asarray(config.shares)
     found["drawn"] = ("strength seed", _drawn(config, drawn, x, y, strengths))
-    silent = _minima(jnp.stack([strengths, strengths]), moments, 0.0, config.width)
+    silent = _minima(np.stack([strengths, strengths]), moments, 0.0, config.width)
     found["silent_b"] = ("strength", silent.b)
     context.progress("descent beside the flow", 0.8)
     return found | {"descent": _followed(config, start, moments)}
