@@ -76,8 +76,9 @@ class ScanSnapAttention(nnx.Module):
             True
         """
         (M,) = require_sizes(vocab_size=vocab_size)
-        Y, Z = jax.random.uniform(key, (2, M, M), require_dtype(dtype), -(M**-0.5), M**-0.5)
-        return cls(Y, Z)
+        # One row is drawn and then folded: the compiler of a CPU unrolls short axes, for seconds.
+        row = jax.random.uniform(key, (2 * M * M,), require_dtype(dtype), -(M**-0.5), M**-0.5)
+        return cls(*row.reshape(2, M, M))
 
     def __call__(self, contexts: Contexts) -> Array:
         """Logits (..., M) of the next token from counts: what occurs N times gets N shares.
