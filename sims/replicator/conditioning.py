@@ -48,7 +48,7 @@ class Config:
 
 
 PRESETS: dict[Preset, Config] = {
-    "quick": Config(),
+    "quick": Config(max_tokens=5),
     "standard": Config(instances=3000, flows=64),
     "paper": Config(instances=20_000, flows=256),
 }
