@@ -25,7 +25,7 @@ from dynamics.flow import Trajectory, integrate
 from dynamics.scan_snap import FLOWS, SequenceClasses
 from models.attention import observe_weights, population_loss
 from models.data.tokens import one_common_token
-from models.training import Descent, scale_by_name
+from models.training import Descent, map_lanes, scale_by_name
 from sims import plotting
 from sims.claims import (
     SECOND_ORDER,
@@ -41,7 +41,7 @@ from sims.claims import (
     slope,
     stated,
 )
-from sims.compare import SOLVE, convergence_order, fit_line, largest, named_groups, named_lanes, require_ok
+from sims.compare import SOLVE, convergence_order, fit_line, largest, named_groups, require_ok
 from sims.ranges import Count, Length, Positive, Range, Share, check_ranges
 from sims.results import Context, Saved
 
@@ -134,10 +134,12 @@ def _hypothesis_field(t, state, setting):
 def _growth(settings: jax.Array, ts: jax.Array) -> dict[str, jax.Array]:
     """B in every setting (L, 5) at its times (L, T): integrated and by the closed forms; the crossover."""
 
-    def one(setting, ts):
-        K, M, C0, rate_Y, rate_Z = setting
+    def one(lane):
+        (K, M, C0, rate_Y, rate_Z), ts = lane
         start = (jnp.zeros((), ts.dtype), jnp.zeros((), ts.dtype))
-        path = integrate(_hypothesis_field, start, ts, tuple(setting), rtol=1e-10, atol=1e-12, **SOLVE)
+        path = integrate(
+            _hypothesis_field, start, ts, (K, M, C0, rate_Y, rate_Z), rtol=1e-10, atol=1e-12, **SOLVE
+        )
         sizes = {"learning_rate_Y": rate_Y, "num_classes": K, "vocab_size": M}
         crossover = scan_snap.crossover_time(**sizes)
         # From the second time on: the late forms are infinite at t = 0.
@@ -145,7 +147,7 @@ def _growth(settings: jax.Array, ts: jax.Array) -> dict[str, jax.Array]:
         integrated = jnp.where(path.ok, -path.ys[1][1:], jnp.nan)
         return {**forms, "integrated": integrated, "crossover": crossover}
 
-    return jax.vmap(one)(settings, ts)
+    return map_lanes(one, (settings, ts), at_once=1)
 
 
 def _closed_form(config: Config) -> dict:
@@ -180,7 +182,7 @@ def _confidence(weights: scan_snap.Weights, classes: SequenceClasses) -> jax.Arr
 
 
 @eqx.filter_jit
-def _solve(flow, lanes: dict[str, tuple]) -> dict[str, Trajectory]:
+def _solve(flow, lanes: tuple) -> Trajectory:
     """A flow in every lane: xi by its own formula, and of the first class |z'| and the next token."""
 
     def one(lane):
@@ -189,23 +191,25 @@ def _solve(flow, lanes: dict[str, tuple]) -> dict[str, Trajectory]:
         likeliest = jnp.argmax(jnp.where(scan_snap.distinct_tokens(classes), classes.P, -1)[0])
 
         def measure(t, weights):
-            velocity = rate_Z * scan_snap.population_field(weights, classes).Z
             if flow is scan_snap.weak_correlation_flow:
                 xi = scan_snap.weak_growth_rate(weights.Z, classes, t, rate_Y)
             else:
                 xi = scan_snap.growth_rate(weights, classes)
-            speed = jnp.abs(velocity[classes.query[0], likeliest])
+            f = scan_snap.attended_features(weights.Z, classes.P, classes.query)[0]
+            # No other class has the query of the first: xi is z' there, over the rate and f^2.
+            speed = jnp.abs(rate_Z * xi[0]) * f[likeliest] ** 2
             return {"growth_rate": xi, "speed": speed, "confidence": _confidence(weights, classes)}
 
         return Trajectory(ts, jax.vmap(measure)(ts, path.ys), path.ok)
 
-    return named_lanes(one, **lanes)
+    # Side by side all would take the steps of the one that takes most.
+    return map_lanes(one, lanes, at_once=1)
 
 
 def _solved(flow, lanes: dict[str, tuple]) -> dict[str, dict[str, np.ndarray]]:
-    paths = jax.device_get(_solve(flow, lanes))
+    paths = named_groups(Partial(_solve, flow), {name: [lane] for name, lane in lanes.items()})
     require_ok("a flow of attention", *paths.values())
-    return {name: path.ys for name, path in paths.items()}
+    return {name: {each: values[0] for each, values in path.ys.items()} for name, path in paths.items()}
 
 
 def _peaks(config: Config, context: Context, network: tuple) -> tuple[dict, np.ndarray]:
