@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import jax
@@ -20,6 +21,7 @@ from matplotlib.figure import Figure
 
 from dynamics import replicator
 from dynamics.flow import Trajectory
+from models.training import map_lanes
 from sims import plotting
 from sims.claims import ROUNDING, Claim, Preset, at_least, at_most, corrected, equals, every, slope, stated
 from sims.compare import SOLVE, convergence_order, largest, named_groups, require_ok
@@ -126,18 +128,22 @@ def _analyze(x: np.ndarray, hessian: np.ndarray, epsilons: np.ndarray) -> tuple[
 
 
 @jax.jit
-@jax.vmap
-def _flows(gradient, starts, ts) -> tuple[Trajectory, jax.Array]:
-    """Attention along flows from several starts, and the largest KKT residual where they rest."""
+def _flows(gradients, starts, ts) -> tuple[Trajectory, jax.Array]:
+    """Attention along flows, several from each minimum, and the largest KKT residual where these rest."""
 
-    def flow(start):
+    def from_one(gradient, ts, start):
         path = replicator.softmax_flow(gradient, jnp.log(start), ts, rtol=1e-13, atol=1e-14, **SOLVE)
-        return Trajectory(ts, jax.nn.softmax(path.ys, axis=1), path.ok)
+        path = Trajectory(ts, jax.nn.softmax(path.ys, axis=1), path.ok)
+        rest = path.ys[-1]
+        return path, jnp.maximum(*replicator.kkt_residual(rest, gradient(rest)))
 
-    paths = jax.vmap(flow)(starts)
-    rest = paths.ys[:, -1]
-    residuals = jax.vmap(replicator.kkt_residual)(rest, jax.vmap(gradient)(rest))
-    return paths, jnp.max(jnp.stack(residuals))
+    def from_all(lane):
+        gradient, starts, ts = lane
+        paths, residuals = map_lanes(partial(from_one, gradient, ts), starts, at_once=1)
+        return paths, jnp.max(residuals)
+
+    # One after the other, which compiles more quickly than all side by side.
+    return map_lanes(from_all, (gradients, starts, ts), at_once=1)
 
 
 def _decay(rng: np.random.Generator, count: int) -> dict[str, np.ndarray]:

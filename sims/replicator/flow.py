@@ -26,7 +26,7 @@ from models.data.teachers import nearly_orthogonal_keys
 from models.draws import normal
 from models.functional import as_function
 from models.losses import bind, squared_error
-from models.training import Descent
+from models.training import Descent, map_lanes
 from sims import plotting
 from sims.claims import (
     ROUNDING,
@@ -124,7 +124,8 @@ def _theory(task: Task, config: Config) -> tuple[dict[str, Trajectory], jax.Arra
             gradient = Partial(replicator.squared_error_gradient, values, target)
             return flow(gradient, z0, ts, config.key_scale, **SOLVE)
 
-        path = jax.vmap(one)(tokens @ task.value, task.targets, tokens @ task.prompt)
+        samples = tokens @ task.value, task.targets, tokens @ task.prompt
+        path = map_lanes(lambda sample: one(*sample), samples, at_once=1)
         rows = jnp.moveaxis(jax.nn.softmax(path.ys, axis=-1), 0, 1)
         return Trajectory(ts, rows, jnp.all(path.ok))
 
@@ -134,16 +135,19 @@ def _theory(task: Task, config: Config) -> tuple[dict[str, Trajectory], jax.Arra
         path = replicator.coupled_flow(gradient, tokens @ task.prompt, gram, ts, **SOLVE)
         return Trajectory(ts, jax.nn.softmax(path.ys, axis=-1), path.ok)
 
-    def in_shares(values, target, x0):
+    def in_shares(sample):
+        values, target, x0 = sample
         args = (Partial(replicator.squared_error_gradient, values, target), config.key_scale)
         return integrate(_attention_field, x0, ts, args, **SOLVE)
 
-    separate = jax.vmap(separate_flows)(tokens)
-    shares = jax.vmap(in_shares)(tokens[0] @ task.value, task.targets, separate.ys[0, 0])
+    # Solves go one after the other, which compiles more quickly too.
+    separate = map_lanes(separate_flows, tokens, at_once=1)
+    samples = tokens[0] @ task.value, task.targets, separate.ys[0, 0]
+    shares = map_lanes(in_shares, samples, at_once=1)
     constant = jnp.array([0.0, 1.0])
     flows = {
         "separate": separate,
-        "coupled": jax.vmap(coupled_flow)(tokens),
+        "coupled": map_lanes(coupled_flow, tokens, at_once=1),
         "single": separate_flows(tokens[0], flow=replicator.natural_gradient_flow),
         "shares": Trajectory(ts, jnp.moveaxis(shares.ys, 0, 1), jnp.all(shares.ok)),
         "vertex": replicator.softmax_flow(lambda x: constant, np.zeros(2), VERTEX_TIMES, **SOLVE),
@@ -180,7 +184,7 @@ def _network(task: Task, config: Config) -> tuple[Trajectory, dict[str, Trajecto
         "formula": -config.key_scale * jnp.sum(pushed**2),
     }
     return (
-        jax.vmap(flow)(task.tokens),
+        map_lanes(flow, task.tokens, at_once=1),
         named_lanes(train, orthogonal=orthogonal, gaussian=gaussian),
         loss_rate,
     )
