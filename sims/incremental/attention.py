@@ -8,7 +8,7 @@ what; the flow approaches this staircase as its start goes to zero, and gradient
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
@@ -29,7 +29,7 @@ from models.attention import AttentionHead, diagonal_head_loss, observe_products
 from models.data.teachers import HeadTask, diagonal_teacher
 from models.functional import as_function
 from models.losses import bind, mean_squared_error
-from models.training import Descent
+from models.training import Descent, map_lanes
 from sims import plotting
 from sims.claims import Claim, Preset, at_least, at_most, equals, every, qualified, stated
 from sims.compare import (
@@ -39,7 +39,7 @@ from sims.compare import (
     lane,
     lane_gaps,
     largest,
-    named_lanes,
+    named_groups,
     percent,
     require_ok,
 )
@@ -137,8 +137,8 @@ def _path(task: HeadTask, config: Config, context: Context) -> tuple[GreedyPath,
 
 
 @eqx.filter_jit
-def _flows(X: Array, Y: Array, starts: Mapping[str, Any], solver: Any) -> dict[str, Trajectory]:
-    """The products, (T, p), along the flows from several starts: log(1 / alpha) and rescaled times (T,)."""
+def _flows(X: Array, Y: Array, starts: tuple[Any, Any], solver: Any) -> Trajectory:
+    """The products, (L, T, p), along flows from several log(1 / alpha), (L,), at rescaled times (L, T)."""
     ones = jnp.ones(2 * X.shape[-1])
 
     def flow(start):
@@ -147,7 +147,8 @@ def _flows(X: Array, Y: Array, starts: Mapping[str, Any], solver: Any) -> dict[s
         path = incremental.log_flow(g, U0 * ones, V0 * ones, lam, taus, solver=solver, **SOLVE)
         return Trajectory(taus, path.ys.beta, path.ok)
 
-    return named_lanes(flow, **starts)
+    # One after the other, which compiles more quickly than all side by side.
+    return map_lanes(flow, starts, at_once=1)
 
 
 def _train(task: HeadTask, config: Config, horizon: float) -> tuple[np.ndarray, Trajectory]:
@@ -192,18 +193,19 @@ def run(config: Config, context: Context) -> dict:
     horizon = 1.5 * float(path.times[1])
     until_horizon = taus * (horizon / taus[-1])
     lam, solver = lams[TRAINED], diffrax.Dopri8() if lams[-1] < STIFF else diffrax.Kvaerno5()
-    starts = {f"squared {index} times": (lam, taus) for index, lam in enumerate(lams)}
     # A gradient that is too large is time that runs too fast.
-    network = {"right": (lam, until_horizon), "wrong": (lam, WRONG_FACTOR * until_horizon)}
-    flows = jax.device_get(_flows(task.X, task.Y, {**starts, **network}, solver))
+    network = {"right": [(lam, until_horizon)], "wrong": [(lam, WRONG_FACTOR * until_horizon)]}
+    starts = {"squared": [(lam, taus) for lam in lams], **network}
+    flows = named_groups(lambda lanes: _flows(task.X, task.Y, lanes, solver), starts)
     require_ok("a flow of products", *flows.values())
-    beta = np.stack([flows[name].ys for name in starts])
+    beta = flows["squared"].ys
 
     context.progress("network", 0.7)
     rates, trained = _train(task, config, horizon)
     finest = lane(trained, int(np.argmin(rates))).ys
     theory = {
-        name: Trajectory(trained.ts[0], flows[name].ys[:: config.fine], flows[name].ok) for name in network
+        name: Trajectory(trained.ts[0], flows[name].ys[0, :: config.fine], flows[name].ok[0])
+        for name in network
     }
 
     context.progress("measuring", 0.9)

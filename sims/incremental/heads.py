@@ -36,7 +36,7 @@ from models.data.teachers import HeadTask, diagonal_teacher
 from models.draws import normal
 from models.functional import as_function
 from models.losses import bind, mean_squared_error
-from models.training import Descent
+from models.training import Descent, map_lanes
 from sims import plotting
 from sims.claims import (
     ROUNDING,
@@ -50,7 +50,7 @@ from sims.claims import (
     qualified,
     stated,
 )
-from sims.compare import SOLVE, WRONG_FACTOR, first_order, lane_gaps, largest, named_lanes, require_ok
+from sims.compare import SOLVE, WRONG_FACTOR, first_order, lane_gaps, largest, named_groups, require_ok
 from sims.ranges import Count, Length, NonNegative, Positive, Range, check_ranges
 from sims.results import Context, Saved
 
@@ -158,17 +158,22 @@ def _draw(config: Config):
 
 
 @eqx.filter_jit
-def _flow(g: Any, u0: Any, v0: Any, lam: Any, taus: Any, solver: Any) -> Trajectory:
-    """The products (T, p) along one flow."""
-    path = incremental.log_flow(g, u0, v0, lam, taus, solver=solver, **SOLVE)
-    return Trajectory(path.ts, path.ys.beta, path.ok)
+def _solve(g: Any, u0: Any, v0: Any, starts: Any, solver: Any) -> Trajectory:
+    """The products (L, T, p) along flows, one after the other: that compiles quickly."""
+
+    def one(start):
+        path = incremental.log_flow(g, u0, v0, LOG10 * start[0], start[1], solver=solver, **SOLVE)
+        return Trajectory(path.ts, path.ys.beta, path.ok)
+
+    return map_lanes(one, starts, at_once=1)
 
 
 def _flows(g: Any, u0: Any, v0: Any, starts: Mapping[str, Any], solver: Any) -> dict[str, Any]:
     """The products (T, p) along the flows from several starts: log10(1 / alpha) and rescaled times (T,)."""
-    paths = named_lanes(lambda start: _flow(g, u0, v0, LOG10 * start[0], start[1], solver), **starts)
+    groups = {name: [start] for name, start in starts.items()}
+    paths = named_groups(lambda lanes: _solve(g, u0, v0, lanes, solver), groups)
     require_ok("a flow of products", *paths.values())
-    return {name: path.ys for name, path in paths.items()}
+    return {name: path.ys[0] for name, path in paths.items()}
 
 
 @jax.jit

@@ -29,7 +29,7 @@ from models.data.teachers import HeadTask, diagonal_teacher
 from models.draws import normal
 from models.functional import as_function
 from models.losses import bind, total_squared_error
-from models.training import Descent
+from models.training import Descent, map_lanes
 from sims import plotting
 from sims.claims import SOLVER, Claim, Preset, at_least, at_most, corrected, stated
 from sims.compare import SOLVE, WRONG_FACTOR, first_order, lane, lane_gaps, largest, require_ok
@@ -162,7 +162,8 @@ def _ends(start: Products, beta: np.ndarray) -> Products:
 def _flow(g: Partial, starts: Products, ts: Array) -> Trajectory:
     """Factors (L, T, p) along the flow from all starts (L, p)."""
     options: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11, **SOLVE}
-    return jax.vmap(lambda start: incremental.raw_flow(g, start.u, start.v, ts, **options))(starts)
+    # One after the other, which compiles more quickly than all side by side.
+    return map_lanes(lambda start: incremental.raw_flow(g, *start, ts, **options), starts, at_once=1)
 
 
 def _flows(g: Partial, starts: Products, ts: Any) -> dict[str, Trajectory]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated, Any
 
 import diffrax
@@ -24,7 +25,7 @@ from matplotlib.figure import Figure
 from dynamics import incremental
 from dynamics.flow import Trajectory
 from models.losses import bind
-from models.training import Descent
+from models.training import Descent, map_lanes
 from sims import plotting
 from sims.claims import Claim, Preset, at_least, at_most, every, qualified, slope, stated
 from sims.compare import SOLVE, WRONG_FACTOR, convergence_order, first_order, lane, lane_gaps, require_ok
@@ -104,9 +105,15 @@ def _flow(data: Any, lam: Any, taus: Any) -> Trajectory:
 @eqx.filter_jit
 def _flows(Z: Array, ridges: Array, lams: Array, taus: Array) -> Trajectory:
     """The products along the flows, (instance, ridge, alpha, time, product)."""
-    flows = jax.vmap(lambda Z, ridge, lam: _flow((Z, ridge, 1.0), lam, taus), (None, None, 0))
-    flows = jax.vmap(flows, (None, 0, None))
-    return jax.lax.map(lambda one: flows(one, ridges, lams), Z)
+
+    def over_alphas(Z, ridge):
+        return map_lanes(lambda lam: _flow((Z, ridge, 1.0), lam, taus), lams, at_once=1)
+
+    def over_ridges(Z):
+        return map_lanes(partial(over_alphas, Z), ridges, at_once=1)
+
+    # One after the other, which compiles more quickly than all side by side.
+    return map_lanes(over_ridges, Z, at_once=1)
 
 
 @jax.jit
@@ -150,13 +157,14 @@ def _network(config: Config, Z: np.ndarray) -> dict[str, Any]:
         descent.times / lam,
     )
     trained, gaps = {}, {}
-    for name, ridge in (("none", 0.0), ("ridge", config.ridge)):
+    # Numbers of NumPy are traced: other ones compile nothing anew.
+    for name, ridge in zip(("none", "ridge"), np.array([0.0, config.ridge]), strict=True):
         loss = bind(_loss_of_factors, (Z, ridge, 1.0))
         path = jax.device_get(descent.train(loss, params, observe=_products)[1])
         require_ok("training", path)
         trained[name] = np.abs(lane(path, int(np.argmin(descent.rates))).ys).sum(axis=-1)
         if name == "none":
-            for flow, factor in (("right", 1.0), ("wrong", WRONG_FACTOR)):
+            for flow, factor in zip(("right", "wrong"), np.array([1.0, WRONG_FACTOR]), strict=True):
                 theory = jax.device_get(eqx.filter_jit(_flow)((Z, ridge, factor), lam, taus))
                 gaps[flow] = lane_gaps(Trajectory(path.ts[0], theory.ys, theory.ok), path)
     return {
