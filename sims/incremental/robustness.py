@@ -163,7 +163,9 @@ def _flow(g: Partial, starts: Products, ts: Array) -> Trajectory:
     """Factors (L, T, p) along the flow from all starts (L, p)."""
     options: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11, **SOLVE}
     # One after the other, which compiles more quickly than all side by side.
-    return map_lanes(lambda start: incremental.raw_flow(g, *start, ts, **options), starts, at_once=1)
+    return map_lanes(
+        lambda start: incremental.raw_flow(g, start.u, start.v, ts, **options), starts, at_once=1
+    )
 
 
 def _flows(g: Partial, starts: Products, ts: Any) -> dict[str, Trajectory]:
