@@ -102,26 +102,29 @@ def _draw(config: Config, key: Array):
 def _gradients(config: Config, keys: Array) -> dict:
     """By loss and batch: the gradient of a loss beside those that half the energy and the whole foretell."""
 
-    def of(key, name):
+    def one(key):
         predict, params, views = _draw(config, key)
         flat, unravel = ravel_pytree(params)
 
         def embedded(flat):
             return predict(unravel(flat), views.first), predict(unravel(flat), views.second)
 
-        alpha = pairwise_importance(name, *embedded(flat))
-        loss = jax.grad(lambda flat: contrastive_loss(name, *embedded(flat)))(flat)
-        energy = jax.grad(lambda flat: contrastive_energy(alpha, *embedded(flat)))(flat)
-        size, full = jnp.linalg.norm(loss), jnp.linalg.norm(energy)
+        both, pulled_back = jax.vjp(embedded, flat)
+        # Embeddings are the same for all losses: their gradients are pulled back through the encoder at once.
+        of_losses = [jax.grad(lambda both, name=name: contrastive_loss(name, *both))(both) for name in LOSSES]
+        (loss,) = jax.vmap(pulled_back)(jax.tree.map(lambda *parts: jnp.stack(parts), *of_losses))
+        alpha = jnp.stack([pairwise_importance(name, *both) for name in LOSSES])
+        of_energy = jax.grad(lambda both, alpha: contrastive_energy(alpha, *both))
+        (energy,) = jax.vmap(lambda alpha: pulled_back(of_energy(both, alpha)))(alpha)
+        size, full = jnp.linalg.norm(loss, axis=1), jnp.linalg.norm(energy, axis=1)
         return {
-            "half": jnp.linalg.norm(loss + energy / 2) / size,
-            "whole": jnp.linalg.norm(loss + energy) / size,
-            "cosine": loss @ energy / (size * full),
+            "half": jnp.linalg.norm(loss + energy / 2, axis=1) / size,
+            "whole": jnp.linalg.norm(loss + energy, axis=1) / size,
+            "cosine": jnp.sum(loss * energy, axis=1) / (size * full),
             "ratio": full / size,
         }
 
-    found = [jax.vmap(partial(of, name=name))(keys) for name in LOSSES]
-    return jax.tree.map(lambda *parts: jnp.stack(parts), *found)
+    return jax.vmap(one, out_axes=1)(keys)
 
 
 @partial(jax.jit, static_argnames="config")
