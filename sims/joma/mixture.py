@@ -160,7 +160,8 @@ def _field(t, v, node: Node) -> Array:
 def _flows(lanes: tuple[Node, Array, Array]) -> Trajectory:
     """The averaged flows of nodes from starts (L, d) at times (L, T)."""
     options: dict[str, Any] = {"solver": diffrax.Tsit5(), **SOLVE}
-    return map_lanes(lambda lane: integrate(_field, lane[1], lane[2], lane[0], **options), lanes)
+    # One after the other: side by side they would wait for each other's steps, and compile more slowly.
+    return map_lanes(lambda lane: integrate(_field, lane[1], lane[2], lane[0], **options), lanes, at_once=1)
 
 
 def _averaged_flows(config: Config, starts: np.ndarray) -> dict[str, Trajectory]:
