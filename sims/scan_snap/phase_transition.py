@@ -271,7 +271,7 @@ def _train_long(descent: Descent, lanes: tuple) -> Trajectory:
 
         return descent.train(loss, params, observe, scale_by_name(Y=rate_Y, Z=rate_Z))[1]
 
-    return jax.vmap(one)(lanes)
+    return map_lanes(one, lanes, at_once=1)
 
 
 def _over_rates(config: Config) -> dict:
