@@ -27,7 +27,7 @@ from dynamics import incremental
 from dynamics.flow import Trajectory
 from dynamics.incremental import GreedyPath
 from models.losses import bind, mean_squared_error
-from models.training import Descent
+from models.training import Descent, map_lanes
 from sims import plotting
 from sims.claims import (
     ROUNDING,
@@ -163,7 +163,8 @@ def _flows(g: Partial, powers: Any, taus: Any, options: dict[str, Any]) -> Traje
         path = incremental.log_flow(g, u0, v0, lam, taus, **options, **SOLVE)
         return Trajectory(taus, path.ys.beta, path.ok)
 
-    return jax.vmap(flow)(LOG10 * powers)
+    # One after the other, which compiles more quickly than all side by side.
+    return map_lanes(flow, LOG10 * powers, at_once=1)
 
 
 def _integrate(g: dict[str, Partial], times: dict[str, np.ndarray], config: Config) -> dict[str, Trajectory]:
