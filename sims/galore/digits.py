@@ -355,7 +355,8 @@ def run(config: Config, context: Context) -> dict:
     jobs: dict[Method, Job] = {name: Job(name, config.rank, config.update_gap) for name in config.methods}
     sweep = [[Job(method, rank, config.update_gap) for rank in config.ranks] for method in SWEPT]
     wanted = list(dict.fromkeys([*jobs.values(), *(job for row in sweep for job in row)]))
-    starts = {job: jax.vmap(partial(start_of, job))(task.seeds.params, task.seeds.key) for job in wanted}
+    drawn = (task.seeds.params, task.seeds.key)
+    starts = {job: jax.jit(jax.vmap(partial(start_of, job)))(*drawn) for job in wanted}
     trained = train_jobs(task, context, wanted, starts)
     chosen = {job: runs.chosen() for job, runs in trained.items()}
     best = config.learning_rates[trained[jobs["galore"]].best()]

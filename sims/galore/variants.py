@@ -285,7 +285,7 @@ def run(config: Config, context: Context) -> dict:
     context.progress("training the checkpoints", 0.3)
     shares = jnp.asarray([config.near, 1.0], "float32")
     checkpoint, before = _checkpoint(config, network, seeds, shares)
-    starts = jax.tree.map(lambda *leaves: jnp.stack(leaves), seeds.params, checkpoint)
+    starts = jax.tree.map(lambda *leaves: np.stack(leaves), seeds.params, checkpoint)
     adam_rates, errors = jnp.asarray(config.lora_rates, "float32"), []
     for index, rank in enumerate((None, *config.ranks)):
         context.progress(f"second task: rank {rank}" if rank else "second task", 0.4 + 0.15 * index)
@@ -310,6 +310,7 @@ def run(config: Config, context: Context) -> dict:
     }
 
 
+@partial(jax.jit, static_argnames="rank")
 def _adapted(starts: Any, keys: Array, rank: int) -> Any:
     """LoRA of the hidden matrices, from all starts and seeds."""
 
