@@ -215,9 +215,11 @@ def _saddles(network: Model) -> list[tuple[Model, list[np.ndarray], float]]:
     found = [(quartic, [row], -2 * (a + s)[0] * (ratio[0] - ratio[1]))]
 
     (units,) = WIDTHS[1]
-    one = jax.device_get(collapse.two_layer_minimum(SCALAR, GAMMA, GAMMA, NOISE, 1))
-    weights = [np.pad(one.W, ((0, units - 1), (0, 0))), np.pad(one.U[None], ((0, 0), (0, units - 1)))]
-    rest = SCALAR.c - SCALAR.A @ one.W.T @ one.U
+    # n units with noise of variance n s are one with s whose weights are divided by sqrt(n): one program.
+    alike = jax.device_get(collapse.two_layer_minimum(SCALAR, GAMMA, GAMMA, units * NOISE, units))
+    W, U = units**0.5 * alike.W[:1], units**0.5 * alike.U[:1]
+    weights = [np.pad(W, ((0, units - 1), (0, 0))), np.pad(U[None], ((0, 0), (0, units - 1)))]
+    rest = SCALAR.c - SCALAR.A @ W.T @ U
     found.append((network, weights, 2 * (GAMMA - np.linalg.norm(rest))))
 
     zeta, of_second = ZETA[:2], collapse.vae_minimum(ZETA[1:2, None], 1, BETA, 1.0, 1.0)
