@@ -92,7 +92,7 @@ class Config:
     """Rate of the target's moving average."""
     weight_decay: NonNegative = 0.04
     """Weight decay."""
-    descent: Descent = Descent(horizon=20.0, points=50, substeps=(4, 12, 40, 120, 400))
+    descent: Descent = Descent(horizon=20.0, points=50, substeps=(4, 12, 40, 120))
     """Training beside the flows, at several learning rates."""
 
     def __post_init__(self):
