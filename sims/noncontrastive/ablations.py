@@ -91,19 +91,19 @@ class Setting(NamedTuple):
 
 def _setting(config: Config, key: Array) -> Setting:
     """Covariances near those of the theory, but not isotropic, and weights without any symmetry."""
-    first, second, online, predictor, target = jax.random.split(key, 5)
+    keys = jax.random.split(key, 5)
     n1, n2 = config.inputs, config.width
 
-    def drawn(shape, *keys):
-        return jax.vmap(lambda key: normal(key, shape))(jnp.stack(keys))
+    def covariance(key, size):
+        A = normal(key, (n1, 4 * n1))
+        return size * A @ A.T / (4 * n1)
 
-    A = drawn((n1, 4 * n1), first, second)
-    X, X_aug_cov = jnp.array([1.0, config.augmentation_variance])[:, None, None] * (A @ A.mT) / (4 * n1)
-    W, apart = drawn((n2, n1), online, target)
-    W = W / n1**0.5
+    W = normal(keys[2], (n2, n1)) / n1**0.5
+    noise = normal(keys[3], (n2, n2)) / n2**0.5
     # The predictor is as large as the features are, so that no mode starts below its threshold.
-    Wp = 0.8 * jnp.eye(n2) + 0.1 * normal(predictor, (n2, n2)) / n2**0.5
-    return Setting(ByolWeights(W, Wp, W + 0.1 * apart), X, X_aug_cov)
+    Wp = 0.8 * jnp.eye(n2) + 0.1 * noise
+    weights = ByolWeights(W, Wp, W + 0.1 * normal(keys[4], W.shape))
+    return Setting(weights, covariance(keys[0], 1.0), covariance(keys[1], config.augmentation_variance))
 
 
 def _network(way: str, weights: ByolWeights) -> LinearByol:
@@ -197,7 +197,8 @@ def _identities(config: Config, keys: Array) -> dict:
 
         apart = Wp - one
         matrix = jnp.kron(X_aug_cov, Wp.T @ Wp + one) + jnp.kron(X, apart.T @ apart)
-        no_stop_gradient, no_predictor = gradient("no stop-gradient"), gradient("no predictor")
+        columns, rows = gradient("no stop-gradient").T.ravel(), gradient("no stop-gradient").ravel()
+        no_predictor = gradient("no predictor")
         # Without weight decay what augmentation does not move stays: here one direction of the inputs.
         still = one - jnp.outer(one[0], one[0])
         first = jnp.outer(one[0], one[0])
@@ -212,17 +213,13 @@ def _identities(config: Config, keys: Array) -> dict:
             return jnp.linalg.norm(ends[:, :, columns], axis=(1, 2)) / jnp.linalg.norm(W[:, columns])
 
         everything, moved = slice(None), still @ X_aug_cov @ still
-        cases = (
-            (one, still @ X @ still + first, moved, 0.0),
-            (Wp, X, moved, config.weight_decay),
-            (Wp, X, X_aug_cov, 0.0),
-        )
-        kept, *decayed = jax.vmap(later)(*(jnp.stack(parts) for parts in zip(*cases, strict=True)))
+        kept = later(one, still @ X @ still + first, moved, 0.0)
+        decayed = [later(Wp, X, moved, config.weight_decay), later(Wp, X, X_aug_cov, 0.0)]
         return {
             "left": relative(no_predictor, X_aug_cov @ W),
             "right": relative(no_predictor, W @ X_aug_cov),
-            "columns": relative(no_stop_gradient.T.ravel(), matrix @ W.T.ravel()),
-            "rows": relative(no_stop_gradient.ravel(), matrix @ W.ravel()),
+            "columns": relative(columns, matrix @ W.T.ravel()),
+            "rows": relative(rows, matrix @ W.ravel()),
             "least": jnp.stack([jnp.linalg.eigvalsh(X_aug_cov)[0], jnp.linalg.eigvalsh(matrix)[0]]),
             "kept": part(kept, slice(0, 1)),
             "others": part(kept, slice(1, None)),

@@ -191,13 +191,12 @@ def _solve(flow, lanes: tuple) -> Trajectory:
         likeliest = jnp.argmax(jnp.where(scan_snap.distinct_tokens(classes), classes.P, -1)[0])
 
         def measure(t, weights):
+            velocity = rate_Z * scan_snap.population_field(weights, classes).Z
             if flow is scan_snap.weak_correlation_flow:
                 xi = scan_snap.weak_growth_rate(weights.Z, classes, t, rate_Y)
             else:
                 xi = scan_snap.growth_rate(weights, classes)
-            f = scan_snap.attended_features(weights.Z, classes.P, classes.query)[0]
-            # No other class has the query of the first: xi is z' there, over the rate and f^2.
-            speed = jnp.abs(rate_Z * xi[0]) * f[likeliest] ** 2
+            speed = jnp.abs(velocity[classes.query[0], likeliest])
             return {"growth_rate": xi, "speed": speed, "confidence": _confidence(weights, classes)}
 
         return Trajectory(ts, jax.vmap(measure)(ts, path.ys), path.ok)
