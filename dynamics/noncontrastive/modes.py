@@ -129,7 +129,7 @@ def decoupled_flow(
         "ema_rate": beta,
         "weight_decay": _not_negative("weight_decay", weight_decay, p0.dtype),
     }
-    start, setting = _prepared(*_that_broadcast(**start, **rates))
+    start, setting = _prepared(*_require_broadcast(**start, **rates))
     if options.get("solver") is None:
         options["solver"] = stiff_solver(elementwise=True) if is_stiff(beta, ts) else diffrax.Tsit5()
     whole = start.p.size <= _PIECE or jax.default_backend() != "cpu"
@@ -216,7 +216,7 @@ def _not_negative(name: str, value: Any, dtype: Any) -> Array:
     return require_every(name, cast(array, dtype), lambda x: x >= 0, ">= 0")
 
 
-def _that_broadcast(**arrays: Array) -> list[Array]:
+def _require_broadcast(**arrays: Array) -> list[Array]:
     """The arrays, whose shapes have a common one."""
     try:
         jnp.broadcast_shapes(*(array.shape for array in arrays.values()))
@@ -263,7 +263,7 @@ def phase_velocity(
     """
     (p,) = require_arrays(p=p)
     return _speed(
-        *_that_broadcast(
+        *_require_broadcast(
             p=p,
             **_phase_arguments(p.dtype, tau, weight_decay, augmentation_variance, imbalance, predictor_rate),
         )
@@ -313,7 +313,7 @@ def fixed_points(tau: ArrayLike, weight_decay: ArrayLike, augmentation_variance:
         [0.042229, 0.757771]
     """
     (tau,) = require_arrays(tau=tau)
-    tau, eta, spread = _that_broadcast(
+    tau, eta, spread = _require_broadcast(
         tau=tau,
         weight_decay=_not_negative("weight_decay", weight_decay, tau.dtype),
         augmentation_variance=1 + _not_negative("augmentation_variance", augmentation_variance, tau.dtype),
@@ -377,7 +377,7 @@ def collapse_threshold(
     tau = require_every("tau", tau, lambda x: x > 0, "> 0")
     duration = require_positive("duration", duration, tau.dtype)
     named = _phase_arguments(tau.dtype, tau, weight_decay, augmentation_variance, imbalance, predictor_rate)
-    return _collapse_threshold(_that_broadcast(**named), duration)
+    return _collapse_threshold(_require_broadcast(**named), duration)
 
 
 # Halvings of a bracket that is a few units wide.

@@ -40,7 +40,7 @@ from models.optimizers import along_spheres
 from models.training import Descent, train
 from sims import plotting
 from sims.claims import Check, Claim, Preset, at_least, at_most, qualified, stated
-from sims.compare import SOLVE, WRONG_FACTOR, first_order, lane_gaps, largest, require_ok
+from sims.compare import SOLVE, first_order, lane_gaps, largest, require_ok, right_and_wrong
 from sims.ranges import Count, Positive, Range, check_ranges
 from sims.results import Context, Saved
 
@@ -197,11 +197,10 @@ def _followed(config: Config, data: dict[str, Array], X: Array, key: Array) -> d
     rates, trained = jax.device_get(
         config.descent.train(Partial(_loss, predict, data=plain), params, weights, TANGENT)
     )
-    ts, flows = config.descent.times, {}
-    for name, factor in (("right", 1.0), ("wrong", WRONG_FACTOR)):
-        # Descent on half of the energy has half of its speed.
-        path = deep_linear_flow(start, X[0], factor * ts / 2, **SOLVE)
-        flows[name] = Trajectory(ts, path.ys, path.ok)
+    ts = config.descent.times
+    # Descent on half of the energy has half of its speed.
+    flows = right_and_wrong(lambda factor: deep_linear_flow(start, X[0], factor * ts / 2, **SOLVE))
+    flows = {name: Trajectory(ts, path.ys, path.ok) for name, path in flows.items()}
     require_ok("the flow and training", trained, *flows.values())
     finest = [np.asarray(W)[int(np.argmin(rates))] for W in trained.ys]
 

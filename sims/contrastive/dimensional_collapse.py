@@ -41,7 +41,7 @@ from sims.claims import (
     quoted,
     stated,
 )
-from sims.compare import SOLVE, WRONG_FACTOR, first_order, lane, lane_gaps, largest, require_ok
+from sims.compare import SOLVE, first_order, lane, lane_gaps, largest, require_ok, right_and_wrong
 from sims.contrastive._linear import (
     DEAD,
     covariance,
@@ -154,14 +154,12 @@ def _followed(config: Config, key: Array) -> dict:
     """A layer that is trained at several learning rates, with X held and with X moving, beside its flows."""
     start, views, X, gradient = _to_follow(config, key)
     rates, trained = jax.device_get(_descents(config.descent, start, views))
-    ts, sides = config.descent.times, {"right": 1.0, "wrong": WRONG_FACTOR}
-    # Both sides call one program: a solve of both at once would compile for longer.
+    ts = config.descent.times
     flows = {
-        "held": {side: encoder_flow([start], X, factor * ts, **SOLVE) for side, factor in sides.items()},
-        "moving": {
-            side: integrate(moving_field, [start], factor * ts, views, **SOLVE)
-            for side, factor in sides.items()
-        },
+        "held": right_and_wrong(lambda factor: encoder_flow([start], X, factor * ts, **SOLVE)),
+        "moving": right_and_wrong(
+            lambda factor: integrate(moving_field, [start], factor * ts, views, **SOLVE)
+        ),
     }
     require_ok("the flow and training", trained, *flows["held"].values(), *flows["moving"].values())
     values, vectors = np.linalg.eigh(np.asarray(X))

@@ -46,7 +46,7 @@ from sims.claims import (
     slope,
     stated,
 )
-from sims.compare import SOLVE, WRONG_FACTOR, first_order, lane_gaps, largest, orders, require_ok
+from sims.compare import SOLVE, first_order, lane_gaps, largest, orders, require_ok, right_and_wrong
 from sims.contrastive._linear import covariance, dead, mean_loss, moving_field, noisy_views, product, rotation
 from sims.ranges import Positive, Range, check_ranges
 from sims.results import Context, Saved
@@ -228,10 +228,9 @@ def _followed(config: Config, matrices: list[np.ndarray], views: Views, key: Arr
     rates, trained = jax.device_get(
         config.descent.train(Partial(mean_loss, predict, views=views), params, weights)
     )
-    ts, flows = config.descent.times, {}
-    for name, factor in (("right", 1.0), ("wrong", WRONG_FACTOR)):
-        path = integrate(moving_field, matrices, factor * ts, views, **SOLVE)
-        flows[name] = Trajectory(ts, path.ys, path.ok)
+    ts = config.descent.times
+    flows = right_and_wrong(lambda factor: integrate(moving_field, matrices, factor * ts, views, **SOLVE))
+    flows = {name: Trajectory(ts, path.ys, path.ok) for name, path in flows.items()}
     require_ok("the flow and training", trained, *flows.values())
     return {
         "rate": ("rate", rates),

@@ -35,9 +35,9 @@ from sims.compare import (
     first_order,
     lane,
     lane_gaps,
+    named_lanes,
     percent,
     require_ok,
-    right_and_wrong,
 )
 from sims.ranges import Count, Length, Positive, Share, check_ranges
 from sims.results import Context, Saved
@@ -132,7 +132,7 @@ def _flows(params: Any, data: Any, taus: Array) -> dict[str, Trajectory]:
         path = integrate(_FIELD, params, factor * taus, data, **options)
         return Trajectory(taus, head_products(path.ys), path.ok)
 
-    return right_and_wrong(flow)
+    return named_lanes(flow, right=1.0, wrong=WRONG_FACTOR)
 
 
 @jax.jit

@@ -39,7 +39,7 @@ from sims.claims import (
     quoted,
     stated,
 )
-from sims.compare import SOLVE, WRONG_FACTOR, first_order, lane, lane_gaps, largest, require_ok
+from sims.compare import SOLVE, first_order, lane, lane_gaps, largest, require_ok, right_and_wrong
 from sims.ranges import NonNegative, Positive, Range, check_ranges
 from sims.results import Context, Saved
 
@@ -154,10 +154,7 @@ def _of_way(way: str, config: Config, setting: Setting) -> dict:
     """One way of training beside its flow: gaps, sizes, and what embeddings look like."""
     rates, trained = _trained(way, config, setting)
     ts = config.descent.times
-    flows = {
-        name: _flow(way, config, setting, factor * ts)
-        for name, factor in (("right", 1.0), ("wrong", WRONG_FACTOR))
-    }
+    flows = right_and_wrong(lambda factor: _flow(way, config, setting, factor * ts))
     require_ok(way, trained, *flows.values())
     flows = {name: Trajectory(ts, np.asarray(path.ys), True) for name, path in flows.items()}
     finest = lane(trained, int(np.argmin(rates)))

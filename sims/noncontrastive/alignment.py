@@ -49,7 +49,7 @@ from sims.claims import (
     qualified,
     stated,
 )
-from sims.compare import SOLVE, WRONG_FACTOR, first_order, lane_gaps, largest, require_ok
+from sims.compare import SOLVE, first_order, lane_gaps, largest, require_ok, right_and_wrong
 from sims.ranges import Count, NonNegative, Positive, Range, check_ranges
 from sims.results import Context, Saved
 
@@ -355,9 +355,7 @@ def _beside(config: Config, key: Array) -> dict:
     weights, etas = ByolWeights(W, Wp, W), np.array([config.weight_decay, 0.0])
     one = jax.tree.map(lambda leaf: leaf[0], weights)
     trained = jax.device_get(_descended(config, one))
-    marks = {
-        side: factor * config.descent.times for side, factor in (("right", 1.0), ("wrong", WRONG_FACTOR))
-    }
+    marks = right_and_wrong(lambda factor: factor * config.descent.times)
     times = np.unique(np.concatenate([ts, *marks.values()]))
     paths, found = jax.device_get(_flows(config, weights, etas, times))
     gaps = {}

@@ -57,6 +57,7 @@ from sims.compare import (
     named_lanes,
     orders,
     require_ok,
+    right_and_wrong,
 )
 from sims.ranges import NonNegative, Positive, Range, check_ranges
 from sims.results import Context, Saved
@@ -241,10 +242,7 @@ def run(config: Config, context: Context) -> dict:
     # A gradient that is too large is a flow that is too fast.
     ts = config.descent.times
     times = np.union1d(ts, WRONG_FACTOR * ts)
-    at = {
-        side: np.searchsorted(times, factor * ts)
-        for side, factor in (("right", 1.0), ("wrong", WRONG_FACTOR))
-    }
+    at = right_and_wrong(lambda factor: np.searchsorted(times, factor * ts))
     decoupled, one_tau = jax.device_get(_decoupled(config, start.modes, values, times))
     paths = jax.device_get(_flows(config, cases, times))
     context.progress("training", 0.5)

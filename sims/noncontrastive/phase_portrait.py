@@ -43,7 +43,7 @@ from sims.claims import (
     qualified,
     stated,
 )
-from sims.compare import SOLVE, WRONG_FACTOR, first_order, lane, lane_gaps, largest, require_ok
+from sims.compare import SOLVE, first_order, lane, lane_gaps, largest, require_ok, right_and_wrong
 from sims.ranges import Positive, Range, check_ranges
 from sims.results import Context, Saved
 
@@ -269,10 +269,9 @@ def _walk(config: Config, key: Array) -> dict:
     learning_rates, trained = jax.device_get(
         config.descent.train(loss, params, Partial(_modes, U), flow_gradient(**rates))
     )
-    ts, flows = config.descent.times, {}
-    for name, factor in (("right", 1.0), ("wrong", WRONG_FACTOR)):
-        modes = _flow(start, factor * ts, ema_rate=0.5)
-        flows[name] = Trajectory(ts, {"p": modes.p, "s": modes.s}, True)
+    ts = config.descent.times
+    flows = right_and_wrong(lambda factor: _flow(start, factor * ts, ema_rate=0.5))
+    flows = {name: Trajectory(ts, {"p": modes.p, "s": modes.s}, True) for name, modes in flows.items()}
     require_ok("training", trained)
     finest = lane(trained, int(np.argmin(learning_rates)))
     return {

@@ -31,7 +31,7 @@ from models.losses import cross_entropy, on_batches
 from models.training import Descent, train
 from sims import plotting
 from sims.claims import Claim, Preset, at_least, every, qualified, stated
-from sims.compare import WRONG_FACTOR, first_order, lane, lane_gaps, require_ok
+from sims.compare import first_order, lane, lane_gaps, require_ok, right_and_wrong
 from sims.ranges import Count, Positive, Range, Share
 from sims.results import Context, Saved
 
@@ -126,12 +126,13 @@ def run(config: Config, context: Context) -> dict:
     classes, owner = _classes(context.seed, config)
     rows, descent = np.unique(classes.query), config.descent
     context.progress("integrating the flow", 0.0)
-    flows, late = {}, None
-    for name, factor in (("right", 1.0), ("wrong", WRONG_FACTOR)):
-        rates: Any = {"learning_rate_Y": factor, "learning_rate_Z": factor}
-        Z = np.asarray(scan_snap.population_flow(classes, np.append(descent.times, LATE), **rates).ys.Z)
-        flows[name] = Trajectory(descent.times, Z[:-1, rows, : owner.size], True)
-        late = Z[-1] if late is None else late
+    ts = np.append(descent.times, LATE)
+    paths = right_and_wrong(
+        lambda factor: scan_snap.population_flow(classes, ts, learning_rate_Y=factor, learning_rate_Z=factor)
+    )
+    logits = {name: np.asarray(path.ys.Z) for name, path in paths.items()}
+    flows = {name: Trajectory(descent.times, Z[:-1, rows, : owner.size], True) for name, Z in logits.items()}
+    late = logits["right"][-1]
     context.progress("training on infinitely long contexts", 0.3)
     loss, params = population_loss(classes)
     _, path = jax.device_get(descent.train(loss, params, observe=_logits))
