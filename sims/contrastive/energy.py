@@ -348,6 +348,8 @@ def _gradient_panel(ax: Axes, saved: Saved) -> None:
 
 def _loss_panel(ax: Axes, saved: Saved) -> None:
     descent, played = np.asarray(saved["game/descent"]), np.asarray(saved["game/played"])
+    steps = np.arange(2, len(descent))  # the first step is the same
     for index in (1, 2, 3):
-        ax.semilogy(np.abs(played[index] - descent), label=f"{saved['stale'][index]} steps at one alpha")
-    plotting.finish(ax, "Loss of games less that of descent", "step", "difference of the loss", "lower right")
+        apart = np.abs(played[index] - descent)[2:]
+        ax.semilogy(steps, apart, label=f"{saved['stale'][index]} steps at one alpha")
+    plotting.finish(ax, "Loss of games less that of descent", "step", "difference of the loss", "upper right")
