@@ -11,7 +11,7 @@ help:
 	@echo "make ledger    the same at the standard preset, in figures (longer)"
 	@echo "make test      style, types, import contract and tests"
 	@echo "make accelerator   what a GPU or TPU does: tests, benchmarks, paper presets; five minutes"
-	@echo "make lint      the first three of these"
+	@echo "make lint      style, types and import contract alone"
 	@echo "make lock      resolve requirements.lock anew, keeping versions; LOCK=--upgrade takes the latest"
 	@echo "make clean     remove all that was made here, .venv and figures/quick included"
 	@echo "The first run makes .venv. PYTHON=... chooses its interpreter (default: the newest that is tested)."

@@ -130,11 +130,8 @@ class AmortizedVae(nnx.Module):
 
 
 def _linear(kernel: Array, bias: bool = False) -> nnx.Linear:
-    def given(key, shape, dtype):
-        return kernel.astype(dtype)
-
-    sizes, rngs = kernel.shape, nnx.Rngs(0)
-    return nnx.Linear(*sizes, use_bias=bias, param_dtype=kernel.dtype, kernel_init=given, rngs=rngs)
+    options: Any = {"kernel_init": lambda *_: kernel, "param_dtype": kernel.dtype, "rngs": nnx.Rngs(0)}
+    return nnx.Linear(*kernel.shape, use_bias=bias, **options)
 
 
 def _require_inputs(inputs: VaeInputs, size: int) -> Array:

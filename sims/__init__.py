@@ -59,7 +59,9 @@ def run(
     from sims import progress as bars
     from sims import results, simulations
 
-    (chosen,) = simulations.resolve([name])
+    chosen, *others = simulations.resolve([name])
+    if others:
+        raise ValueError(f"name must be that of one simulation, got {name!r}, which are {1 + len(others)}")
     sim = simulations.load_simulation(chosen)
     config = simulations.with_settings(simulations.preset_config(sim, preset), settings)
     folder = None if out is None else bars.require_writable(Path(out))

@@ -10,7 +10,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -240,15 +240,18 @@ def _view(command: str, names: list[str], flags: list[str]) -> int:
     known = sorted(path.stem for path in out.glob("[!.]*.json"))
     if not known:
         raise UsageError(f"out must be a folder with saved results, got {out}; `run` makes them")
+    own = {Path(name).stem: name for name in names if name.endswith(".py")}
     stems = _saved_stems([Path(name).stem if name.endswith(".py") else name for name in names], known, out)
     done = []
     for stem in stems:
-        saved = results.load(out, stem)
+        there = results.load(out, stem)
+        file = own.get(there.record["name"], there.record["file"])  # which may have moved since
+        saved = replace(there, record={**there.record, "file": file})
         if command == "draw":
             print(simulations.save_figure(saved, out, kind))
             continue
         judged = simulations.judge(saved)
-        if judged.record != saved.record:
+        if judged.record != there.record:
             results.save_record(judged, out)
         done.append(judged)
     if command == "draw":

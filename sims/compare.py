@@ -198,18 +198,18 @@ def named_groups(f: Callable[[Any], PyTree], groups: Mapping[str, Sequence[PyTre
 
 
 def right_and_wrong(flow: Callable[[Any], PyTree], factor: float = WRONG_FACTOR) -> dict[str, Any]:
-    """A flow of the gradient as it is, and of one that is `factor` times too large.
+    """A flow of the gradient as it is, and of one that is `factor` times too large, or their times.
 
     Two calls of a solve share its program, which compiles more quickly than one of both side by side.
 
     Args:
-        flow: function of the factor of its gradient, outside of compiled functions.
+        flow: function of the factor of the gradient, outside of compiled functions.
         factor: the factor that is wrong.
 
     Returns:
         What the flow gives, as "right" and "wrong": what `first_order` tells apart.
     """
-    return {"right": flow(1.0), "wrong": flow(factor)}
+    return jax.device_get({"right": flow(1.0), "wrong": flow(factor)})
 
 
 def require_ok(what: str, *paths: Trajectory) -> None:

@@ -100,6 +100,19 @@ class Saved:
             raise KeyError(f"{path!r} is not in the result {self.name}, which has {sorted(self.arrays)}")
         return group
 
+    def __contains__(self, path: str) -> bool:
+        return path in self.arrays or any(key.startswith(f"{path}/") for key in self.arrays)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.arrays)
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    def keys(self):
+        """The path of every array."""
+        return self.arrays.keys()
+
     def figure(self) -> Figure:
         """The figure, drawn anew."""
         from sims.simulations import draw
@@ -321,7 +334,8 @@ def load(out: str | Path, name: str) -> Saved:
     out = Path(out)
     path = out / f"{name}.json"
     if not path.is_file():
-        raise FileNotFoundError(errno.ENOENT, "No result was saved under this name", str(path))
+        there = ", ".join(sorted(file.stem for file in out.glob("*.json"))) or "no result at all"
+        raise FileNotFoundError(errno.ENOENT, f"No result has this name, there is {there}", str(path))
     try:
         with storage.locked(out):
             with suppress(OSError):  # a folder that can be read only is taken as it is

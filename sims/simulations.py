@@ -83,6 +83,8 @@ def load_simulation(name: str) -> ModuleType:
     """The module of a simulation, by name or by the path of its file."""
     if not name.endswith(".py"):
         return importlib.import_module(f"sims.{name}")
+    if not Path(name).is_file():
+        raise ValueError(f"a simulation's file must exist, got {name}; name it where it is now")
     spec = importlib.util.spec_from_file_location(Path(name).stem, name)
     if spec is None or spec.loader is None:
         raise ValueError(f"a simulation's file must be a Python file, got {name}")
@@ -167,7 +169,7 @@ def measure(name: str, config: Any, context: Context) -> Saved:
     import jax
 
     from sims.ranges import check_ranges
-    from sims.results import to_saved
+    from sims.results import save, to_saved
 
     sim = load_simulation(name)
     check_ranges(config)
@@ -179,7 +181,16 @@ def measure(name: str, config: Any, context: Context) -> Saved:
     file = name if name.endswith(".py") else None
     stem = Path(name).stem if file else name
     saved = to_saved(stem, config, context, measured, seconds=seconds, flags=shlex.join(words), file=file)
-    return judge(saved)
+    try:
+        return judge(saved)
+    except Exception as error:
+        if context.results is None:
+            raise
+        save(saved, context.results)
+        raise RuntimeError(
+            f"{stem}: claims must be made of what was measured, but {error!r}; the measurement is saved, and "
+            "`judge` judges it once they are"
+        ) from error
 
 
 def module_and_config(saved: Saved) -> tuple[ModuleType, Any]:

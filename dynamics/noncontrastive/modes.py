@@ -178,11 +178,11 @@ def _in_pieces(start: Modes, ts: Array, setting: _Setting, options: dict[str, An
         return jnp.concatenate([flat, jnp.broadcast_to(flat[-1:], (-size % _PIECE,))]).reshape(-1, _PIECE)
 
     pieces = jax.tree.map(cut, (start, setting))
-    if is_traced(pieces, ts):
+    if is_traced(pieces, ts, options):
         path = _map_pieces(pieces, ts, options)
     else:
         pieces = jax.device_get(pieces)
-        each = [jax.tree.map(lambda leaf, i=i: leaf[i], pieces) for i in range(-(-size // _PIECE))]
+        each = [jax.tree.map(lambda leaf, i=i: leaf[i], pieces) for i in range(len(pieces[0].p))]
         paths = [_at_once(modes, ts, rates, options) for modes, rates in each]
         path = jax.tree.map(lambda *leaves: np.stack(leaves), *paths)
 
@@ -400,11 +400,12 @@ def _collapse_threshold(given, duration):
 
     def halve(step, state):
         low, high, ok = state
-        # Both ends come first, the upper one again and again where it does not survive.
-        start = jnp.where(jnp.isinf(high), most, (low + high) / 2)
-        start = jnp.where(step == 1, least, start)
-        above, solved = survives(start)
-        return jnp.where(above, low, start), jnp.where(above, start, high), ok & solved
+        # The upper end is tried first, then the lower one, and then the middle. An upper end that does not
+        # survive is tried each time, and what is found stays infinite.
+        tried = jnp.where(jnp.isinf(high), most, (low + high) / 2)
+        tried = jnp.where(step == 1, least, tried)
+        above, solved = survives(tried)
+        return jnp.where(above, low, tried), jnp.where(above, tried, high), ok & solved
 
     unknown = least, jnp.full_like(least, jnp.inf), jnp.array(True)
     _, found, ok = jax.lax.fori_loop(0, 2 + _HALVINGS, halve, unknown)

@@ -222,7 +222,7 @@ def _of_encoder(name: str, config: Config, images: np.ndarray, key: Array) -> di
 
     turned, start = (_turned(predict, params, images, views) for params in (weakest, random))
     strengths, attractions = [*config.strengths, STRONG], [ATTRACTION] * len(config.strengths) + [PLAIN]
-    # Along both rows: of the trained encoder at all strengths, of the random one at the medium one.
+    # Along each of both rows: of the trained encoder at all strengths, of the random one at the medium one.
     which = np.repeat([0, 1], [len(strengths), 1])
     lanes = which, np.array([*strengths, MEDIUM]), np.array([*attractions, ATTRACTION])
     rows = np.tile(np.eye(2), (which.size, 1))

@@ -58,7 +58,7 @@ KINDS = ("linear", "relu", "leaky_relu", "monomial")
 POWER = 3  # of the monomial
 END = 200.0  # of the flow
 STEPS = 2000  # of the flow along which the energy is watched
-LENGTHS = (0.05, 0.1, 0.2)  # of these steps
+LENGTHS = (0.05, 0.1, 0.2, 0.4)  # of these steps
 WATCHED = 40  # nodes there
 AUGMENTATION = 0.1  # standard deviation of the noise on inputs that are compared with the theory
 FOUND, ALIGNED = 0.95, 0.999  # cosines at which a node is said to be at a pattern, or at a direction
@@ -382,7 +382,7 @@ def _of_ascent(saved: Saved) -> Claim:
                 "that fall over the square of the step's length: largest over least",
                 np.max(square) / np.min(square),
                 2.5,
-                why="order one or three would make it 4; rounding moves where the farthest step ends, by 1.6",
+                why="order one or three would make it 8; rounding decides which gates a step crosses",
             ),
         ],
     )

@@ -153,7 +153,9 @@ def _swept(config: Config, starts: list[np.ndarray], views: Views) -> tuple[dict
     path = jax.tree.map(
         lambda *parts: np.stack([part.reshape(*lanes, *part.shape[1:]) for part in parts], axis=1), *found
     )
-    small = jax.tree.map(lambda W: np.asarray(W)[: config.draws], [starts, last])
+    small = jax.tree.map(
+        lambda W: np.asarray(W).reshape(*lanes, *W.shape[1:])[STARTS.index("small")], [starts, last]
+    )
     return path, np.stack([_shared(matrices) for matrices in small], axis=1)
 
 

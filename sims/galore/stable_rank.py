@@ -333,7 +333,10 @@ def _bound(steps: np.ndarray, records: np.ndarray, example: dict, random: dict) 
         printed=[
             every(f"counterexample, {TO} steps: those that keep it", _keeps(example, "printed")[early]),
             every(f"the same network, trained: records of {TO} steps that keep it", trained),
-            every(f"random instances that keep it for {steps[-1]} steps", _always_keeps(random, "printed")),
+            every(
+                f"random instances that keep it for {steps[-1]} steps, and late",
+                _always_keeps(random, "printed"),
+            ),
         ],
         mended=[
             every("counterexample: steps that keep the valid one", valid),

@@ -157,7 +157,7 @@ def _network(config: Config, Z: np.ndarray) -> dict[str, Any]:
         descent.times / lam,
     )
     trained, gaps = {}, {}
-    # Numbers of NumPy are traced: other ones compile nothing anew.
+    # As NumPy numbers both are traced, so that the second compiles nothing.
     for name, ridge in zip(("none", "ridge"), np.array([0.0, config.ridge]), strict=True):
         loss = bind(_loss_of_factors, (Z, ridge, 1.0))
         path = jax.device_get(descent.train(loss, params, observe=_products)[1])

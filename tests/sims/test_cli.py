@@ -173,6 +173,18 @@ def test_the_figure_is_missing_when_it_cannot_be_drawn(sim, tmp_path, capsys):
     assert capsys.readouterr().err == "error: no ink (DYNASCOPE_TRACEBACK=1 shows where)\n"
 
 
+def test_a_mistake_in_the_claims_leaves_what_was_measured(sim, tmp_path, capsys, monkeypatch):
+    right = sim.claims
+    monkeypatch.setattr(sim, "claims", lambda config, saved: iter([saved["nothing"]]))
+    assert cli.main(["run", "toy.one", "--out", "a"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: toy.one: claims must be made of what was measured, but KeyError(")
+    assert "the measurement is saved, and `judge` judges it" in err
+    monkeypatch.setattr(sim, "claims", right)
+    assert cli.main(["judge", "toy.one", "--out", "a"]) == 0
+    assert load(tmp_path / "a", "toy.one").verdicts == ("holds", "holds")
+
+
 def test_an_older_figure_does_not_stand_beside_new_numbers(sim, tmp_path, monkeypatch):
     assert cli.main(["run", "toy.one", "--out", "a"]) == 0
     assert (tmp_path / "a" / "toy.one.png").exists()
@@ -523,6 +535,19 @@ def test_views_of_ones_own(own, capsys):
     )
 
 
+def test_a_file_that_has_moved_is_named_anew(own, capsys):
+    assert cli.main(["run", "mine.py", "--out", "a"]) == 0
+    (own / "sub").mkdir()
+    (own / "mine.py").rename(own / "sub" / "mine.py")
+    capsys.readouterr()
+    assert cli.main(["draw", "mine", "--out", "a"]) == 2
+    err = capsys.readouterr().err
+    assert "a simulation's file must exist, got mine.py; name it where it is now" in err
+    for command in ("draw", "judge"):
+        assert cli.main([command, "sub/mine.py", "--out", "a"]) == 0
+    assert load(own / "a", "mine").record["file"] == "sub/mine.py"
+
+
 def test_as_a_library(own):
     import jax
 
@@ -545,6 +570,8 @@ def test_as_a_library(own):
         ({"preset": "huge"}, r"^preset must be one of quick for this simulation, got 'huge'$"),
         ({"data_dir": "nowhere"}, r"^data_dir must be a folder, got nowhere$"),
     ]
+    with pytest.raises(ValueError, match=r"^name must be that of one simulation, got 'joma\.\*', which are"):
+        sims.run("joma.*")
     for settings, message in bad:
         with pytest.raises(ValueError, match=message):
             sims.run("mine.py", progress=False, **settings)

@@ -130,9 +130,21 @@ def test_json_is_strict(tmp_path):
 
 def test_nothing_saved():
     with pytest.raises(
-        FileNotFoundError, match=r"No result was saved under this name: 'nowhere/toy\.run\.json'"
+        FileNotFoundError,
+        match=r"No result has this name, there is no result at all: 'nowhere",
     ):
         load("nowhere", "toy.run")
+
+
+def test_a_result_names_its_arrays(tmp_path):
+    saved = make({"x": {"y": ("lane", np.ones(2))}, "z": 1.0})
+    assert list(saved) == list(saved.keys()) == ["x/y", "z"]
+    assert len(saved) == 2
+    assert ("x" in saved, "x/y" in saved, "x/" in saved, "y" in saved) == (True, True, False, False)
+    assert dict(saved)["z"] == 1
+    save(saved, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"No result has this name, there is toy\.run"):
+        load(tmp_path, "toy.walk")
 
 
 @pytest.mark.parametrize(
