@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import types
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -453,12 +454,19 @@ def run_command(*arguments, **environment):
 @pytest.mark.parametrize("files", [["mine.py"], ["mine.py", "yours.py"]], ids=["alone", "workers"])
 def test_an_interrupt_ends_all_processes_at_once_with_one_line(own, files):
     """Though a compiled program is running, which Python cannot interrupt, and in workers too."""
+    # A suite that runs in the background ignores what its processes are to hear.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = start("run", *files, "--jobs", str(len(files)), "--seed", "14")
+    signal.signal(signal.SIGINT, before)
     assert process.stdout is not None
-    for _ in files:
-        assert "for hours" in process.stdout.readline()
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=30)  # until the last process has closed its output
+    try:
+        for _ in files:
+            assert "for hours" in process.stdout.readline()
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=30)  # until the last process has closed its output
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     assert (process.returncode, out, err) == (130, "", "interrupted\n")
 
 
