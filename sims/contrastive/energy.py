@@ -352,4 +352,5 @@ def _loss_panel(ax: Axes, saved: Saved) -> None:
     for index in (1, 2, 3):
         apart = np.abs(played[index] - descent)[2:]
         ax.semilogy(steps, apart, label=f"{saved['stale'][index]} steps at one alpha")
+    plotting.make_room(ax, above=0.4)
     plotting.finish(ax, "Loss of games less that of descent", "step", "difference of the loss", "upper right")
