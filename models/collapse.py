@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
@@ -22,7 +21,7 @@ from dynamics.arguments import (
     require_shapes,
     require_sizes,
 )
-from models.draws import normal
+from models.draws import normal, uniform
 
 Law = Literal["dropout", "normal"]
 
@@ -164,8 +163,7 @@ def multiplicative_noise(
     variance = require_number("variance", variance, jnp.result_type(float), at_least=0)
     if law == "normal":
         return 1 + jnp.sqrt(variance) * normal(key, shape, variance.dtype)
-    # In one row, since the compiler of a CPU unrolls short axes.
-    kept = jax.random.uniform(key, (math.prod(shape),), variance.dtype).reshape(shape) * (1 + variance) < 1
+    kept = uniform(key, shape, variance.dtype) * (1 + variance) < 1
     return jnp.where(kept, 1 + variance, 0 * variance)
 
 

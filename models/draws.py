@@ -20,3 +20,20 @@ def normal(key: Array, shape: tuple[int, ...], dtype: Any = None) -> Array:
         True
     """
     return jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
+
+
+def uniform(
+    key: Array,
+    shape: tuple[int, ...],
+    dtype: Any = None,
+    minval: float | Array = 0.0,
+    maxval: float | Array = 1.0,
+) -> Array:
+    """Draw the uniform numbers of `jax.random.uniform`, in one row as `normal` does.
+
+    Example:
+        >>> key = jax.random.key(0)
+        >>> bool((uniform(key, (4, 3)) == jax.random.uniform(key, (4, 3))).all())
+        True
+    """
+    return jax.random.uniform(key, (math.prod(shape),), dtype, minval, maxval).reshape(shape)

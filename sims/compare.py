@@ -197,6 +197,15 @@ def named_groups(f: Callable[[Any], PyTree], groups: Mapping[str, Sequence[PyTre
     return {name: jax.tree.map(lambda leaf, part=part: leaf[part], results) for name, part in parts.items()}
 
 
+def in_calls(function: Callable[..., Any], lanes: Any, size: int) -> Any:
+    """A function of a batch by calls of one size, so that it is compiled once."""
+    count = len(jax.tree.leaves(lanes)[0])
+    lanes = jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], -count % size, axis=0)]), lanes)
+    starts = range(0, count, size)
+    parts = [jax.device_get(function(jax.tree.map(lambda x, i=i: x[i : i + size], lanes))) for i in starts]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
+
+
 def right_and_wrong(flow: Callable[[Any], PyTree], factor: float = WRONG_FACTOR) -> dict[str, Any]:
     """A flow of the gradient as it is, and of one that is `factor` times too large, or their times.
 

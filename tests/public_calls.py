@@ -1266,6 +1266,7 @@ NO_NUMBERS = {
     "models.data.tokens.sample_tokens",
     "models.data.tokens.synthetic_classes",
     "models.draws.normal",
+    "models.draws.uniform",
     "models.functional.as_function",
     "models.galore.flax_axes",
     "models.galore.layerwise",

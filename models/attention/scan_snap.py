@@ -23,6 +23,7 @@ from dynamics.arguments import (
 )
 from dynamics.scan_snap import SequenceClasses, Weights
 from models.data.tokens import Contexts, population_contexts, require_sequences
+from models.draws import uniform
 from models.functional import as_function
 from models.losses import bind, cross_entropy
 
@@ -76,9 +77,7 @@ class ScanSnapAttention(nnx.Module):
             True
         """
         (M,) = require_sizes(vocab_size=vocab_size)
-        # One row is drawn and then folded: the compiler of a CPU unrolls short axes, for seconds.
-        row = jax.random.uniform(key, (2 * M * M,), require_dtype(dtype), -(M**-0.5), M**-0.5)
-        return cls(*row.reshape(2, M, M))
+        return cls(*uniform(key, (2, M, M), require_dtype(dtype), -(M**-0.5), M**-0.5))
 
     def __call__(self, contexts: Contexts) -> Array:
         """Logits (..., M) of the next token from counts: what occurs N times gets N shares.

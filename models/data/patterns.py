@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from dynamics.arguments import ArrayLike, require_indices, require_shapes, require_sizes
+from models.draws import uniform
 
 FREE = -1
 """What a pattern has at a location where it says nothing."""
@@ -58,7 +59,7 @@ def located_patterns(
 
 def _orders(key: Array, count: int, size: int) -> Array:
     """Random permutations, (count, size); one sort compiles in less time than those of `jax.random`."""
-    return jnp.argsort(jax.random.uniform(key, (count * size,)).reshape(count, size), axis=1)
+    return jnp.argsort(uniform(key, (count, size)), axis=1)
 
 
 def pattern_views(

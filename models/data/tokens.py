@@ -21,6 +21,7 @@ from dynamics.arguments import (
     require_number,
 )
 from dynamics.scan_snap import SequenceClasses
+from models.draws import uniform
 
 
 class Contexts(NamedTuple):
@@ -285,9 +286,8 @@ def _sample_context(key: Array, classes: SequenceClasses, length: int, batch: in
     cdf = jnp.cumsum(classes.P, axis=1)
     # The last entry is exactly one and uniforms are below it: a token of probability zero is never drawn.
     cdf = (cdf / cdf[:, -1:])[which]
-    # One row is drawn and then folded, which compiles more quickly.
-    uniform = jax.random.uniform(key_token, (batch * (length - 1),), cdf.dtype).reshape(batch, -1)
-    tokens = jax.vmap(lambda row, u: jnp.searchsorted(row, u, side="right"))(cdf, uniform)
+    drawn = uniform(key_token, (batch, length - 1), cdf.dtype)
+    tokens = jax.vmap(lambda row, u: jnp.searchsorted(row, u, side="right"))(cdf, drawn)
     return which, jnp.where(jnp.isfinite(cdf[:, -1:]), tokens, -1)
 
 

@@ -31,7 +31,7 @@ from dynamics import collapse
 from dynamics.collapse import Moments
 from sims import plotting
 from sims.claims import ROUNDING, Claim, Preset, at_least, at_most, corrected, equals, every, stated
-from sims.compare import largest
+from sims.compare import in_calls, largest
 from sims.ranges import Range
 from sims.results import Context, Saved
 
@@ -77,16 +77,13 @@ Loss = Callable[[list[Array]], Array]
 
 
 class Model(NamedTuple):
-    """A loss of weights, and what theory says of its global minimum."""
+    """A loss of weights that closes over its data, and what theory says of its global minimum."""
 
     loss: Loss
     shapes: tuple[tuple[int, ...], ...]
     least: Any
     rank: int
     encoder: int = 0  # place of the matrix that represents
-
-
-# Losses close over their data, which are checked once, before a program of them is compiled.
 
 
 def _network(*data: Any) -> Loss:
@@ -114,7 +111,7 @@ def _shapes(sizes: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
 
 
 def _models() -> dict[str, Model]:
-    """Losses of data and weights, with the loss and the rank of the global minimum."""
+    """Losses of weights, with the loss and the rank of the global minimum."""
     gammas = {D: np.full(D + 1, DEEP_GAMMA.get(D, GAMMA)) for D in (0, 1, 2, 3)}
     ridge, shapes = collapse.ridge_minimum(LINEAR, GAMMA), _shapes((3, 3))
     models = {"ridge": Model(_network(LINEAR, 0.0, gammas[0]), shapes, ridge.loss, 2)}
@@ -159,12 +156,9 @@ def _looked_at(loss, shapes, points) -> tuple[Array, Array, Array]:
     return value[::size], slopes[::size], columns.reshape(count, size, size)
 
 
-def _seen(model: Model, batch: int, points: np.ndarray) -> list[np.ndarray]:
-    """What is seen at points, by calls of one size, so that it is compiled once."""
-    calls = -(-len(points) // batch)
-    parts = np.split(np.resize(points, (calls * batch, points.shape[1])), calls)
-    found = [jax.device_get(_looked_at(model.loss, model.shapes, part)) for part in parts]
-    return [np.concatenate(each)[: len(points)] for each in zip(*found, strict=True)]
+def _seen(model: Model, batch: int, points: np.ndarray) -> tuple[np.ndarray, ...]:
+    """What is seen at points, by calls of one size."""
+    return in_calls(partial(_looked_at, model.loss, model.shapes), points, batch)
 
 
 def _matrices(shapes: Sequence[tuple[int, ...]], flat: Any) -> list[Any]:

@@ -46,7 +46,7 @@ from sims.claims import (
     slope,
     stated,
 )
-from sims.compare import largest, named_groups, orders
+from sims.compare import in_calls, largest, named_groups, orders
 from sims.ranges import Count, Positive, Range, check_ranges
 from sims.results import Context, Saved
 
@@ -132,20 +132,11 @@ def _least(widths, data, noise, gammas):
     return jax.vmap(lambda row: collapse.deep_minimum(data, row, noise, widths))(gammas)
 
 
-def _in_calls(function: Callable[..., Any], lanes: Any, size: int) -> Any:
-    """A function of a batch by calls of one size, so that it is compiled once."""
-    count = len(jax.tree.leaves(lanes)[0])
-    lanes = jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], -count % size, axis=0)]), lanes)
-    starts = range(0, count, size)
-    parts = [jax.device_get(function(jax.tree.map(lambda x, i=i: x[i : i + size], lanes))) for i in starts]
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
-
-
 def _deep_minima(widths: tuple[int, ...], gammas: Any, data: Moments = EVEN, noise: float = NOISE) -> Any:
     """Minima with an axis (K,) in front, at strengths (K,) or (K, D + 1)."""
     gammas = np.asarray(gammas, float)
     rows = gammas if gammas.ndim == 2 else np.repeat(gammas[:, None], len(widths) + 1, axis=1)
-    return _in_calls(partial(_least, widths, data, noise), rows, CHUNK)
+    return in_calls(partial(_least, widths, data, noise), rows, CHUNK)
 
 
 def minima(widths: tuple[int, ...], gammas: Any, data: Moments = EVEN, noise: float = NOISE) -> Any:
@@ -215,7 +206,7 @@ def _landscape(critical: Sequence[float]) -> dict:
     b = np.linspace(0, 0.3, 1501)
 
     def of(D, ratios, width=WIDTH):
-        return _in_calls(partial(_on_grid, D, width, b), critical[D] * np.asarray(ratios), CHUNK)
+        return in_calls(partial(_on_grid, D, width, b), critical[D] * np.asarray(ratios), CHUNK)
 
     def has_valley(D, ratios):
         return np.any(np.diff(of(D, ratios), axis=1) < 0, axis=1)
@@ -253,7 +244,7 @@ def _train(config: Config, depth: int, groups: dict) -> dict:
     """Losses and weights in the end, by the names of the groups of `_lanes`."""
     # Close to its transition a network with one hidden layer is slow.
     steps = int(config.horizon / RATE) * (2 if depth == 1 else 1)
-    return named_groups(lambda lanes: _in_calls(partial(_descend, steps), lanes, BATCH), groups)
+    return named_groups(lambda lanes: in_calls(partial(_descend, steps), lanes, BATCH), groups)
 
 
 def _held(matrices: Sequence[Any]) -> list[np.ndarray]:

@@ -52,6 +52,7 @@ from sims.compare import (
     convergence_order,
     first_order,
     fit_line,
+    in_calls,
     lane_gaps,
     largest,
     require_ok,
@@ -150,11 +151,9 @@ def _minima_of(gammas: Any, moments: Moments, noise: Any, width: int) -> collaps
 
 
 def _minima(gammas: Any, moments: Moments, noise: float, width: int) -> collapse.TwoLayerMinimum:
-    """The same of one compiled program for all curves: points are added, and left out again."""
-    count = np.shape(gammas)[1]
-    padded = np.pad(gammas, [(0, 0), (0, max(0, LANES - count))], mode="edge")
-    least = jax.device_get(_minima_of(padded, moments, np.float64(noise), width))
-    return jax.tree.map(lambda leaf: leaf[:count], least)
+    """The same of one compiled program for all curves."""
+    both = tuple(np.asarray(gammas, float))
+    return in_calls(lambda lanes: _minima_of(lanes, moments, np.float64(noise), width), both, LANES)
 
 
 def _theory(config: Config, moments: Moments, critical: float) -> dict:

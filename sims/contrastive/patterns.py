@@ -28,7 +28,7 @@ from dynamics.contrastive import (
     power_flow,
 )
 from dynamics.flow import Trajectory
-from models.draws import normal
+from models.draws import normal, uniform
 from models.functional import as_function
 from models.losses import alpha_cl_loss
 from models.optimizers import along_spheres
@@ -191,7 +191,7 @@ def _identities(config: Config, key: Array) -> dict:
 
 def _uneven(key: Array, n: int) -> Array:
     """Weights of pairs that are drawn one by one: that of (i, j) is not that of (j, i)."""
-    return (1 - jnp.eye(n)) * (0.5 + jax.random.uniform(key, (n * n,)).reshape(n, n)) / n**2
+    return (1 - jnp.eye(n)) * (0.5 + uniform(key, (n, n))) / n**2
 
 
 def _places(ends: np.ndarray, *, signed: bool) -> np.ndarray:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
 from typing import Annotated, Any
 
 import jax
@@ -22,6 +21,7 @@ from jaxtyping import Array
 from matplotlib.figure import Figure
 
 from models.data.patterns import located_patterns, pattern_views, tokens_of_patterns
+from models.draws import uniform
 from models.functional import as_function
 from models.locations import LocalNet, token_overlaps
 from models.losses import contrastive_loss
@@ -116,7 +116,7 @@ def _batch(config: Config, patterns: Array, key: Array) -> tuple[Array, Array]:
 
 def _weights(key: Array, shape: tuple[int, ...]) -> Array:
     """Uniform weights as common code draws them, up to the inverse root of the number of inputs."""
-    return jax.random.uniform(key, (prod(shape),), minval=-1.0, maxval=1.0).reshape(shape) / shape[-1] ** 0.5
+    return uniform(key, shape, minval=-1.0) / shape[-1] ** 0.5
 
 
 def _observe(present: Array, params: dict[str, Any]) -> dict[str, Array]:

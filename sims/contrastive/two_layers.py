@@ -28,7 +28,7 @@ from dynamics.contrastive import aligned_flow, balance, encoder_flow
 from dynamics.flow import Trajectory, integrate
 from dynamics.spectra import effective_rank
 from models.collapse import StochasticLinear, weights
-from models.draws import normal
+from models.draws import normal, uniform
 from models.functional import as_function
 from models.self_supervised import Views
 from models.training import Descent, map_lanes, train
@@ -195,7 +195,7 @@ def _to_hold(config: Config, key: Array, matrices: list[Any], views: Views) -> d
     values, vectors = jnp.linalg.eigh(covariance(matrices, views))
     # Every other direction shrinks, and the others grow slowly enough to stay finite.
     gain = 0.03 * values / jnp.max(jnp.abs(values)) * jnp.where(jnp.arange(len(values)) % 2 == 0, 1, -1)
-    s = 0.2 + 0.6 * jax.random.uniform(key, (2 * config.inputs,)).reshape(2, -1)
+    s = 0.2 + 0.6 * uniform(key, (2, config.inputs))
     hidden, turned = _rotations(jax.random.split(key), config.inputs)
     # In the order of the cases: aligned layers, and layers whose singular vectors between them differ.
     between = jnp.stack([jnp.eye(config.inputs), turned])

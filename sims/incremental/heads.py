@@ -13,7 +13,6 @@ In others the flow keeps up with the path, or has not told close jumps apart at 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +32,7 @@ from dynamics.flow import Trajectory
 from dynamics.incremental import GreedyPath
 from models.attention import AttentionStack, Feedforward, diagonal_stack, observe_products, split_products
 from models.data.teachers import HeadTask, diagonal_teacher
-from models.draws import normal
+from models.draws import normal, uniform
 from models.functional import as_function
 from models.losses import bind, mean_squared_error
 from models.training import Descent, map_lanes
@@ -150,10 +149,8 @@ def _draw(config: Config):
     kq, vo = normal(keys[4], (2, config.layers, HEADS, dim))
     target = diagonal_stack(config.kq_scale * kq, vo, task.X, feedforward)
     heads = jnp.array([1.0, config.second])[None, :, None, None]
-    # Rows are drawn and then folded, which compiles more quickly.
-    size = math.prod(config.grid)
-    u0 = jax.random.uniform(keys[2], (size,), minval=0.8, maxval=1.2).reshape(config.grid)
-    v0 = jax.random.uniform(keys[3], (size,), minval=-0.3, maxval=0.3).reshape(config.grid)
+    u0 = uniform(keys[2], config.grid, minval=0.8, maxval=1.2)
+    v0 = uniform(keys[3], config.grid, minval=-0.3, maxval=0.3)
     return task, feedforward, target, (heads * u0).ravel(), (heads * v0).ravel()
 
 

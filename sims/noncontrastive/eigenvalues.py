@@ -30,7 +30,7 @@ from dynamics.noncontrastive import (
     predictor_measures,
 )
 from models.byol import LinearByol, byol_loss, byol_weights, exact_views, flow_gradient
-from models.draws import normal
+from models.draws import normal, uniform
 from models.functional import as_function
 from models.self_supervised import Views
 from models.training import Descent
@@ -134,7 +134,7 @@ class Start(NamedTuple):
 @partial(jax.jit, static_argnames=("n1", "n2"))
 def _draws(n1: int, n2: int, key: Array) -> tuple[Array, Array]:
     one, other = jax.random.split(key)
-    return normal(one, (7, n1, n1)), jax.random.uniform(other, (3 * n2,), minval=0.1).reshape(3, n2)
+    return normal(one, (7, n1, n1)), uniform(other, (3, n2), minval=0.1)
 
 
 def _cases(config: Config, key: Array) -> tuple[dict[str, Case], Start]:
